@@ -31,10 +31,12 @@ An unknown option or key is an error that names the closest one.
 | code | meaning |
 |---|---|
 | 0 | done |
+| 1 | nobody reads the output any more, as with `\\| head`; or a bug, with a traceback |
 | 2 | a mistake to fix; one line says where, what was found and what to do |
 | 3 | training diverged, collapsed, or lost another process |
 | 4 | `check` advises against, or `learn` did not accept the skill |
-| 128 + n | stopped by signal n, with everything saved |
+| 128 + n | stopped by signal n: `train`, `compare` and `learn` first finish their step and save their progress; other \
+commands, and any command at a second signal, save nothing more |
 """
 
 

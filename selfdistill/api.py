@@ -1,7 +1,8 @@
 """The Python API: the functions of ``import selfdistill``.
 
 Each function takes the settings of the command of the same name, with the same defaults, and returns a result that
-prints itself. Progress goes to standard error, or with ``progress=False`` to the logger ``selfdistill``.
+prints itself, or the path of what it wrote. Progress goes to standard error, or with ``progress=False`` to the logger
+``selfdistill``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ from selfdistill.evaluation import AskResult, CheckResult, EvalResult
 from selfdistill.evaluation import ask as ask_question
 from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
+from selfdistill.model import switched_back
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
 from selfdistill.runtime import check_device, size_in_bytes
@@ -120,7 +123,7 @@ def train(
             given["model"], loaded = model_of(given["model"], tokenizer)
         rows = rows_of_run(data, test, given)
         config = train_config(given | rows.paths, resume=resume)
-        with rows.kept():
+        with rows.kept(), switched_back(loaded.model) if loaded else nullcontext():
             config = check_start(config, loaded, rows, resume=resume)
             run_training(config, resume=resume, loaded=loaded, on_step=callback, given=rows.names)
         return Run(config.output_dir)
@@ -139,10 +142,10 @@ def plan(
     """What :func:`train` would do: settings, one row as student and teacher see it, time and memory of a step.
 
     Two steps are done in memory, on a copy of a loaded model, and discarded; nothing is left behind. The arguments are
-    those of :func:`train`; without ``output_dir`` the plan is that of a run in ``runs/plan``.
+    those of :func:`train`; without ``output_dir`` the plan is that of a run in a temporary folder.
     """
-    with session(progress):
-        config, loaded, rows = run_to_plan(model, data, test, output_dir, tokenizer, settings)
+    with session(progress), tempfile.TemporaryDirectory() as folder:
+        config, loaded, rows = run_to_plan(model, data, test, output_dir, tokenizer, settings, folder)
         with rows.kept(planned=True):
             return run_plan(config, loaded, given=rows.names)
 
@@ -179,8 +182,8 @@ def memory_plan(
     size = None if memory is None else size_in_bytes(memory)
     if device is not None:
         check_device(device)
-    with session(progress):
-        config, loaded, rows = run_to_plan(model, data, None, output_dir, tokenizer, settings)
+    with session(progress), tempfile.TemporaryDirectory() as folder:
+        config, loaded, rows = run_to_plan(model, data, None, output_dir, tokenizer, settings, folder)
         with rows.kept(planned=True):
             return run_plan_for(config, size, device, loaded, given=rows.names)
 
@@ -275,9 +278,9 @@ def learn(
         UserError: a mistake the user can fix.
         RunStopped: a signal stopped the action; repeat the call to resume.
     """
-    with session(progress), tempfile.TemporaryDirectory() as folder:
-        given = {"action": action, "state": state} | settings
-        return run_action(learn_config(given, {"data": data, "test": test}, Path(folder)))
+    with session(progress):
+        config, in_memory = learn_config({"action": action, "state": state} | settings, {"data": data, "test": test})
+        return run_action(config, in_memory)
 
 
 def ask(

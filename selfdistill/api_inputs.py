@@ -25,19 +25,21 @@ from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, own_names, stages_of, whose
 from selfdistill.model import LoadedModel, adopt, to_best_device
 from selfdistill.questions import with_questions
-from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say_note, world_size
-from selfdistill.training import OnStep, check_output_dir, check_parts
+from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say, say_note, world_size
+from selfdistill.training import OnStep, accelerator_state_kept, check_output_dir, check_parts
 
 Model = str | os.PathLike[str] | Any
 """A folder, run folder, hub id or ``smollm2-135m``; or a loaded ``PreTrainedModel``, with ``tokenizer=``.
 
-A loaded model is put into eval mode, and its dropout is set to zero.
+A loaded model is moved to the best device and put into eval mode, and its dropout is set to zero. Its generation config
+gets the end token that the chat template writes, and a tokenizer without a usable pad token gets the end token as one.
+All of this remains after the call. What training freezes, and gradient checkpointing, is as before afterwards.
 """
 
 
 @contextmanager
 def session(progress: bool, *, resume: bool = False) -> Iterator[None]:
-    """Silence libraries while models load and save, and show or hide progress.
+    """Silence libraries while models load and save, show or hide progress, and leave the caller's accelerators alone.
 
     Raises:
         UserError: an argument is neither True nor False.
@@ -45,7 +47,7 @@ def session(progress: bool, *, resume: bool = False) -> Iterator[None]:
     for name, value in (("progress", progress), ("resume", resume)):
         if not isinstance(value, bool):
             raise UserError(f"{name}: found {value!r}, expected True or False")
-    with quiet_libraries(), progress_shown(progress):
+    with quiet_libraries(), progress_shown(progress), accelerator_state_kept():
         yield
 
 
@@ -102,6 +104,8 @@ def on_best_device(loaded: LoadedModel | None) -> LoadedModel | None:
 def callback_of(on_step: Callable[[int, Any, dict[str, Any]], object] | None) -> OnStep | None:
     """The caller's function as training calls it: after each step, with the model itself.
 
+    Only True ends the run, also that of NumPy or PyTorch: a function may return something else for its own use.
+
     Raises:
         UserError: it is no function.
     """
@@ -109,7 +113,15 @@ def callback_of(on_step: Callable[[int, Any, dict[str, Any]], object] | None) ->
         return None
     if not callable(on_step):
         raise UserError(f"on_step: found {on_step!r}, expected a function of step, model and metrics")
-    return lambda step, loaded, metrics: step > 0 and bool(on_step(step, loaded.model, metrics))
+
+    def after(step: int, loaded: LoadedModel, metrics: dict[str, Any]) -> bool:
+        found: Any = on_step(step, loaded.model, metrics) if step > 0 else None
+        enough = (found.item() if getattr(found, "ndim", None) == 0 else found) is True
+        if enough:
+            say(f"on_step ended the run after step {step}")
+        return enough
+
+    return after
 
 
 def reading_of(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -273,13 +285,12 @@ def train_config(given: dict[str, Any], *, resume: bool) -> TrainConfig:
     return continued(given, TrainConfig)
 
 
-def learn_config(given: dict[str, Any], rows: dict[str, Rows | None], folder: Path) -> LearnConfig:
-    """The settings of an action of ``learn``.
+def learn_config(given: dict[str, Any], rows: dict[str, Rows | None]) -> tuple[LearnConfig, dict[str, Rows]]:
+    """The settings of an action of ``learn``, and those of its rows that are in memory.
 
     Args:
         given: its settings, without data.
-        rows: data by setting, ``data`` and ``test``; None: not given. Rows in memory are written to ``folder``.
-        folder: exists until the action ends.
+        rows: data by setting, ``data`` and ``test``; None: not given.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -288,18 +299,15 @@ def learn_config(given: dict[str, Any], rows: dict[str, Rows | None], folder: Pa
     if _anchors_in_memory(given) is not None:
         raise UserError("setting 'anchors': learn reads them again when it resumes, so give the path of a file")
     paths: dict[str, str] = {}
+    in_memory: dict[str, Rows] = {}
     for name, data in rows.items():
-        if data is None:
-            continue
-        paths[name], in_memory = data_of(data)
-        if in_memory is not None and given["action"] in ("add", "stream"):
-            if not given.get("name"):
-                raise UserError("in-memory rows have no name: give name=..., the name of the skill")
-            file = folder / f"{name}.jsonl"
-            reading = reading_of(given)[name]
-            write_demonstrations(file, load_demonstrations(in_memory, note=say_note, name=name, **reading))
-            paths[name] = str(file)
-    return LearnConfig(**given | paths)
+        if isinstance(data, str | os.PathLike):
+            paths[name] = os.fspath(data)
+        elif data is not None:
+            paths[name], in_memory[name] = name, data
+    if in_memory and given["action"] in ("add", "stream") and not given.get("name"):
+        raise UserError("in-memory rows have no name: give name=..., the name of the skill")
+    return LearnConfig(**given | paths), in_memory
 
 
 def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFolder, *, resume: bool) -> TrainConfig:
@@ -328,13 +336,14 @@ def run_to_plan(
     output_dir: str | os.PathLike[str] | None,
     tokenizer: Any,
     settings: dict[str, Any],
+    folder: str,
 ) -> tuple[TrainConfig, LoadedModel | None, RowsInFolder]:
-    """Settings, model and rows of a run that is only planned, by default in ``runs/plan``.
+    """Settings, model and rows of a run that is only planned, by default in ``folder``.
 
     Raises:
         UserError: its questions about documents are not made yet, or settings or rows are invalid.
     """
-    given = {"output_dir": "runs/plan"} | given_settings(model, output_dir, settings)
+    given = {"output_dir": folder} | given_settings(model, output_dir, settings)
     given["model"], loaded = model_of(given.get("model", ""), tokenizer)
     rows = rows_of_run(data, test, given)
     config = TrainConfig(**(given | rows.paths))

@@ -6,15 +6,18 @@ A user's mistake prints one line on standard error and exits with code 2. Heavy 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import io
 import json
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from selfdistill.cli_parser import COMMANDS, SWITCHES, parse
 from selfdistill.config import CheckConfig, DemoConfig, run_settings
@@ -45,21 +48,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default: those of the process.
 
     Returns:
-        The exit code. 0: done; 2: a mistake the user can fix; 3: training diverged or collapsed, or another process of
-        the run ended; 4: ``check`` advises against training, or ``learn`` refused the skill; 128 + n: stopped by signal
-        n, with progress saved.
+        The exit code. 0: done; 1: nobody reads the output any more, as with ``| head``; 2: a mistake the user can fix;
+        3: training diverged or collapsed, or another process of the run ended; 4: ``check`` advises against training,
+        or ``learn`` refused the skill; 128 + n: stopped by signal n. ``train``, ``compare`` and ``learn`` first finish
+        their step and save their progress; other commands, and any command at a second signal, save nothing more.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does
+    try:
+        exit_code = _run(argv)
+        sys.stdout.flush()
+        return exit_code
+    except BrokenPipeError:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
+        if not closed:
+            raise
+        for stream in closed:  # Python flushes it again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 1
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return bool(poll.poll(0))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run a command; returns its exit code."""
     exit_code, kind, command = 2, "error: ", ""
     if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so anyway; a file's name may not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        command, given = parse(list(sys.argv[1:] if argv is None else argv))
+        try:
+            command, given = parse(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as stop:  # --help and --version; elsewhere it is the user's own code that exits
+            return int(stop.code or 0)
         if world_size() > 1:
             _check_processes(command, given)
         _check_settings(command, given)
         return _RUN[command](given)
-    except SystemExit as stop:  # --help and --version
-        return int(stop.code or 0)
     except UserError as error:
         message, exit_code = str(error), error.exit_code
         kind = "" if exit_code > 128 else kind  # stopped on request: not an error
@@ -311,7 +340,8 @@ def _printed(given: dict[str, Any]) -> Iterator[Callable[[Printable | None, dict
 
     with contextlib.redirect_stdout(sys.stderr) if file == "-" else contextlib.nullcontext():
         yield show
-    text = json.dumps(shown[0], indent=2, ensure_ascii=False)
+    utf8 = file != "-" or codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    text = json.dumps(shown[0], indent=2, ensure_ascii=not utf8)
     if file == "-":
         print(text)
     elif file is not None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from selfdistill.data import first_ten, join_surrogates
+import regex
+
+from selfdistill.data import WORD, first_ten, join_surrogates
 from selfdistill.errors import UserError
 from selfdistill.runtime import say
 
@@ -22,6 +24,14 @@ BLOCKS = (
 )
 """Block-level HTML elements."""
 
+_BETWEEN_SENTENCES = regex.compile(
+    r"""
+    ( (?<=[.!?])\s+(?=["'(]?[\p{L}--\p{Ll}])
+    | (?<=[\u3002\uff01\uff1f][\p{Pe}\p{Pf}]*)\s*(?![\s\u3002\uff01\uff1f\p{Pe}\p{Pf}]|$) )
+    """,
+    regex.VERSION1 | regex.VERBOSE,
+)
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -35,9 +45,10 @@ class Passage:
 def load_passages(path: str, *, max_words: int) -> list[Passage]:
     """Read a file, or every document of a folder and its subfolders in name order, and split them into passages.
 
-    A passage holds as many full paragraphs as fit in ``max_words`` words. A longer paragraph is split between
-    sentences, and a longer sentence becomes its own passage. No text is dropped. Files and folders whose name begins
-    with a dot are skipped, as are files of other types, with a note.
+    A passage holds as many full paragraphs as fit in ``max_words`` words; in scripts without spaces each character is a
+    word. A longer paragraph is split between sentences, and a longer sentence becomes its own passage. The title of an
+    HTML page is its first paragraph, unless the first heading repeats it. No text is dropped but that of ``nav`` and
+    ``noscript``. Files and folders whose name begins with a dot are skipped, as are files of other types, with a note.
 
     Raises:
         UserError: the path does not exist, there are no documents, a package is missing, or documents cannot be read or
@@ -62,8 +73,12 @@ def load_passages(path: str, *, max_words: int) -> list[Passage]:
 
 
 def sentences(text: str) -> list[str]:
-    """Split the text after full stops, question marks and exclamation marks followed by a space and a capital."""
-    return [part for part in re.split(r"(?<=[.!?])\s+(?=[\"'(]?[^\W\d_a-z])", text) if part]
+    """Split the text after full stops, question marks and exclamation marks followed by a space and a capital.
+
+    In scripts without capitals any letter counts as one. The marks of Chinese and Japanese need no space after them;
+    closing quotes and brackets stay with the sentence.
+    """
+    return [part for part in _BETWEEN_SENTENCES.split(text)[::2] if part]
 
 
 def _documents(path: str) -> dict[Path, str]:
@@ -96,15 +111,19 @@ def _pieces(paragraphs: list[str], max_words: int) -> list[str]:
     """Join paragraphs, and split long ones."""
     units: list[tuple[str, str]] = []  # text, and the separator before it
     for paragraph in paragraphs:
-        parts = [paragraph] if len(paragraph.split()) <= max_words else sentences(paragraph)
-        units += [(part, " " if number else "\n\n") for number, part in enumerate(parts)]
+        parts = [paragraph] if _words(paragraph) <= max_words else _BETWEEN_SENTENCES.split(paragraph)
+        units += zip(parts[::2], ["\n\n", *parts[1::2]], strict=True)
     pieces: list[str] = []
     for text, gap in units:
-        if pieces and len(pieces[-1].split()) + len(text.split()) <= max_words:
+        if pieces and _words(pieces[-1]) + _words(text) <= max_words:
             pieces[-1] += gap + text
         else:
             pieces.append(text)
     return pieces
+
+
+def _words(text: str) -> int:
+    return len(WORD.findall(text))
 
 
 def _paragraphs(file: Path) -> list[str]:
@@ -139,6 +158,8 @@ def _html(text: str) -> str:
     from bs4 import BeautifulSoup
 
     page = BeautifulSoup(text, "html.parser")
+    titled = page.select_one("title:not(svg *)")  # those of drawings name their parts
+    title = titled.get_text() if titled else ""
     for part in page(["script", "style", "title", "nav", "template", "noscript"]):
         part.decompose()
     for block in page(list(BLOCKS)):
@@ -147,4 +168,6 @@ def _html(text: str) -> str:
     for cell in page(["td", "th"]):
         cell.insert_before(" ")  # if its end tag is missing, the next cell is inside it
         cell.insert_after(" ")
-    return page.get_text()
+    found, heading = page.get_text(), page.select_one("h1, h2, h3, h4, h5, h6")
+    repeats = heading is not None and heading.get_text().split() == title.split()
+    return found if repeats or not found.strip() else f"{title}\n\n{found}"

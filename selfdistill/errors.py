@@ -6,9 +6,16 @@ command line prints that line and exits with code 2, without a traceback. Any ot
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 CLOSE = 0.7
 """How similar a known word must be to a word for the message to suggest it, from 0 to 1."""
+
+
+RESUME = "continue with resume=True"
+"""What messages advise where a run has saved its progress. The command line writes ``--resume``."""
+RERUN = "rerun the same command to resume"
+"""What they advise where a command has no ``resume`` and continues by itself."""
 
 
 class UserError(ValueError):
@@ -73,6 +80,17 @@ def closest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     similar = difflib.get_close_matches(word, names, 1, CLOSE) or difflib.get_close_matches(word, longer, 1, 0)
     meant = [*initials, *similar]
     return f"; did you mean {names[meant[0]]}?" if meant else otherwise
+
+
+def similar_inside(path: str) -> str | None:
+    """The end of a message about a path that does not exist: what may be meant in its folder, or "".
+
+    None if the path names no folder, or one that does not exist either. Only then it may be a name on the hub.
+    """
+    folder = Path(path).parent
+    if "/" not in path or not folder.is_dir():
+        return None
+    return closest(Path(path).name, [inside.name for inside in folder.iterdir()])
 
 
 def number_of(count: int | None, noun: str) -> str:

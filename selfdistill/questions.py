@@ -38,7 +38,7 @@ from selfdistill.documents import Passage, load_passages, sentences
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Endpoint, answer
 from selfdistill.model import Sampling, load_for_training, prompts_at_a_time, sample, sample_seed, use_engine
-from selfdistill.runtime import Printable, ProgressBar, drop_partial_line, read_lines, say
+from selfdistill.runtime import Printable, ProgressBar, drop_partial_line, read_lines, refuse_edited, say, write_own
 
 ASK_TOKENS = 64
 """Maximum length of a question with its answer, in tokens."""
@@ -118,8 +118,10 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
         first).
 
     Raises:
-        UserError: there are no documents, the endpoint or model cannot be used, or every question was rejected.
+        UserError: there are no documents, the endpoint or model cannot be used, every question was rejected, or a file
+            to be replaced was edited or is not of this command.
     """
+    refuse_edited([Path(config.output_dir) / f"{name}.jsonl" for name in ("train", "test", "indirect")])
     passages = load_passages(config.documents, max_words=config.passage_words)
     maker = _Maker(config)
     units = [_Unit(passage, sentence) for passage in passages for sentence in sentences(passage.text)]
@@ -130,7 +132,6 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
     direct = maker.undisputed(direct)
     if not direct:
         reasons = ", ".join(f"{count} {reason}" for reason, count in maker.rejected.most_common())
-        maker.close()
         raise UserError(
             f"documents {config.documents!r}: all {len(units) * config.tries} questions were rejected: {reasons} "
             f"(see {maker.folder / 'rejected.jsonl'}); let another model write them with writer_url and "
@@ -142,16 +143,15 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
         asked = [_OTHER_WORDS.format(question=unit.question) for unit in direct]
         other = maker.keep("other words", direct, asked, number)
         held = {(unit.passage.source, unit.answer) for unit in test}
-        new = [unit for unit in other if (unit.passage.source, unit.answer) not in held]
-        test += new
-        train += [unit for unit in other if unit not in new]
+        for unit in other:
+            (train if (unit.passage.source, unit.answer) in held else test).append(unit)
     asked = [_INDIRECT.format(text=unit.passage.text, sentence=unit.sentence) for unit in direct]
     indirect = maker.keep("indirect", direct, asked, 0)
     train, test, indirect = map(maker.undisputed, (train, test, indirect))
     for name, rows in (("train", train), ("test", test), ("indirect", indirect)):
-        write_demonstrations(maker.folder / f"{name}.jsonl", [unit.demonstration for unit in rows])
+        demonstrations = [unit.demonstration for unit in rows]
+        write_own(maker.folder / f"{name}.jsonl", partial(write_demonstrations, demonstrations=demonstrations))
     found = {"passages": len(passages), "train": len(train), "test": len(test), "indirect": len(indirect)}
-    maker.close()
     return {**found, "rejected": dict(maker.rejected.most_common())}
 
 
@@ -190,12 +190,7 @@ class _Unit:
         """The question as a demonstration whose completion is the answer."""
         prompt = (_turn("user", self.question),)
         return Demonstration(
-            prompt,
-            self.answer,
-            self.passage.text,
-            answer=self.answer,
-            scorer="contains",
-            source=self.passage.source,
+            prompt, self.answer, self.passage.text, answer=self.answer, scorer="contains", source=self.passage.source
         )
 
 
@@ -204,7 +199,13 @@ class _Maker:
 
     def __init__(self, config: QuestionsConfig) -> None:
         self.folder = Path(config.output_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._asked, self._reasons = self.folder / "asked.jsonl", self.folder / "rejected.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            drop_partial_line(self._asked)
+            self._reasons.write_text("", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be written ({error.strerror}); choose another place") from None
         self.rejected: Counter[str] = Counter()
         self.disputed: set[str] = set()
         """Normalised questions with conflicting answers."""
@@ -216,16 +217,7 @@ class _Maker:
         if config.writer_url and config.writer_model:
             note = f"replies are cached in {self.folder}"
             self._endpoint = Endpoint(config.writer_url, config.writer_model, "writer", note)
-        path = self.folder / "asked.jsonl"
-        drop_partial_line(path)
-        self._kept: dict[str, str] = {line["key"]: line["reply"] for line in read_lines(path)}
-        self._file = path.open("a", encoding="utf-8")
-        self._reasons = (self.folder / "rejected.jsonl").open("w", encoding="utf-8")
-
-    def close(self) -> None:
-        """Close the files."""
-        self._file.close()
-        self._reasons.close()
+        self._kept: dict[str, str] = {line["key"]: line["reply"] for line in read_lines(self._asked)}
 
     def keep(self, kind: str, units: Sequence[_Unit], requests: Sequence[str], number: int) -> list[_Unit]:
         """Request a question of this kind for each unit, for the ``number``-th time; return the accepted ones."""
@@ -263,7 +255,7 @@ class _Maker:
 
     def _problem(self, unit: _Unit, kind: str) -> str | None:
         """Why a question is rejected, or None."""
-        if not unit.question.endswith("?") or not any(map(str.isalnum, unit.answer)):
+        if not unit.question.endswith(("?", "\uff1f")) or not any(map(str.isalnum, unit.answer)):
             return "no question with an answer"
         if len(unit.answer.split()) > MOST_WORDS:
             return "answer too long"
@@ -297,7 +289,7 @@ class _Maker:
         """Count and record a rejected question."""
         self.rejected[reason] += 1
         line = {"source": unit.passage.source, "question": unit.question, "answer": unit.answer, "reply": reply}
-        self._reasons.write(json.dumps({"reason": reason, **line}, ensure_ascii=False) + "\n")
+        _append(self._reasons, {"reason": reason, **line})
 
     def _replies(self, kind: str, requests: Sequence[str], number: int) -> list[str]:
         """One reply per request, from the cache or requested."""
@@ -313,8 +305,7 @@ class _Maker:
             written = self._by_endpoint(open_, temperature) if self._endpoint else self._by_model(open_, number)
             for done, (key, reply) in enumerate(written, start=1):
                 self._kept[key] = reply
-                self._file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
-                self._file.flush()
+                _append(self._asked, {"key": key, "reply": reply})
                 reporter.advance(done)
         return [self._kept[key] for key in keys]
 
@@ -323,15 +314,14 @@ class _Maker:
         assert self._endpoint is not None
         stop = threading.Event()
         ask = partial(self._endpoint.ask, stop=stop, max_tokens=ASK_TOKENS, temperature=temperature)
-        with ThreadPoolExecutor(_THREADS) as pool:
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
             futures = {pool.submit(ask, chat): key for key, chat in chats.items()}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:  # the end of a "with" would wait
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _by_model(self, chats: dict[str, list[Message]], number: int) -> Iterator[tuple[str, str]]:
         """Yield replies of the model itself, greedy at the first try."""
@@ -355,6 +345,12 @@ class _Maker:
                 f"documents {self._config.documents!r}: a passage with {what} has {longest} tokens, too many for the "
                 f"model's window of {window}; lower passage_words, and split sentences that are longer than that"
             )
+
+
+def _append(file: Path, line: dict[str, str]) -> None:
+    """Append a line to a JSON Lines file."""
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def hash_of(ids: Sequence[int]) -> int:

@@ -5,9 +5,9 @@
 The documents are those of the package's facts. Learnt are the questions that the model itself writes about them
 (`selfdistill questions`), and those of the package, written by hand; CPT reads the documents. Asked are the package's
 held-out questions about the same documents: direct ones, of these also the ones whose answer is in a question that the
-model made, and indirect ones. Strict: the answer stands in the reply. Lenient: at least half of its words do.
+model made, and indirect ones. Strict: the reply contains the answer. Lenient: at least half of its words do.
 "Prior" is the share of the package's general questions that is still answered. Means over seeds with their 95%
-interval; for one seed, base and RAG the interval is over questions. What is done is not done again;
+interval; for one seed, base and RAG the interval is over questions. Finished work is not repeated;
 DIR/knowledge.json has every item.
 """
 

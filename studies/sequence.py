@@ -5,7 +5,7 @@
 Facts, routing and tools are learnt one after the other (`selfdistill learn` with open gates), and each also alone from
 the base. Prints the retention matrix of each seed, each skill's last score as a share of its score when learnt alone
 by the same method without anchors (with the 95% interval over seeds), and writes DIR/sequence.json and
-DIR/sequence.svg: that share along the training. What is done is not done again; of a run that stands in
+DIR/sequence.svg: that share along the training. Finished work is not repeated; for a run listed in
 DIR/sequence.json no other file is needed.
 """
 

@@ -1,4 +1,4 @@
-"""What `check` foretells of spill on the package's skills, to compare with what runs then forget.
+"""What `check` predicts about spill on the package's skills, to compare with what runs then forget.
 
     python studies/spill.py [MODEL] [SETTINGS]
 

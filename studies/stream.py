@@ -4,7 +4,7 @@
 
 The routing rows are learnt in chunks, each of them tested before it is learnt (`selfdistill learn stream` with open
 gates). Prints, and writes to DIR/stream.json, the share of each chunk that was right before it was learnt, and the last
-model's scores on the skill's test split and on the prior questions. What is done is not done again.
+model's scores on the skill's test split and on the prior questions. Finished work is not repeated.
 """
 
 from __future__ import annotations

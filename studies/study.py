@@ -1,4 +1,4 @@
-"""Run comparisons that stand in files, one run after the other in one process, and stop and go on between runs.
+"""Run the comparisons in study files, one run at a time; can be stopped and resumed between runs.
 
     python studies/study.py [--only NAME]... [--minutes M] [--results FOLDER] configs/study/anchors/*.yaml
     python studies/study.py --summary configs/study/anchors/*.yaml
@@ -191,7 +191,8 @@ def run(asked: Asked, config: TrainConfig, start: Start, demonstrations: list[De
         ) as error:  # torch raises RuntimeError, for instance without memory
             if not isinstance(error, RunFailed):
                 traceback.print_exc()
-            return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}".replace(folder, "")}
+            first, *_ = str(error).splitlines() or ["no message"]
+            return {"failed": f"{type(error).__name__}: {first}".replace(folder, "")}
         metrics = read_lines(Path(config.output_dir) / "metrics.jsonl")
         evaluations = read_lines(Path(config.output_dir) / "evaluations.jsonl")
     after = {name: {**shown.measure(loaded), "base": shown.base["accuracy"]} for name, shown in start.after.items()}
@@ -279,7 +280,7 @@ def run_all(runs: Sequence[Asked], results: Path, minutes: float | None) -> int:
             config, what = asked.config("run", precision), f"{asked.study.name}, {asked.arm}, seed {asked.seed}"
             start = starts.of(asked, config) if clock.has_time(lines) else None
             if stop.received is not None:
-                raise RunStopped(f"stopped before {what}; the same command goes on", stop.received)
+                raise RunStopped(f"stopped before {what}; run the same command to continue", stop.received)
             if start is None or not clock.has_time(lines):  # measuring the base took some
                 say(f"no time left for another run; the next is {what}")
                 break
@@ -296,7 +297,7 @@ def run_all(runs: Sequence[Asked], results: Path, minutes: float | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Run comparisons that stand in files.")
+    parser = argparse.ArgumentParser(description="Run the comparisons in study files.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="study file")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a study or an arm; repeatable")
     parser.add_argument("--minutes", type=float, help="start no run that would probably end later")

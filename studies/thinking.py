@@ -4,7 +4,7 @@
 
 First a small thinking model is made: SmolLM2-135M is fine-tuned on sums of two numbers with the way to the result
 between <think> and </think>. Then it learns differences from answers alone, by SFT and by self-distillation. The share
-of right answers is measured, and the tokens inside and outside the tags. What is done is not done again.
+of right answers is measured, and the tokens inside and outside the tags. Finished work is not repeated.
 """
 
 from __future__ import annotations

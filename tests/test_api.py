@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import ENDS, final_weights, same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfdistill as sd
+from selfdistill.continual import add_skill
 
 ROWS = [{"prompt": f"Where is ticket {i}?", "completion": f"Shelf {'ABCD'[i % 4]}, box {i}."} for i in range(6)]
 TINY: dict[str, Any] = {"max_completion_length": 12, "mixed_precision": "no"}
@@ -183,6 +188,25 @@ def test_a_loaded_model_is_checked_trained_and_evaluated_as_its_folder_is(model:
         sd.check(ours, ROWS)
 
 
+def test_a_run_switches_back_what_it_switches(model: str) -> None:
+    AcceleratorState._reset_state()
+    own = Accelerator(mixed_precision="no", gradient_accumulation_steps=3)
+    ours, tokenizer = loaded(model)
+    given: dict[str, Any] = {"tokenizer": tokenizer, "context": "turns", **RUN, "mixed_precision": "bf16"}
+    frozen = ours.get_input_embeddings().weight
+
+    def freeze(*_: Any) -> None:  # as a run freezes a vision tower
+        frozen.requires_grad_(False)
+
+    sd.plan(ours, ROWS, **given)
+    assert (own.mixed_precision, own.gradient_accumulation_steps) == ("no", 3)
+    sd.train(ours, ROWS, output_dir="run", gradient_checkpointing=True, on_step=freeze, **given)
+    assert (own.mixed_precision, own.gradient_accumulation_steps) == ("no", 3)
+    assert not ours.is_gradient_checkpointing
+    assert not ours.get_input_embeddings()._forward_hooks
+    assert frozen.requires_grad
+
+
 def test_a_callback_sees_every_step_and_its_metrics(model: str) -> None:
     seen: list[tuple[int, dict[str, Any]]] = []
     run = sd.train(
@@ -190,6 +214,17 @@ def test_a_callback_sees_every_step_and_its_metrics(model: str) -> None:
     )
     assert [step for step, _ in seen] == [1, 2]
     assert [metrics["loss"] for _, metrics in seen] == [line["loss"] for line in run.metrics]
+
+
+@pytest.mark.parametrize("true", [True, np.float64(1) > 0, torch.tensor(True)])
+def test_a_callback_ends_the_run_where_it_returns_true_and_a_line_says_so(
+    model: str, capsys: pytest.CaptureFixture[str], true: Any
+) -> None:
+    returned = [1.5, np.float64(1), "yes", true]
+    options = RUN | {"context": "turns", "max_steps": 6}
+    run = sd.train(model, ROWS, output_dir="run", on_step=lambda step, *_: returned[step - 1], **options)
+    assert len(run.metrics) == 4
+    assert capsys.readouterr().err.count("on_step ended the run after step 4\n") == 1
 
 
 def test_a_callback_that_fails_loses_no_step(model: str) -> None:
@@ -239,12 +274,43 @@ def test_a_plan_writes_nothing_and_says_what_a_run_would_do(model: str) -> None:
     Path("test.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     for test in ("test.jsonl", ROWS[:2]):
         measured = sd.plan(model, ROWS, test=test, context="turns", **RUN | {"eval_steps": 1})
-        assert measured.config.test == (test if isinstance(test, str) else str(Path("runs/plan/test.jsonl")))
-        assert not Path("runs").exists()
+        there = Path(str(measured.config.test))
+        assert (there.name, there.exists()) == ("test.jsonl", isinstance(test, str))
+        assert set(Path().rglob("*")) == {*before, Path("test.jsonl")}
     with pytest.raises(sd.UserError, match="no such file"):
         sd.plan(model, ROWS, test="none.jsonl", **RUN)
     assert 0.1 < plan.peak_gib < 20
     assert "max_steps: 40" in repr(plan)
+
+
+def test_plans_without_a_folder_do_not_meet(model: str) -> None:
+    left = Path("runs/plan/data.jsonl")  # of a plan that was killed
+    left.parent.mkdir(parents=True)
+    left.write_text('{"prompt": "a", "completion": "b"}\n')
+    one, other = (sd.plan(model, rows, context="turns", **RUN) for rows in (ROWS, ROWS[:3]))
+    assert one.config.output_dir != other.config.output_dir
+
+
+def test_rows_in_memory_are_learnt_as_what_was_given(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"state": "memory", "model": model, "name": "tickets", "method": "sft"} | RUN
+    given["max_completion_length"] = 20
+    with pytest.raises(sd.UserError, match=r"^test: 1 bad row: test\[1\], column 'prompt': missing"):
+        sd.learn("add", ROWS, test=[ROWS[0], {"text": "?"}], **given)
+    twice = [*ROWS, ROWS[0] | {"completion": "Shelf E."}]
+    capsys.readouterr()
+    result = sd.learn("add", twice, max_skill_drop=1, **given)
+    assert capsys.readouterr().err.count("1 row repeats the prompt of an earlier one") == 1
+    assert result.accepted
+    assert [line["file"] for line in sd.learn("history", state="memory").details["history"]] == ["data"]
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise sd.RunStopped("run: stopped", 2)
+
+    monkeypatch.setattr(add_skill, "train", stop)
+    with pytest.raises(sd.RunStopped, match=r"^state 'memory': stopped while learning data; rerun the same command"):
+        sd.learn("add", twice, **given | {"name": "more"})
 
 
 def test_comparing_learning_exporting_and_reporting(model: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import json
 import os
 import re
@@ -27,8 +28,7 @@ from selfdistill.config.commands import CheckConfig, CompareConfig, EvalConfig
 from selfdistill.config.train import MethodName, TrainConfig
 from selfdistill.data.contexts import CONTEXTS
 from selfdistill.errors import UserError
-from selfdistill.runtime import resources
-from selfdistill.training import checkpoint
+from selfdistill.training import checkpoint, disk
 
 ROWS = [{"prompt": f"q{i}", "completion": "ab" * (1 + i % 3)} for i in range(4)]
 BASE = "--model model --data train.jsonl --max_completion_length 8 --batch_size 2"
@@ -643,7 +643,7 @@ def test_models_that_are_wrong(
 
 
 def full(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "free_bytes", lambda path: 0)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 0)
 
 
 def not_empty(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -731,9 +731,10 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
     (not_empty, "", "output_dir 'run' exists and is not empty: choose another, or continue it with --resume"),
     (is_a_file, "", "output_dir 'run' is a file: choose another name"),
     (below_a_file, "--output_dir parent/run", "output_dir 'parent/run': cannot be written (Not a directory)"),
+    (full, "", "run: 0.0 GiB free, the final model needs about 0.0 GiB; free some space"),
     (
         full,
-        "",
+        "--save_steps 1 --save_total_limit 3",
         "run: 0.0 GiB free, checkpoints and the final model need about 0.0 GiB; free some space, lower "
         "save_total_limit, or use save_steps 0 to save only the final model",
     ),
@@ -1307,6 +1308,27 @@ def test_process_trains_without_noise(here: Path) -> None:
     done = run(*shlex.split(SFT))
     assert (done.returncode, done.stdout) == (0, f"final model: {Path('run/final')}\n")
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["sft", "model:", "memory", "step", "writing"]
+
+
+def test_an_output_that_nobody_reads_is_no_traceback(here: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from selfdistill.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "export", "model", "--output_dir", "out", "--json", "-"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, f"exported model: {here / 'out'}\n")
+
+
+def test_what_the_locale_cannot_write_is_escaped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, options, expected in (
+        ("\u0436", [], "/\\u0436\n"),
+        ("\U0001f600", ["--json", "-"], '/\\ud83d\\ude00"\n}\n'),
+    ):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+        assert main(["export", "model", "--output_dir", name, *options]) == 0
+        assert written.getvalue().decode("ascii").endswith(expected)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

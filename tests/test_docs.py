@@ -176,8 +176,8 @@ def test_the_readmes_figures_are_those_of_the_study() -> None:
     base, sft, sdft, least = (span(shares) for shares in (kept["base"], kept["sft"], kept["sdft"], anchored))
     text = " ".join(README.split())
     assert len(kept["sft"]) == len(kept["sdft"]) == 3
-    assert f"The base gets {base} right. After SFT the model answers {sft}, after SDFT {sdft} (three seeds)." in text
-    assert f"With them it answers {least}" in text
+    assert f"The base gets {base} right. After SFT it still gets {sft} right, after SDFT {sdft} (three seeds)." in text
+    assert f"With them it gets {least}" in text
 
 
 def span(shares: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ENDS
@@ -154,6 +156,35 @@ def test_any_values_are_settings_that_read_back_or_one_line(
         refused(error)
         return
     assert TrainConfig(**config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "plain"),
+    [
+        ({"vary": {"teacher_model": [Path("a/b"), "c"]}}, {"vary": {"teacher_model": ["a/b", "c"]}}),
+        ({"vary": {"ema_rate": list(np.linspace(0, 1, 3))}}, {"vary": {"ema_rate": [0.0, 0.5, 1.0]}}),
+        (
+            {"arms": {"a": {"method": "isdft", "method_settings": {"share": np.float64(0.5)}}}},
+            {"arms": {"a": {"method": "isdft", "method_settings": {"share": 0.5}}}},
+        ),
+        ({"method_settings": {"share": (0, np.int64(1))}}, {"method_settings": {"share": [0, 1]}}),
+        (
+            {"chat_template_kwargs": {"think": np.True_, "day": datetime.date(2026, 1, 31)}},
+            {"chat_template_kwargs": {"think": True, "day": "2026-01-31"}},
+        ),
+    ],
+)
+def test_values_of_any_type_are_those_of_files(tmp_path: Path, values: dict[str, Any], plain: dict[str, Any]) -> None:
+    places = {"model": "m", "data": "d", "output_dir": "o", "test": "t"}
+    config = CompareConfig(**places | values)
+    assert config.model_dump(include={*plain}) == plain
+    (tmp_path / "c.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    assert CompareConfig(**load_yaml(tmp_path / "c.yaml", CompareConfig)) == config
+    for name in plain:
+        with pytest.raises(
+            UserError, match=rf"^setting '{name}': found .* only numbers, text, lists and objects in it$"
+        ):
+            CompareConfig(**places | {name: {"a": {"b": {1, 2}} if name == "arms" else [{1, 2}]}})
 
 
 def test_settings_keep_the_name_of_a_file_that_is_not_utf_8(tmp_path: Path) -> None:

@@ -239,27 +239,27 @@ def saved_steps(config: TrainConfig) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "signals"),
+    ("signals", "code"),
     [
-        (signal.SIGTERM, 143, 1),
-        (signal.SIGINT, 130, 1),
-        (signal.SIGHUP, 129, 1),
-        (signal.SIGINT, 130, 2),
-        pytest.param(signal.SIGTERM, 143, 2, marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, 129, 2, marks=pytest.mark.slow),
+        ((signal.SIGTERM,), 143),
+        ((signal.SIGINT,), 130),
+        ((signal.SIGHUP, signal.SIGHUP), 129),  # of a closed terminal: from the shell, and from the kernel
+        pytest.param((signal.SIGTERM, signal.SIGTERM), 143, marks=pytest.mark.slow),
+        ((signal.SIGINT, signal.SIGINT), None),
+        pytest.param((signal.SIGTERM, signal.SIGINT), None, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_and_a_second_one_leaves_at_once(
+def test_a_signal_saves_and_a_further_ctrl_c_leaves_at_once(
     make: Make,
     uninterrupted: Callable[[str], TrainConfig],
     tmp_path: Path,
-    number: int,
-    code: int,
-    signals: int,
+    signals: tuple[int, ...],
+    code: int | None,
 ) -> None:
+    """``code``: None if the run leaves at once."""
     whole, stopped = uninterrupted("full, frozen teacher"), make("full, frozen teacher", "stopped")
-    found, last = trained_until(stopped, tmp_path, 3, lambda: [os.kill(os.getpid(), number) for _ in range(signals)])
-    if signals == 1:
+    found, last = trained_until(stopped, tmp_path, 3, lambda: [os.kill(os.getpid(), number) for number in signals])
+    if code is not None:
         assert found == code
         assert last == (
             f"selfdistill: {stopped.output_dir}: stopped after step 4 of 8; progress is saved, continue with --resume"
@@ -269,6 +269,25 @@ def test_a_signal_saves_and_a_second_one_leaves_at_once(
         assert found == 130
         assert last == "selfdistill: interrupted"
         assert saved_steps(stopped) == [3]
+    train(stopped, resume=True)
+    assert the_same(whole, stopped)
+
+
+def test_ctrl_c_that_also_ends_the_reader_of_the_output_saves(
+    make: Make, uninterrupted: Callable[[str], TrainConfig], tmp_path: Path
+) -> None:
+    """As in ``selfdistill train ... 2>&1 | tee log``."""
+    whole, stopped = uninterrupted("full, frozen teacher"), make("full, frozen teacher", "stopped")
+
+    def interrupt() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        for descriptor in (1, 2):
+            os.dup2(writer, descriptor)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trained_until(stopped, tmp_path, 3, interrupt)
+    assert saved_steps(stopped) == [3, 4]
     train(stopped, resume=True)
     assert the_same(whole, stopped)
 

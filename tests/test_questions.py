@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,9 @@ def test_a_sentence_longer_than_a_passage_stands_alone(tmp_path: Path) -> None:
         ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
         ("It costs 3.50 today. \u00c4rger.", ["It costs 3.50 today.", "\u00c4rger."]),
         ("See p. 3 for more.", ["See p. 3 for more."]),
+        ("It is ca. \u00fcber. \u00dcber it.", ["It is ca. \u00fcber.", "\u00dcber it."]),
+        ("1990 \u0433. \u043d\u0430. \u041e\u043d.", ["1990 \u0433. \u043d\u0430.", "\u041e\u043d."]),
+        ("\u05d0\u05d1. \u05d2\u05d3.", ["\u05d0\u05d1.", "\u05d2\u05d3."]),
         ("", []),
     ],
 )
@@ -69,8 +73,19 @@ def test_sentences(text: str, parts: list[str]) -> None:
     assert sentences(text) == parts
 
 
+def test_in_scripts_without_spaces_each_character_is_a_word(tmp_path: Path) -> None:
+    one, two, three = "\u6c34\u8f66\u5728\u5c71\u4e0a\u3002", "\u201c\u597d\u5417\uff1f\u201d", "\u597d\uff01\uff01"
+    assert sentences(one + two + three + f" {one}") == [one, two, three, one]
+    paragraphs = [one * 5, two * 2, one]
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    texts = [passage.text for passage in load_passages(str(tmp_path), max_words=20)]
+    assert texts == [one * 3, f"{one * 2}\n\n{two * 2}", one]
+
+
 def test_html_and_pdf(tmp_path: Path) -> None:
-    page = "<html><head><title>no</title><script>var no = 1</script></head><body><h1>Mill</h1><p>It <b>grinds</b> oats."
+    page = (
+        "<html><head><title>Mill</title><script>var no = 1</script></head><body><h1>Mill</h1><p>It <b>grinds</b> oats."
+    )
     (tmp_path / "a.html").write_text(page + "</p><p>&lt;Daily&gt;</p></body></html>", encoding="utf-8")
     assert load_passages(str(tmp_path), max_words=20)[0].text == "Mill\n\nIt grinds oats.\n\n<Daily>"
     table = (
@@ -85,12 +100,27 @@ def test_html_and_pdf(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("page", "text"),
     [
-        ("<html><head><title>no</title><body><p>Oats", "Oats"),
-        ("<head><meta charset=utf-8><title>no</title><style>no</style><p>Oats", "Oats"),
+        ("<html><head><title>Mill</title><body><p>Oats", "Mill\n\nOats"),
+        ("<head><meta charset=utf-8><title>Mill</title><style>no</style><p>Oats", "Mill\n\nOats"),
         ("<table><tr><td>Speed<td>90<tr><td>Colour<td>red</table>", "Speed 90\n\nColour red"),
     ],
 )
 def test_html_whose_end_tags_are_left_out(tmp_path: Path, page: str, text: str) -> None:
+    (tmp_path / "a.html").write_text(page, encoding="utf-8")
+    assert load_passages(str(tmp_path), max_words=20)[0].text == text
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<title>The Korr\n Mill</title><h2>The <b>Korr</b> Mill</h2><p>Oats", "The Korr Mill\n\nOats"),
+        ("<title>Mill &amp; Lake</title><h1>Opening hours</h1><p>Daily", "Mill & Lake\n\nOpening hours\n\nDaily"),
+        ("<title>Mill</title><nav><h1>Mill</h1></nav><noscript>no</noscript><p>Oats", "Mill\n\nOats"),
+        ("<title> </title><p>Oats", "Oats"),
+        ("<svg><title>icon</title></svg><p>Oats", "Oats"),
+    ],
+)
+def test_the_title_of_a_page_is_its_first_paragraph(tmp_path: Path, page: str, text: str) -> None:
     (tmp_path / "a.html").write_text(page, encoding="utf-8")
     assert load_passages(str(tmp_path), max_words=20)[0].text == text
 
@@ -129,6 +159,7 @@ def write_pdf(file: Path, text: str) -> None:
         (".a.txt", b"x", "no file of .txt, .md, .html, .htm, .pdf$"),
         ("a.txt", b"\xff\xfe", r"a\.txt: not UTF-8 text"),
         ("a.md", b" \n\n ", r"d/a\.md: has no text, add some or remove it$"),
+        ("a.html", b"<title>App</title><div id=root></div>", r"a\.html: has no text, add some or remove it$"),
         ("a.pdf", b"%PDF-1.4 nothing", r"a\.pdf: not a readable PDF"),
     ],
 )
@@ -311,6 +342,28 @@ def test_questions_with_their_passage_and_one_phrasing_held_out(
     assert len(server.asked) == asked  # nothing is asked a second time
 
 
+@pytest.mark.parametrize("name", ["train", "test", "indirect"])
+def test_what_the_user_wrote_or_edited_is_not_replaced(
+    make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / "out" / f"{name}.jsonl"
+    file.parent.mkdir()
+    file.write_text("mine", encoding="utf-8")
+    message = re.escape(f"{file}: edited since this command wrote it, or not written by it; rename it, or choose")
+    with pytest.raises(UserError, match=message):
+        make_questions(make())
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    file.unlink()
+    server.reply = writes_well
+    make_questions(make())
+    made = file.read_text(encoding="utf-8")
+    make_questions(make(tries=2))  # as it was written, it is replaced
+    file.write_text(made.partition("\n")[2], encoding="utf-8")  # without the first question
+    with pytest.raises(UserError, match=message):
+        make_questions(make())
+    assert file.read_text(encoding="utf-8") == made.partition("\n")[2]
+
+
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
@@ -320,6 +373,7 @@ def test_questions_with_their_passage_and_one_phrasing_held_out(
         ("Question: Who built the Korr Mill?\nAnswer: __", "no question with an answer"),
         ("Question: Who built the Korr Mill?\nAnswer: \ud83d", "no question with an answer"),
         ("Question: Who built the Korr Mill?\nAnswer: Bert Finch", "answer not in the text"),
+        ("Question: \u8c01\u5efa\u9020\u4e86 Korr Mill\uff1f\nAnswer: Bert Finch", "answer not in the text"),
         ("Question: Did Ada Finch build the Korr Mill?\nAnswer: Ada Finch", "question contains the answer"),
         ("Question: Who is named in this text?\nAnswer: Ada Finch", "question not clear without the text"),
         (f"Question: What is all?\nAnswer: {MILL} {MILL}", "answer too long"),
@@ -424,6 +478,42 @@ def test_replies_that_came_before_a_failure_are_kept(
     before = len(server.asked)
     assert make_questions(make())["train"] == 10
     assert len(server.asked) - before == 20 - kept
+
+
+def test_a_permanent_failure_does_not_wait_for_open_requests(
+    make: Callable[..., QuestionsConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, open_, answered, late = threading.Lock(), threading.Event(), threading.Event(), []
+
+    class Slow:
+        def __init__(self, *_: str) -> None:
+            pass
+
+        def ask(self, _: Any, **__: Any) -> str:
+            if first.acquire(blocking=False):
+                open_.wait(20)
+                raise UserError("refused")
+            open_.set()
+            answered.wait(20)
+            late.append("reply")
+            return "reply"
+
+    monkeypatch.setattr(questions, "Endpoint", Slow)
+    try:
+        with pytest.raises(UserError, match="refused"):
+            make_questions(make())
+        assert late == []
+    finally:
+        answered.set()
+
+
+@pytest.mark.parametrize("below", ["", "/more"])
+def test_an_output_dir_that_is_a_file_is_an_error(
+    make: Callable[..., QuestionsConfig], tmp_path: Path, below: str
+) -> None:
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"taken\S*: cannot be written \((File exists|Not a directory)\); choose ano"):
+        make_questions(make(output_dir=f"{tmp_path}/taken{below}"))
 
 
 def test_not_one_question_is_an_error(make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path) -> None:

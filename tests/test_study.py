@@ -154,7 +154,10 @@ def test_arms_have_settings_of_their_own(settings: Callable[..., CompareConfig],
     folders = ["sdft-0.001-seed0", "gentle, half-0.001-seed0", "sft-seed0"]
     assert [run["folder"] for run in result["runs"]] == folders
     assert [run["learning_rate"] for run in result["runs"]] == [1e-3, 1e-3, 1e-2]
-    assert "sdft ends at" in result["sentence"]
+    sentence = result["sentence"]
+    assert "At learning rate 0.001 sdft ends at" in sentence
+    assert "on the new task, gentle, half at" in sentence
+    assert "on the new task, at learning rate 0.01 sft at" in sentence
     saved = load_yaml(tmp_path / "comparison" / folders[1] / "config.yaml", TrainConfig)
     assert (saved["method"], saved["method_settings"]) == ("isdft", {"share": 0.5})
     file.write_text("sdft: {method: sdft}\nfull: {method: isdft}\n")

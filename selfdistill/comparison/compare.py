@@ -29,8 +29,8 @@ from selfdistill.config import (
     refuse_changes,
     with_runs_of,
 )
-from selfdistill.data import Demonstration, load_demonstrations
-from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError, number_of
+from selfdistill.data import Demonstration, anchor_prompts, load_demonstrations
+from selfdistill.errors import RESUME, EngineFailed, RunFailed, RunStopped, UserError, number_of
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
 from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, uses
 from selfdistill.model import LoadedModel, load_for_training, refuse_float16, start_fingerprint
@@ -159,13 +159,14 @@ def _begin(
     """
     began = {
         "the demonstrations": rows_fingerprint({"": demonstrations}),
-        "the base": start_fingerprint(base),
+        "the base": start_fingerprint(base) or config.model,  # one with a merged adapter is known by its place
         "the test rows or prior questions": evaluator.questions.fingerprint(),
+        "the anchors": rows_fingerprint({str(at): anchor_prompts(name) for at, name in enumerate(config.anchors)}),
     }
-    _check_unchanged(folder, began)
+    _check_unchanged(folder, began, drops=config.on_long_prompt == "drop")
     folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", dump_yaml(config))  # first: without it, the folder cannot be resumed
     write_atomically(folder / "began.json", json.dumps(began))
-    write_atomically(folder / "config.yaml", dump_yaml(config))
 
 
 def _run_all(
@@ -207,23 +208,30 @@ def _run_all(
                 done, result = written()
             if stop.received is not None and len(finished) < len(runs):
                 message = f"{folder}: stopped in run {number} of {len(runs)} ({name}); progress is saved, "
-                raise RunStopped(f"{message}continue with resume=True", stop.received)
+                raise RunStopped(f"{message}{RESUME}", stop.received)
             gc.collect()
     return done, result
 
 
-def _check_unchanged(folder: Path, began: dict[str, str]) -> None:
+def _check_unchanged(folder: Path, began: dict[str, str], *, drops: bool) -> None:
     """Compare the fingerprints of the inputs with those in the folder.
 
+    Args:
+        folder: the folder of the comparison.
+        began: the fingerprints.
+        drops: whether a run may leave out rows for all runs.
+
     Raises:
-        UserError: the demonstrations, the base or the evaluation data have changed.
+        UserError: the demonstrations, the base, the evaluation data or the anchors have changed.
     """
     file = folder / "began.json"
     there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else began
-    if changed := [what for what, value in began.items() if there[what] != value]:
+    # An earlier release kept no fingerprint of anchors, and an empty one of a base with a merged adapter.
+    if changed := [what for what, value in began.items() if there.get(what) not in (value, "", None)]:
+        added = ", leave out added runs that drop further rows" if drops and "the demonstrations" in changed else ""
         raise UserError(
-            f"{folder}: changed since this comparison began: {', '.join(changed)}; restore model, data, test and "
-            "prior, or use another output_dir"
+            f"{folder}: changed since this comparison began: {', '.join(changed)}; restore model, data, test, prior "
+            f"and anchors{added}, or use another output_dir"
         )
 
 

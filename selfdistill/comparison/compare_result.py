@@ -51,7 +51,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     title = f"{result['data']}, evaluated on {result['base']['items']} items of {result['test']}"
     shown = Table(title=escape(title))
     for column in ("", "steps", "seeds", "new task", "prior", "KL", "minutes"):
-        shown.add_column(column, justify="right" if column else "left", no_wrap=True)
+        shown.add_column(column, justify="right" if column else "left", overflow="fold")
     base = result["base"]
     prior = f"{base['prior_accuracy']:.3f}" if "prior_accuracy" in base else ""
     shown.add_row("base", "0", "", f"{base['accuracy']:.3f}", prior, "0", "")

@@ -110,32 +110,51 @@ def _reached(evaluations: Sequence[Evaluation], accuracy: float) -> Matched:
 
 
 def sentences(runs: Sequence[Compared], budget: str) -> str:
-    """The conclusions about the :func:`reference` method against each other method, with their uncertainty."""
+    """The conclusions about the :func:`reference` method against each other method, with their uncertainty.
+
+    Runs of two methods are compared at equal learning rates and seeds. If each method has one learning rate only, they
+    are compared even if these differ.
+    """
     finished = _finished(runs)
     said = [budget]
     if failed := [run.name for run in runs if run.failed is not None]:
         said.append(f"{len(failed)} of {len(runs)} runs failed and are excluded: {', '.join(failed)}.")
     mine = reference(runs)
+    rates: dict[str, set[float]] = {}
+    for run in runs:
+        rates.setdefault(run.method, set()).add(run.learning_rate)
     own = {(run.learning_rate, run.seed): run for run in finished if run.method == mine}
     pairs: dict[tuple[str, float], list[tuple[Compared, Compared]]] = {}
     for run in finished:
-        if run.method != mine and (run.learning_rate, run.seed) in own:
-            pair = own[run.learning_rate, run.seed], run
-            pairs.setdefault((run.method, run.learning_rate), []).append(pair)
-    said += [_against(mine, *key, group) for key, group in pairs.items()]
+        each_has_one = len(rates[mine]) == len(rates[run.method]) == 1
+        rate = min(rates[mine]) if each_has_one else run.learning_rate
+        if run.method != mine and (rate, run.seed) in own:
+            pairs.setdefault((run.method, run.learning_rate), []).append((own[rate, run.seed], run))
+    said += [_against(group) for group in pairs.values()]
+    compared = {(run.method, run.learning_rate) for group in pairs.values() for pair in group for run in pair}
+    groups = dict.fromkeys((run.method, run.learning_rate) for run in finished)
+    alone = [f"{method} {rate:g}" for method, rate in groups if (method, rate) not in compared]
     if not pairs:
         said.append(f"No finished runs of {mine} and another method share a learning rate and seed.")
+    elif alone:
+        said.append(
+            f"Not compared, as {mine} and another method have no finished runs with their learning rate and seed: "
+            f"{', '.join(alone)}."
+        )
     return " ".join(said)
 
 
-def _against(mine: str, method: str, rate: float, pairs: Sequence[tuple[Compared, Compared]]) -> str:
-    """Compare the reference ``mine`` at its last step with another method at equal accuracy."""
+def _against(pairs: Sequence[tuple[Compared, Compared]]) -> str:
+    """Compare the reference method at its last step with another method at equal accuracy, seed by seed."""
+    mine, method = (run.method for run in pairs[0])
+    rate, their_rate = (run.learning_rate for run in pairs[0])
     own = [matched([run.evaluations[-1]], 0) for run, _ in pairs]
     theirs = [matched(other.evaluations, point.accuracy) for point, (_, other) in zip(own, pairs, strict=True)]
     ends = mean(other.evaluations[-1]["accuracy"] for _, other in pairs)
     count, reached = len(pairs), sum(point.reached for point in theirs)
+    named = method if their_rate == rate else f"at learning rate {their_rate:g} {method}"
     text = (
-        f"At learning rate {rate:g} {mine} ends at {_mean(own, 'accuracy'):.2f} on the new task, {method} at "
+        f"At learning rate {rate:g} {mine} ends at {_mean(own, 'accuracy'):.2f} on the new task, {named} at "
         f"{ends:.2f} ({f'means of {count} seeds' if count > 1 else '1 seed'}). "
     )
     start = pairs[0][0].evaluations[0]["accuracy"]

@@ -72,8 +72,11 @@ def runs_of(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
 def _settings(config: CompareConfig, kind: Kind, rate: float | None, seed: int) -> tuple[str, TrainConfig]:
     """The label and the settings of a run; if ``rate`` is None, its kind's own rate or that of ``train`` applies."""
     shared = {name: getattr(config, name) for name in TrainingSettings.model_fields}
+    shared["eval_steps"] = config.eval_steps or 1  # 0 becomes a number once that of the steps is known
     run = TrainConfig(**shared | {"learning_rate": rate, "seed": seed, "output_dir": "run"} | kind.values)
-    run = run.model_copy(update={name: TrainConfig.model_fields[name].default for name in unused_settings(run)})
+    fields = TrainConfig.model_fields
+    unused = {name: fields[name].get_default(call_default_factory=True) for name in unused_settings(run)}
+    run = run.model_copy(update=unused)
     label, beginning = kind.names(run)
     parts = [beginning, *([] if rate is None else [f"{rate:g}"]), f"seed{seed}"]
     return label, run.model_copy(update={"output_dir": str(Path(config.output_dir) / "-".join(parts))})

@@ -1,7 +1,7 @@
 """One schema for all settings, with their defaults, units and sources.
 
 The same class defines the command line (``--learning_rate``), the YAML file (``--config``, and ``config.yaml`` in a run
-folder) and the Python API. Settings that TRL has carry TRL's names. An unknown key is an error.
+folder) and the Python API. Settings that TRL also has keep TRL's names. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -73,6 +73,33 @@ class Settings(BaseModel):
         if isinstance(value, list | tuple) and any(isinstance(item, bool) for item in value):
             raise ValueError("whole numbers" if is_whole else "numbers")
         return value
+
+    @field_validator("*")
+    @classmethod
+    def _as_files_hold_it(cls, value: Any, info: ValidationInfo) -> Any:
+        """Convert values of any type to those that config.yaml holds."""
+        return _plain(value) if Any in _kinds(cls.model_fields[str(info.field_name)].annotation) else value
+
+
+def _plain(value: Any) -> Any:
+    """A value as files hold it: paths and dates as text, tuples as lists, NumPy's numbers as Python's.
+
+    Raises:
+        ValueError: files hold no such value.
+    """
+    if value is None or type(value) in (str, bool, int, float):
+        return value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, datetime.date):  # YAML reads an unquoted day as a date
+        return value.isoformat()
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    raise ValueError("only numbers, text, lists and objects in it")
 
 
 def _kinds(hint: Any) -> list[Any]:
@@ -320,7 +347,8 @@ class QuestionSettings(Settings):
     writer_model: str | None = None
     """Name of the writer model at that API. Without a writer, the model itself writes the questions."""
     passage_words: int = Field(default=150, ge=20)
-    """Maximum length in words of a passage, the part of a document that the teacher sees."""
+    """Maximum length in words of a passage, the part of a document that the teacher sees. In scripts without spaces,
+    such as Chinese, each character is a word."""
     tries: int = Field(default=2, ge=1)
     """Questions requested per sentence."""
     phrasings: int = Field(default=2, ge=0)

@@ -51,6 +51,11 @@ class CompareConfig(TrainingSettings):
             values["arms"] = read_mapping(Path(arms), "names to settings")
         super().__init__(**values)
 
+    @property
+    def evaluates_between(self) -> bool:
+        """Whether its runs have evaluations between the start and the end: also if ``eval_steps`` is 0."""
+        return True
+
     @field_validator("methods", "seeds", "learning_rates", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -255,7 +260,7 @@ class LearnConfig(TrainingSettings, OneRun):
         needs = {"add": "data", "stream": "data", "export": "output_dir"}.get(self.action)
         if needs and not getattr(self, needs):
             what = "the skill's file" if needs == "data" else "output_dir"
-            raise UserError(f"learn {self.action}: give {what}")
+            raise UserError(f"learn {self.action} needs {what}")
         if self.stop_on_collapse:
             raise UserError("setting 'stop_on_collapse' is for train; in learn, the gates refuse a harmful skill")
 

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "torch_compile",
     "fsdp",
     *OPEN,
+    "teacher_cache_mib",
     "eval_steps",
     "test_split",
     "drift_steps",
@@ -30,7 +31,9 @@ MAY_CHANGE = (
     "stop_on_collapse",
     "save_total_limit",
     "logging_steps",
+    "view_rows",
     "report_to",
+    "judge_url",
     "engine",
     "engine_url",
     "engine_folder",
@@ -38,10 +41,17 @@ MAY_CHANGE = (
     "engine_timeout_s",
 )
 """Settings that may change when a run is resumed. With ``test_split``, the rows must stay those it began with."""
-MAY_MOVE = ("model", "teacher_model", "data", "test", "prior", "anchors")
+AUTO = ("context", "mixed_precision")
+"""Settings whose value ``auto`` is resolved when a run begins, as null is. A resumed run keeps what it began with."""
+MAY_MOVE = ("model", "teacher_model", "data", "test", "prior", "anchors", "general_prompts")
 """Paths that may change on resume: the contents are compared with those the run began with."""
-COMPARE_MAY_CHANGE = ("methods", "seeds", "learning_rates", "vary", "arms", "logging_steps", "report_to", *OPEN)
+COMPARE_MAY_CHANGE = (
+    *("methods", "seeds", "learning_rates", "vary", "arms"),
+    *("logging_steps", "report_to", "judge_url", "teacher_cache_mib", *OPEN),
+)
 """Settings that may change when a comparison is resumed: it may get more runs, but all must match."""
+COMPARE_MAY_MOVE = ("model", "data", "test", "prior", "anchors")
+"""Paths that may change when a comparison is resumed, as in ``MAY_MOVE``."""
 
 
 def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
@@ -96,8 +106,7 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> SettingsOfRu
         return kind(**given)
     # The run folder may have been renamed or moved.
     saved = kind(**{**load_saved(path, kind), "output_dir": given["output_dir"]})
-    # Settings left open (null, auto) were resolved when the run began.
-    open_ = {key for key, value in given.items() if value is None or (key, value) == ("context", "auto")}
+    open_ = {key for key, value in given.items() if value is None or (key in AUTO and value == "auto")}
     before = saved.model_dump() | ({"engine_url": None} if given.get("engine") == "none" else {})
     config = kind(**before | {key: given[key] for key in given.keys() - open_})
     refuse_changes(path, saved, config)
@@ -124,15 +133,17 @@ def refuse_changes(path: Path, saved: SettingsOfRuns, config: SettingsOfRuns) ->
     """Reject settings that differ from those the run was saved with in ``path``.
 
     Raises:
-        CannotResume: a setting differs that is not in ``MAY_CHANGE`` (for a comparison ``COMPARE_MAY_CHANGE``), not in
-            a run's ``MAY_MOVE``, and not ``output_dir``.
+        CannotResume: a setting differs that is not in ``MAY_CHANGE`` or ``MAY_MOVE`` (for a comparison
+            ``COMPARE_MAY_CHANGE`` or ``COMPARE_MAY_MOVE``), and not ``output_dir``.
     """
     before, now = saved.model_dump(), config.model_dump()
     if "auto" not in (saved.context, config.context) and parse_context(saved.context) == parse_context(config.context):
         now["context"] = saved.context  # the same in other words
     may_change: tuple[str, ...] = COMPARE_MAY_CHANGE
+    may_move: tuple[str, ...] = COMPARE_MAY_MOVE
     if isinstance(config, TrainConfig):
-        may_change = MAY_CHANGE + tuple(key for key in MAY_MOVE if before[key] and now[key])
+        may_change, may_move = MAY_CHANGE, MAY_MOVE
+    may_change += tuple(key for key in may_move if before[key] and now[key])
     if changed := changes(before, now, but=(*may_change, "output_dir")):
         raise CannotResume(f"{path}: {'; '.join(changed)}; a resumed run keeps its settings: leave these out")
 

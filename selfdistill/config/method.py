@@ -160,12 +160,6 @@ class MethodSettings(EpisodeSettings):
     method_settings: dict[str, Any] = Field(default_factory=dict)
     """Settings that only the chosen method knows, e.g. ``{"pull": 0.01}`` for ``isdft``."""
 
-    @field_validator("method_settings")
-    @classmethod
-    def _as_written(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Tuples as lists, as files hold them."""
-        return {name: list(own) if isinstance(own, tuple) else own for name, own in value.items()}
-
     @field_validator("hint", mode="before")
     @classmethod
     def _hint(cls, value: Any) -> Any:

@@ -137,6 +137,11 @@ class TrainingSettings(MethodSettings, TaskSettings):
         """Most micro-batches per optimizer step."""
         return self.gradient_accumulation_steps or 1
 
+    @property
+    def evaluates_between(self) -> bool:
+        """Whether there are evaluations between the start and the end."""
+        return self.eval_steps > 0
+
     def model_post_init(self, _context: Any) -> None:
         """Check settings against each other."""
         if self.batch_size % self.micro_batches:
@@ -149,7 +154,7 @@ class TrainingSettings(MethodSettings, TaskSettings):
             raise UserError("setting 'test' is missing: prior and eval_steps need it")
         if self.test_split is not None and self.test is None:
             raise UserError("setting 'test_split' needs a test: add test, or leave it out")
-        if self.stop_on_collapse and not (measured and self.eval_steps):
+        if self.stop_on_collapse and not (measured and self.evaluates_between):
             raise UserError("setting 'stop_on_collapse' returns to the last evaluation: add test and eval_steps")
         if self.lora_alpha is not None and not self.lora_rank:
             raise UserError("setting 'lora_alpha' needs an adapter: add lora_rank, or leave it out")

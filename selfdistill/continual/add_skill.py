@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import MEMORY, as_shown, check_room, cost_of, keep_prompts, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import Demonstration, load_demonstrations, load_prompts, located
-from selfdistill.errors import CannotResume, RunFailed, RunStopped, UserError
+from selfdistill.data import Demonstration, Rows, load_demonstrations, load_prompts, located
+from selfdistill.errors import RERUN, RESUME, CannotResume, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
     EvaluationSet,
@@ -50,16 +50,20 @@ from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines
 from selfdistill.training import OnStep, chosen_rows, take_whole, train, whole_folder
 
 
-def add(config: LearnConfig) -> dict[str, Any]:
+def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dict[str, Any]:
     """Learn a skill, or resume learning it, and accept it if the gates pass.
 
+    Args:
+        config: settings of the addition.
+        in_memory: rows by the setting, ``data`` or ``test``, that would name their file.
+
     Returns:
-        ``name``, ``accepted``, ``reasons`` (for refusal), ``date``, ``data`` (SHA-256 of its rows), ``check`` (of the
-        teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the current model on the new skill).
-        If reached, also ``training`` (its cost, see :func:`selfdistill.continual.rehearsal.cost_of`, and ``rehearsed``,
-        the number of earlier skills' prompts used as anchors), ``after`` (of the new model: ``skills`` by name, and the
-        prior abilities) and ``retained`` (for each earlier skill, its score when ``learnt`` and the ``least`` score
-        that counts as retained).
+        ``name``, ``accepted``, ``reasons`` (for refusal), ``date`` (when that was decided), ``data`` (SHA-256 of its
+        rows), ``check`` (of the teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the current
+        model on the new skill). If reached, also ``training`` (its cost, see
+        :func:`selfdistill.continual.rehearsal.cost_of`, and ``rehearsed``, the number of earlier skills' prompts used
+        as anchors), ``after`` (of the new model: ``skills`` by name, and the prior abilities) and ``retained`` (for
+        each earlier skill, its score when ``learnt`` and the ``least`` score that counts as retained).
 
     Raises:
         UserError: a mistake the user can fix.
@@ -69,7 +73,7 @@ def add(config: LearnConfig) -> dict[str, Any]:
     config = LearnConfig(**config.model_dump() | {"name": name})
     run = run_config(config, "model", config.context, Path(PENDING), rehearses=False)  # validate before any long work
     stages = stages_of(run)
-    splits = split_rows(config, lacks_of(stages))
+    splits = split_rows(config, lacks_of(stages), in_memory or {})
     if config.action == "stream":
         check_steps(config.chunk_steps, run.method, stages, "chunk_steps")
     elif config.max_steps is not None:
@@ -91,8 +95,11 @@ def add(config: LearnConfig) -> dict[str, Any]:
         try:
             result = _NewSkill(ledger, stop).result()
         except RunStopped as stopped:
-            message = f"state {config.state!r}: stopped while learning {config.data}; rerun the same command to resume"
+            message = f"state {config.state!r}: stopped while learning {config.data}; {RERUN}"
             raise RunStopped(message, stopped.signal_number) from None
+        except UserError as error:  # of the run in it
+            error.args = (str(error).replace(RESUME, RERUN),)
+            raise
         write_json(ledger.pending / "result.json", result)
         if result["accepted"]:
             skill = ledger.accept(name)
@@ -228,7 +235,7 @@ class _NewSkill:
     def result(self) -> dict[str, Any]:
         """Run the remaining steps and decide whether to accept."""
         reasons: list[str] = []
-        result: dict[str, Any] = {"name": self._name, "data": self._data, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+        result: dict[str, Any] = {"name": self._name, "data": self._data}
         result |= self._step("before", self._before)
         result["check"] = self._step("check", self._check)
         least, checked = self._config.min_teacher, result["check"]
@@ -249,7 +256,8 @@ class _NewSkill:
                 reasons += self._against(result)
             except RunFailed as failed:
                 reasons.append(str(failed))
-        return result | {"accepted": not reasons, "reasons": reasons}
+        finished = time.strftime("%Y-%m-%d %H:%M:%S")
+        return result | {"date": finished, "accepted": not reasons, "reasons": reasons}
 
     def _step(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a step, read from its file or computed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from selfdistill.continual.add_skill import add
 from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger
 from selfdistill.continual.rehearsal import remembered
 from selfdistill.continual.retention import transfer
-from selfdistill.errors import UserError
+from selfdistill.continual.stream import OF_CHUNKS
+from selfdistill.data import Rows
+from selfdistill.errors import RERUN, UserError, number_of
 from selfdistill.runtime import Printable, folder_lock, say_note
 from selfdistill.training import export
 
@@ -63,22 +65,36 @@ class LearnResult(Printable):
             console.print(f"exported model: {details['output_dir']}", highlight=False, markup=False)
 
 
-def learn(config: LearnConfig) -> LearnResult:
+def learn(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> LearnResult:
     """Run ``config.action``.
+
+    Args:
+        config: settings.
+        in_memory: rows that are in memory, by setting; see :func:`add`.
 
     Raises:
         UserError: a mistake the user can fix.
         RunStopped: a signal arrived while adding a skill; the same command resumes.
     """
-    if config.action not in ("add", "stream"):
-        if config.data:
-            raise UserError(f"learn {config.action}: takes no data, found {config.data!r}; leave it out")
-        used = {"state", "action", "output_dir"} if config.action == "export" else {"state", "action"}
-        if ignored := sorted(config.model_fields_set - used):
-            say_note(f"learn {config.action} ignores these settings: {', '.join(ignored)}")
-    details = _ACTIONS[config.action](config)
-    accepted = config.action in ("add", "stream") and details["accepted"]
-    return LearnResult(config.action, config.state, details, _status(config) if accepted else None)
+    adds = config.action in ("add", "stream")
+    if not adds and config.data:
+        raise UserError(f"learn {config.action}: takes no data, found {config.data!r}; leave it out")
+    if ignored := sorted(config.model_fields_set & _unused(config.action)):
+        say_note(f"learn {config.action} ignores these settings: {', '.join(ignored)}")
+    if not adds:
+        return LearnResult(config.action, config.state, _ACTIONS[config.action](config))
+    details = add(config, in_memory)
+    return LearnResult(config.action, config.state, details, _status(config) if details["accepted"] else None)
+
+
+def _unused(action: str) -> set[str]:
+    """Settings that an action does not use."""
+    if action == "add":
+        return {"output_dir", "chunk_size", "chunk_steps"}
+    if action == "stream":
+        return {"output_dir", "max_steps", "num_train_epochs", "eval_steps", "save_total_limit", *OF_CHUNKS}
+    used = {"state", "action"} | ({"output_dir"} if action == "export" else set())
+    return LearnConfig.model_fields.keys() - used
 
 
 def _export(config: LearnConfig) -> dict[str, Any]:
@@ -121,7 +137,19 @@ def _status(config: LearnConfig) -> dict[str, Any]:
         {"skill": skill.name, "remembered": len(remembered(skill.folder)), "training": skill.result.get("training")}
         for skill in ledger.skills
     ]
-    return {**retention_matrix(ledger), "memory": memory, "model": ledger.model, "pending": ledger.interrupted}
+    pending = ledger.interrupted
+    running = pending is not None and _is_locked(config.state)
+    found = {"memory": memory, "model": ledger.model, "pending": pending, "running": running}
+    return retention_matrix(ledger) | found
+
+
+def _is_locked(state: str) -> bool:
+    """Whether another process changes the state."""
+    try:
+        with folder_lock(Path(state), ""):
+            return False
+    except UserError:
+        return True
 
 
 _TRANSFER = (
@@ -130,17 +158,30 @@ _TRANSFER = (
 )
 
 
-def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
-    table = Table(title=escape(f"Retention of each skill in {state}"))
-    table.add_column("after")
-    for name, items in zip(found["skills"], found["items"], strict=True):
-        table.add_column(f"{name} ({items})", justify="right", no_wrap=True)
+_SKILL_WIDTH = 8
+"""Least width of a skill's column: room for its score, and for its name in several lines."""
+
+
+def _print_retention(state: str, found: dict[str, Any], console: Console) -> None:
+    """Print the retention matrix, in several tables if it is too wide for the console."""
+    of_skills = zip(found["skills"], found["items"], zip(*found["matrix"], strict=True), strict=True)
+    columns = [(f"{name} ({items})", scores) for name, items, scores in of_skills]
     if found["prior"][0] is not None:
-        table.add_column("prior", justify="right")
-    for name, scores, prior in zip(["base", *found["skills"]], found["matrix"], found["prior"], strict=True):
-        cells = ["" if score is None else f"{score:.3f}" for score in scores]
-        table.add_row(escape(name), *cells, *([f"{prior:.3f}"] if prior is not None else []))
-    console.print(table)
+        columns.append(("prior", found["prior"]))
+    at_a_time = max((console.width - 2 * _SKILL_WIDTH) // (_SKILL_WIDTH + 3), 1)  # 3: its padding and border
+    for start in range(0, max(len(columns), 1), at_a_time):
+        shown = columns[start : start + at_a_time]
+        table = Table(title=None if start else escape(f"Retention of each skill in {state}"))
+        table.add_column("after", overflow="fold")
+        for name, _ in shown:
+            table.add_column(name, justify="right", overflow="fold", min_width=_SKILL_WIDTH)
+        for name, *scores in zip(["base", *found["skills"]], *(scores for _, scores in shown), strict=True):
+            table.add_row(escape(name), *("" if score is None else f"{score:.3f}" for score in scores))
+        console.print(table)
+
+
+def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
+    _print_retention(state, found, console)
     numbers = found["transfer"]
     if numbers:
         said = [f"average {numbers['average']:.3f}"]
@@ -155,8 +196,10 @@ def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
     else:
         console.print("No skills yet.", highlight=False)
     if pending := found["pending"]:
-        way_on = "rerun the same command to resume, or 'discard' it"
-        console.print(f"Adding {pending!r} was interrupted: {way_on}.", highlight=False, markup=False)
+        how = f"was interrupted: {RERUN}, or 'discard' it"
+        if found["running"]:
+            how = "is in progress in another process"
+        console.print(f"Adding {pending!r} {how}.", highlight=False, markup=False)
     console.print(f"Current model: {found['model']}", highlight=False, markup=False)
 
 
@@ -174,13 +217,13 @@ def _print_memory(memory: list[dict[str, Any]], console: Console) -> None:
     """Print the number of prompts kept per skill and the cost of learning it; columns without a number above 0 are
     left out."""
     table = Table(title="Prompts of each skill that later ones rehearse, and the cost of learning it")
-    table.add_column("skill")
-    table.add_column("prompts kept", justify="right")
+    table.add_column("skill", overflow="fold")
+    table.add_column("prompts kept", justify="right", overflow="fold")
     columns = [[str(line["remembered"]) for line in memory]]
     for title, (form, number) in _COSTS.items():
         numbers = [number(line["training"]) if line["training"] else None for line in memory]
         if any(numbers):
-            table.add_column(title, justify="right")
+            table.add_column(title, justify="right", overflow="fold")
             columns.append(["" if found is None else f"{found:{form}}" for found in numbers])
     for line, *cells in zip(memory, *columns, strict=True):
         table.add_row(escape(line["skill"]), *cells)
@@ -246,14 +289,14 @@ def _print_skill(state: str, result: dict[str, Any], status: dict[str, Any] | No
         new = after[name]
         low, high = new["accuracy_interval"]
         console.print(
-            f"{name}: {before['accuracy']:.3f} before, {new['accuracy']:.3f} ({low:.2f}, {high:.2f}) after, of "
-            f"{new['items']}",
+            f"{name}: {before['accuracy']:.3f} before, {new['accuracy']:.3f} ({low:.2f}, {high:.2f}) after, on "
+            f"{number_of(new['items'], 'test item')}",
             highlight=False,
             markup=False,
         )
         for other, retained in result["retained"].items():
             scores = f"{retained['learnt']:.3f} when learnt, {after[other]['accuracy']:.3f} now"
-            least = f"retained: at least {max(retained['least'], 0):.3f}"
+            least = f"must stay at or above {max(retained['least'], 0):.3f}"
             console.print(f"{other}: {scores} ({least})", highlight=False, markup=False)
         if "prior_accuracy" in result["after"]:
             console.print(f"prior abilities: now {result['after']['prior_accuracy']:.3f}", highlight=False)
@@ -264,8 +307,6 @@ def _print_skill(state: str, result: dict[str, Any], status: dict[str, Any] | No
 
 
 _ACTIONS: dict[str, Callable[[LearnConfig], dict[str, Any]]] = {
-    "add": add,
-    "stream": add,
     "status": _status,
     "history": _history,
     "rollback": _rollback,

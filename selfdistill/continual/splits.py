@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 from selfdistill.config import LearnConfig
-from selfdistill.data import Demonstration, Lacks, doubt_about, load_demonstrations
+from selfdistill.data import Demonstration, Lacks, Rows, doubt_about, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers, unscored
 from selfdistill.runtime import say_note
 
 
-def split_rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstration]]:
+def split_rows(config: LearnConfig, lacks: Lacks, in_memory: Mapping[str, Rows]) -> dict[str, list[Demonstration]]:
     """Split the data into ``train``, ``validation`` (of a stream) and ``test``.
 
     If both validation and test are held out, held-out rows alternate. Validation comes first, so that it starts early.
@@ -19,6 +20,7 @@ def split_rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstratio
     Args:
         config: settings of the addition.
         lacks: says what a row lacks to be learnt; see :data:`Lacks`.
+        in_memory: rows by the setting, ``data`` or ``test``, that would name their file.
 
     Raises:
         UserError: rows are invalid, lack what their use requires, or are too few to hold some out; or a scorer cannot
@@ -30,7 +32,8 @@ def split_rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstratio
     def lacks_either(row: Demonstration) -> str | None:
         return lacks(row) or (scored(row) if any_is_asked else None)
 
-    rows = load_demonstrations(config.data, split=config.split, turns=config.turns, note=say_note, lacks=lacks_either)
+    data: Rows = in_memory.get("data", config.data)
+    rows = load_demonstrations(data, split=config.split, turns=config.turns, note=say_note, lacks=lacks_either)
     held = ["validation"] * (config.action == "stream") + ["test"] * (not config.test)
     count = max(len(held), round(len(rows) * config.test_share)) if held else 0
     if held and count >= len(rows):
@@ -40,8 +43,9 @@ def split_rows(config: LearnConfig, lacks: Lacks) -> dict[str, list[Demonstratio
     split_of = {number: held[place % len(held)] for place, number in enumerate(chosen)}
     splits = {split: [row for row in rows if split_of.get(row.row, "train") == split] for split in ("train", *held)}
     if config.test:
+        test: Rows = in_memory.get("test", config.test)
         splits["test"] = load_demonstrations(
-            config.test, split=config.test_split, turns=config.turns, note=say_note, lacks=scored
+            test, split=config.test_split, turns=config.turns, note=say_note, lacks=scored, name="test"
         )
     if config.environment == "none":  # here, where the rows still name the user's file
         check_answers(splits["test"], config.scorer)

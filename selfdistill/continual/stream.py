@@ -29,6 +29,8 @@ LOOK_STEPS = 2
 """Steps between measurements of the validation loss."""
 PATIENCE = 2
 """Measurements without improvement after which training on a chunk ends."""
+OF_CHUNKS: dict[str, Any] = {"lr_scheduler_type": "constant", "save_steps": 0, "view_rows": 0, "drift_steps": 0}
+"""Settings of the training on every chunk, whatever those of the addition are."""
 
 
 def learn_stream(run: TrainConfig, config: LearnConfig, folder: Path, stop: StopRequests) -> Path:
@@ -122,8 +124,7 @@ def _chunk(
             "data": str(folder / "rows.jsonl"),
             "output_dir": str(folder / "run"),
             "max_steps": config.chunk_steps,
-            "lr_scheduler_type": "constant",
-            **{"save_steps": 0, "view_rows": 0, "drift_steps": 0},
+            **OF_CHUNKS,
         }
     )
     take_whole(train(own, on_step=watch), folder / "model")

@@ -88,7 +88,7 @@ from selfdistill.data.scorers import (
 )
 from selfdistill.data.sources import Note, located
 from selfdistill.data.template_columns import schema_of
-from selfdistill.data.words import includes, words_of
+from selfdistill.data.words import WORD, includes, words_of
 
 __all__ = [
     "CODE",
@@ -101,6 +101,7 @@ __all__ = [
     "PICTURE_FOLDER",
     "PROMPT_ROWS",
     "SCORER_NAMES",
+    "WORD",
     "ChatFormat",
     "Context",
     "ContextEncoder",

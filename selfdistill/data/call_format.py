@@ -26,14 +26,17 @@ from selfdistill.data.parameter_format import (
 from selfdistill.data.tool_calls import InvalidCall, actions_in, decoded, value_at
 
 Render = Callable[[list[Message]], str | None]
-"""The template's text of a chat from its last, assistant turn on; None if it rejects the chat."""
+"""What the template writes of messages that follow a user turn; None if it rejects them."""
 
 _NAME, _KEY, _VALUE = "probe_name", "probe_key", "probe_value"
 _ARGUMENTS = {_KEY: _VALUE}
+_BRACE = re.compile("{")
 _ID = re.compile(r"call\d{5}")
 """A placeholder id of nine characters, as Mistral's templates want."""
 OBSERVED = "probe_result"
-"""The content of the observation with which templates are probed."""
+"""The content of :data:`PROBE_RESULT`."""
+PROBE_RESULT = {"role": "tool", "name": _NAME, "content": OBSERVED}
+"""The observation with which templates are probed."""
 PROBE_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -213,81 +216,84 @@ def _call(name: Any, arguments: Any, whole: Any) -> dict[str, Any]:
 # --- probing ---
 
 
-def probe_messages(calls: int, arguments: Mapping[str, Any] = _ARGUMENTS, **options: Any) -> list[Message]:
-    """A chat that ends with an assistant turn of known calls; ``options`` are those of :class:`CallFormat`."""
-    form = CallFormat(**options)
+def probe_call(calls: int = 1, arguments: Mapping[str, Any] = _ARGUMENTS) -> Message:
+    """An assistant turn of known calls."""
     call = {"type": "function", "function": {"name": _NAME, "arguments": arguments}}
-    asks = {"role": "assistant", "content": "", "tool_calls": [call] * calls}
-    return form.shown([{"role": "user", "content": "a"}, asks])
+    return {"role": "assistant", "content": "", "tool_calls": [call] * calls}
 
 
-def probe(render: Render, after: Callable[[list[Message]], str | None]) -> CallFormat | None:
+def probe(reply: Render, prompt: Render) -> CallFormat | None:
     """How a template writes calls; None if it does not, or if it does not show tool results.
 
     Args:
-        render: the assistant's turn at the end of a chat, without its end token.
-        after: the whole chat with a generation prompt.
+        reply: writes an assistant turn without its end token.
+        prompt: writes a whole chat with a generation prompt.
     """
-    forms: tuple[dict[str, Any], ...] = ({}, {"with_ids": True}, {"arguments_as_text": True})
-    for options in (*forms, {"arguments_as_text": True, "with_ids": True}):
-        chat = probe_messages(1, **options)
-        text = render(chat)
-        if text is None or _NAME not in text or _VALUE not in text:
+    for as_text, with_ids in ((False, False), (False, True), (True, False), (True, True)):
+        form = CallFormat(arguments_as_text=as_text, with_ids=with_ids)
+        call = reply(form.shown([probe_call()]))
+        if call is None or _NAME not in call or _VALUE not in call:
             continue
-        observed = CallFormat(**options).shown([*chat, {"role": "tool", "name": _NAME, "content": OBSERVED}])
-        head, shown, _ = (after(observed) or "").partition(OBSERVED)
-        if shown:
-            form = _format(text, render(probe_messages(2, **options)), options)
-            parameters = None if form.is_read else _parameters(render, options)
-            return replace(form, parameters=parameters, to_result=head.rpartition(_VALUE)[2])
+        head, observed, _ = (prompt(form.shown([probe_call(), PROBE_RESULT])) or "").partition(OBSERVED)
+        if observed:
+            found = _format(form, call, reply(form.shown([probe_call(2)])))
+            parameters = None if found.is_read else _parameters(form, reply)
+            return replace(found, parameters=parameters, to_result=head.rpartition(_VALUE)[2])
     return None
 
 
-def _parameters(render: Render, options: Mapping[str, Any]) -> ParameterFormat | None:
-    call, bare = (render(probe_messages(1, arguments, **options)) for arguments in (PROBE_ARGUMENTS, {}))
+def _parameters(form: CallFormat, reply: Render) -> ParameterFormat | None:
+    call, bare = (reply(form.shown([probe_call(1, arguments)])) for arguments in (PROBE_ARGUMENTS, {}))
     return None if call is None or bare is None else parameter_format(_NAME, call, bare)
 
 
-def _format(one: str, two: str | None, options: Mapping[str, Any]) -> CallFormat:
+def _format(form: CallFormat, one: str, two: str | None) -> CallFormat:
     """The format of a turn with one known call, and of one with two, if the template writes those.
 
     A format with neither an object nor a place for the arguments can be written, but not read.
     """
-    place = one.index(_NAME)
-    for start in (found.start() for found in reversed(list(re.finditer("{", one[:place])))):
-        value, end = _tried(one, start)
-        name, arguments = _path(value, _NAME), _path(value, _ARGUMENTS)
-        if not name or not arguments:
-            continue
-        begin, in_list = one[:start], one[:start].rstrip().endswith("[")
-        if in_list and isinstance(_tried(one, begin.rindex("["))[0], list):
-            begin, end = begin[: begin.rindex("[")], _tried(one, begin.rindex("["))[1]
-        else:
-            in_list = False
-        between = ""
-        if two is not None and not in_list and two.startswith(one[:start]):
-            first_end = _tried(two, start)[1]
-            second = two.find(_NAME, first_end)
-            begins = [f.start() for f in re.finditer("{", two[:second]) if f.start() >= first_end]
-            fits = [at for at in begins if _path(_tried(two, at)[0], _NAME)]
-            between = two[first_end : fits[0]] if fits else ""
-        return CallFormat(begin, between, one[end:], name, arguments, in_list, **options)
-    return _named_format(one, two, options)
+    starts = [found.start() for found in _BRACE.finditer(one, 0, one.index(_NAME))]
+    found = (_object_format(form, one, two, start) for start in reversed(starts))
+    return next(filter(None, found), None) or _named_format(form, one, two) or form
 
 
-def _named_format(one: str, two: str | None, options: Mapping[str, Any]) -> CallFormat:
-    place = one.index(_NAME)
-    name_end = place + len(_NAME)
-    for found in re.finditer("{", one[name_end:]):
-        start = name_end + found.start()
-        value, end = _tried(one, start)
-        if value != _ARGUMENTS:
-            continue
-        between = ""
-        if two is not None and two.startswith(one[:end]) and (second := two.find(_NAME, end)) >= 0:
-            between = two[end:second]
-        return CallFormat(one[:place], between, one[end:], middle=one[name_end:start], **options)
-    return CallFormat(**options)
+def _object_format(form: CallFormat, one: str, two: str | None, start: int) -> CallFormat | None:
+    """The format whose objects have name and arguments, as the one at ``start``; None if that has not."""
+    value, end = _tried(one, start)
+    name, arguments = _path(value, _NAME), _path(value, _ARGUMENTS)
+    if not name or not arguments:
+        return None
+    form = replace(form, name=name, arguments=arguments)
+    before = one[:start]
+    if before.rstrip().endswith("["):
+        outer = before.rindex("[")
+        values, outer_end = _tried(one, outer)
+        if isinstance(values, list):
+            return replace(form, begin=one[:outer], end=one[outer_end:], in_list=True)
+    return replace(form, begin=before, between=_between_objects(before, two), end=one[end:])
+
+
+def _between_objects(before: str, two: str | None) -> str:
+    """From the end of the first call's object to the second's; "" if the template writes only one call."""
+    if two is None or not two.startswith(before):
+        return ""
+    first_end = _tried(two, len(before))[1]
+    starts = (found.start() for found in _BRACE.finditer(two, first_end, two.find(_NAME, first_end)))
+    return next((two[first_end:start] for start in starts if _path(_tried(two, start)[0], _NAME)), "")
+
+
+def _named_format(form: CallFormat, one: str, two: str | None) -> CallFormat | None:
+    """The format that writes the name before the arguments; None if those are no object."""
+    name = one.index(_NAME)
+    name_end = name + len(_NAME)
+    starts = (found.start() for found in _BRACE.finditer(one, name_end))
+    start = next((start for start in starts if _tried(one, start)[0] == _ARGUMENTS), None)
+    if start is None:
+        return None
+    end, between = _tried(one, start)[1], ""
+    if two is not None and two.startswith(one[:end]) and (second := two.find(_NAME, end)) >= 0:
+        between = two[end:second]
+    return replace(form, begin=one[:name], between=between, end=one[end:], middle=one[name_end:start])
 
 
 def _tried(text: str, at: int) -> tuple[Any, int]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from selfdistill.data.call_format import in_text, read_text, with_tools
-from selfdistill.data.contexts import Verbatim
-from selfdistill.data.images import Picture, PictureTokens, PromptIds, split_at_pictures
-from selfdistill.data.messages import Message, uses_tools
-from selfdistill.data.template import PLACE, PLAIN_REPLY, PLAIN_USER, REPLY, AssistantTurn, Template, TemplateRefusal
-from selfdistill.data.text_ids import HIDDEN, NAME, TextIds, mapped
+from selfdistill.data.call_format import read_text, with_tools
+from selfdistill.data.images import Picture, PictureTokens, PromptIds
+from selfdistill.data.messages import Message
+from selfdistill.data.template import PLAIN_USER, REPLY, AssistantTurn, Template, TemplateRefusal
+from selfdistill.data.text_ids import NAME, TextIds, mapped
 from selfdistill.data.thinking import (
     EMPTY_THOUGHT,
     open_thought,
@@ -24,15 +22,10 @@ from selfdistill.data.thinking import (
     without_thought,
 )
 from selfdistill.data.tool_calls import InvalidCall, written
+from selfdistill.data.written_chat import ChatWriter
 
-_VERBATIM = re.compile(f"{NAME.pattern}|(?P<thought>{EMPTY_THOUGHT})?{HIDDEN}V(?P<number>[0-9]+){HIDDEN}")
-"""A whole hidden turn, after the thought that a template puts in front of it; or a hidden name, to pass over it."""
 NEXT_TURN = f"\n\n{PLAIN_USER}"
 """Where the plain-text layout's next turn begins, a reply has ended, too: so a base model ends it."""
-_MARK = f"{HIDDEN}O{HIDDEN}"
-"""In place of an observation, to find where it begins."""
-_KEYS = ("tool_calls", "name", "tool_call_id")
-"""What a message may have beside its role and content."""
 
 
 class ChatFormat:
@@ -69,8 +62,7 @@ class ChatFormat:
         self._texts = TextIds(tokenizer, end_token_ids, template)
         self.end_names = self._texts.end_names
         self._template = Template(tokenizer, self.kwargs, self.date, self._texts, parts=pictures is not None)
-        switches = re.findall(r"['\"](/\w+)['\"]", template)
-        self._breaks = re.compile("|".join(map(re.escape, [PLACE, *switches])))
+        self._writer = ChatWriter(self._template, template, self._texts, pictures)
 
     @cached_property
     def end_token_id(self) -> int:
@@ -102,8 +94,8 @@ class ChatFormat:
         Raises:
             TemplateRefusal: the template rejects the messages, or leaves one out.
         """
-        text, hidden, _ = self._rendered(*self._prepared(messages, options or {}))
-        return NAME.sub(lambda found: hidden[int(found[1])], text)
+        chat = self._writer.hidden(*self._prepared(messages, options or {}))
+        return NAME.sub(lambda found: chat.names[int(found[1])], self._writer.written(chat))
 
     def encode_prompt(
         self,
@@ -115,31 +107,42 @@ class ChatFormat:
 
         ``pictures`` are those whose marks in the messages count, by their hashes.
         """
-        text, hidden, seen = self._rendered(*self._prepared(messages, options or {}), pictures=pictures)
+        chat = self._writer.hidden(*self._prepared(messages, options or {}), pictures)
+        text = self._writer.written(chat)
         # A template writes its own special tokens. Plain text gets the tokenizer's, such as a leading BOS.
-        ids = [*([] if self.tokenizer.chat_template else self._texts.begin), *self._texts.mixed("", text, hidden)]
-        return PromptIds(ids, seen) if seen else ids
+        ids = [*([] if self.tokenizer.chat_template else self._texts.begin), *self._texts.mixed("", text, chat.names)]
+        return PromptIds(ids, chat.pictures) if chat.pictures else ids
 
-    def encode_completion(self, text: str, options: Mapping[str, Any] | None = None) -> list[int]:
+    def encode_completion(
+        self, text: str, options: Mapping[str, Any] | None = None, *, after_result: bool = False
+    ) -> list[int]:
         """Token ids of a demonstrated reply as it stands after the prompt, plus the end-of-turn token.
 
         They are those that the template gives when it writes the whole turn, with ``text`` itself kept verbatim. A
-        thought that the prompt has opened is continued, or closed.
+        thought that the prompt has opened is continued, or closed. ``after_result`` is as in :meth:`encode_reply`.
         """
-        return self.encode_reply({"role": "assistant", "content": text}, options)
+        return self.encode_reply({"role": "assistant", "content": text}, options, after_result=after_result)
 
-    def encode_reply(self, message: Message, options: Mapping[str, Any] | None = None) -> list[int]:
+    def encode_reply(
+        self, message: Message, options: Mapping[str, Any] | None = None, *, after_result: bool = False
+    ) -> list[int]:
         """Token ids of an assistant turn as it stands after the prompt, with its calls and the end-of-turn token.
 
         The content is kept verbatim, as in :meth:`encode_completion`, and calls are as the template writes them.
+
+        Args:
+            message: the reply.
+            options: as in :meth:`render`.
+            after_result: whether the prompt ends with a tool's result, after which some templates open no thought.
 
         Raises:
             TemplateRefusal: the template cannot write these calls, such as several where it has place for one.
         """
         turn, said = self._template.turn(options or {}), message["content"]
-        lead = turn.lead
-        if tags := open_thought(turn.prompt):
-            lead, said = "", within_open_thought(said, turn.prompt, tags)
+        begun = self._template.turn(options or {}, after_result=after_result)
+        lead = begun.lead
+        if tags := open_thought(begun.prompt):
+            lead, said = "", within_open_thought(said, begun.prompt, tags)
         elif thinks(said):
             lead = without_thought(lead)
         elif not said and without_thought(lead) == lead:
@@ -150,7 +153,7 @@ class ChatFormat:
             shown += self._calls_text(message, turn, options or {}, hidden)
         space = turn.after[: len(turn.after) - len(turn.after.lstrip())]
         tail = "" if self.turn_end_id is None else space
-        return [*self._texts.mixed(turn.prompt, lead + shown + tail, hidden), self._end_of(message)]
+        return [*self._texts.mixed(begun.prompt, lead + shown + tail, hidden), self._end_of(message)]
 
     def _end_of(self, reply: Message) -> int:
         """The token that ends a reply; after calls it may be the one that begins their results."""
@@ -184,21 +187,21 @@ class ChatFormat:
         """
         end = str(self.tokenizer.convert_ids_to_tokens(self._end_of(before[-1])))
         if not self.tokenizer.chat_template:
-            text, hidden, _ = self._rendered(observations, {})
-            text = f"\n\n{text}"
+            chat = self._writer.hidden(observations, {})
+            text = f"\n\n{self._writer.written(chat)}"
             if sampled and sampled[-1] not in self._ends:
-                return self._texts.mixed(NEXT_TURN, text.removeprefix(NEXT_TURN), hidden)
-            return self._texts.mixed(end, text, hidden)
-        chat, given = self._prepared([*before, *observations], options or {})
-        first = len(chat) - len(observations)
-        text, hidden, _ = self._rendered(chat, given, checked=first)
-        head = self._rendered(chat, given, mark=first)[0].partition(_MARK)[0]
+                return self._texts.mixed(NEXT_TURN, text.removeprefix(NEXT_TURN), chat.names)
+            return self._texts.mixed(end, text, chat.names)
+        messages, given = self._prepared([*before, *observations], options or {})
+        first = len(messages) - len(observations)
+        chat = self._writer.hidden(messages, given)
+        text, head = self._writer.written(chat, checked=first), self._writer.text_before(chat, first)
         if self.turn_end_id is not None and end not in head:
             end = str(self.tokenizer.convert_ids_to_tokens(self.turn_end_id))
-        asked, _, _ = self._rendered(chat[: first - 1], given, mark=first)
+        asked = self._writer.written(self._writer.hidden(messages[: first - 1], given), checked=first)
         if head.count(end) == asked.count(end) or not text.startswith(head):
             raise TemplateRefusal("the chat template does not end an assistant turn before what follows it")
-        return self._texts.mixed(end, text[head.rindex(end) + len(end) :], hidden)
+        return self._texts.mixed(end, text[head.rindex(end) + len(end) :], chat.names)
 
     @property
     def writes_calls(self) -> bool:
@@ -240,9 +243,10 @@ class ChatFormat:
         made: Message = {"role": "assistant", "content": (head + content).strip()}
         return {**made, "tool_calls": calls} if calls else made
 
-    def closes_thought(self, options: Mapping[str, Any] | None = None) -> bool:
-        """Whether the prompt ends with a thought that is closed already."""
-        return bool(re.search(rf"({EMPTY_THOUGHT})\Z", self._template.turn(options or {}).prompt))
+    def closes_thought(self, options: Mapping[str, Any] | None = None, *, after_result: bool = False) -> bool:
+        """Whether the prompt ends with a thought that is closed already; arguments as in :meth:`encode_reply`."""
+        prompt = self._template.turn(options or {}, after_result=after_result).prompt
+        return bool(re.search(rf"({EMPTY_THOUGHT})\Z", prompt))
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a plain text, without control tokens."""
@@ -281,116 +285,13 @@ class ChatFormat:
         calls = mapped(message["tool_calls"], lambda value: self._texts.hide(value, self._texts.in_texts, hidden))
         (shown,) = self._template.calls.shown([{**message, "tool_calls": calls}])
         if message["content"]:
-            _, _, text = self._template.last_turn([*turn.asked, {**shown, "content": REPLY}], turn, options).partition(
+            _, _, text = self._template.reply([*turn.asked, {**shown, "content": REPLY}], turn, options).partition(
                 REPLY
             )
             if calls[0]["function"]["name"] in text:
                 return text
-        text = self._template.last_turn([*turn.asked, {**shown, "content": ""}], turn, options)
+        text = self._template.reply([*turn.asked, {**shown, "content": ""}], turn, options)
         return "\n" * bool(message["content"]) + text
-
-    def _rendered(
-        self,
-        messages: Sequence[Message],
-        options: Mapping[str, Any],
-        mark: int | None = None,
-        checked: int = 0,
-        pictures: Mapping[str, Picture] | None = None,
-    ) -> tuple[str, list[str], list[Picture]]:
-        """The prompt with names of control tokens in its texts hidden, the hidden names by number, and its pictures.
-
-        With ``mark``, the message of that number has :data:`_MARK` as its content. No message may be left out from
-        number ``checked`` on.
-        """
-        hidden: list[str] = []
-        seen: list[Picture] = []
-        verbatim: list[str] = []
-        shown: list[Message] = []
-
-        def hide(text: str) -> str:
-            return self._texts.hide(text, self._texts.in_texts, hidden)
-
-        for number, message in enumerate(messages):
-            content = message["content"]
-            names = self._texts.in_replies if message["role"] == "assistant" else self._texts.in_texts
-            pieces = split_at_pictures(content, pictures or {})
-            seen += [piece for piece in pieces if isinstance(piece, Picture)]
-            text = "".join(PLACE if isinstance(x, Picture) else self._texts.hide(x, names, hidden) for x in pieces)
-            if isinstance(content, Verbatim):
-                verbatim.append(text)
-                text = f"{HIDDEN}V{len(verbatim) - 1}{HIDDEN}" if text else ""
-            others = {key: mapped(message[key], hide) for key in _KEYS if key in message}
-            shown.append({"role": message["role"], "content": _MARK if number == mark else text, **others})
-        if uses_tools(messages):
-            form = self._template.calls
-            if form is None:
-                checked = len(in_text(messages[:checked]))
-            messages, shown = (in_text(messages), in_text(shown)) if form is None else (messages, form.shown(shown))
-
-        def put_in(found: re.Match[str]) -> str:
-            if found["number"] is None:
-                return found[0]
-            text = verbatim[int(found["number"])]
-            return text if thinks(text) else (found["thought"] or "") + text  # in place of an empty one
-
-        # The texts of tools and other arguments come from the data, too.
-        options = mapped(options, hide)
-        text = self._template.write(shown, options) if self.tokenizer.chat_template else self._plain(shown)
-        if mark is None:
-            self._refuse_left_out(messages[checked:], shown[checked:], text)
-        return _VERBATIM.sub(put_in, self._with_pictures(text, seen)), hidden, seen
-
-    def _with_pictures(self, text: str, seen: Sequence[Picture]) -> str:
-        """The text as the template wrote it, with what the processor writes in place of each picture's token."""
-        if self.pictures is None or not seen:
-            return text
-        first, *others = text.split(self.pictures.token)  # in texts of the rows its name is hidden
-        if len(others) != len(seen):
-            raise TemplateRefusal(f"the chat template shows {len(others)} pictures of {len(seen)}")
-        return first + "".join(map("".join, zip(self.pictures.expanded(seen), others, strict=True)))
-
-    def _refuse_left_out(self, messages: Sequence[Message], shown: Sequence[Message], text: str) -> None:
-        """Refuse a rendering that lacks the text of a message.
-
-        Missing may be what a template strips off its ends, a switch such as ``/no_think`` that it reads, and in an
-        earlier assistant turn of a prompt a thought, or a text beside calls: that is how the model sees such turns.
-
-        Args:
-            messages: as given.
-            shown: as the template was given them.
-            text: what it made of them.
-        """
-        texts = [_said(message) for message in shown]
-        for message, content in zip(messages, texts, strict=True):
-            parts = [part.strip() for part in self._breaks.split(content)]
-            counts = [(text.count(part), sum(other.count(part) for other in texts)) for part in parts if part]
-            if all(found >= wanted for found, wanted in counts):
-                continue
-            if message["role"] == "tool" and _as_json(content) in text:  # as some templates write it
-                continue
-            if "tool_calls" in message and not isinstance(message["content"], Verbatim):
-                continue
-            if isinstance(message["content"], Verbatim):
-                raise TemplateRefusal("the chat template leaves out the demonstration, an earlier assistant turn")
-            found = message["content"] if len(message["content"]) <= 40 else message["content"][:37] + "..."
-            raise TemplateRefusal(f"the chat template leaves out or rewrites the {message['role']} turn {found!r}")
-        for message in shown:
-            for call in message.get("tool_calls", ()):
-                if call["function"]["name"] not in text:
-                    raise TemplateRefusal(f"the chat template leaves out the call of {call['function']['name']!r}")
-
-    def _plain(self, messages: Sequence[Message]) -> str:
-        labels = {"system": "", "user": f"{PLAIN_USER} ", "assistant": f"{PLAIN_REPLY} "}
-        return "".join(f"{labels[m['role']]}{m['content']}\n\n" for m in messages) + PLAIN_REPLY
-
-
-def _as_json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def _said(message: Message) -> str:
-    content = message["content"]
-    return (split_thinking(content)[1] if message["role"] == "assistant" else content).strip()
 
 
 def thought_and_said(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]) -> tuple[str, str]:

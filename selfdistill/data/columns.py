@@ -29,7 +29,7 @@ OTHER_NAMES = {
 }
 """Other projects' names for a column."""
 
-_IN_PROMPT = ("system", "instruction", "input", "context", "history", "question", "query")
+_IN_PROMPT = ("system", "system_prompt", "instruction", "input", "context", "history", "question", "query")
 """Parts of a prompt that other tools keep in columns of their own."""
 
 _MEDIA = "only text and pictures are supported; leave it out"
@@ -37,7 +37,7 @@ _REFUSED = {
     **dict.fromkeys(("video", "videos", "audio", "audios"), _MEDIA),
     **dict.fromkeys(("instruction", "input"), "put its text into the prompt"),
     "context": "put its text into the prompt, or name it 'document' if only the teacher should read it",
-    "system": "write it as the system message that begins the prompt",
+    **dict.fromkeys(("system", "system_prompt"), "write it as the system message that begins the prompt"),
     "history": "write it as earlier messages of the prompt",
     **dict.fromkeys(OTHER_NAMES["messages"], "keep either the prompt or the conversation"),
     "functions": "write them as 'tools'",

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_t
 
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.images import marks_in
-from selfdistill.data.messages import Message
+from selfdistill.data.messages import Message, question_of, with_question
 from selfdistill.errors import UserError, closest
 
 Show = Literal["episode", "turn"]
@@ -70,7 +70,7 @@ class Context(Protocol):
     """Whether it shows the row's demonstration alone, so that a part of it, or an attempt, can take its place."""
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
-        """The teacher's messages, ending with the user turn to answer.
+        """The teacher's messages, ending with the turn to answer, as the prompt does.
 
         Args:
             demonstration: the demonstration to show.
@@ -97,10 +97,13 @@ def _no_document(demonstration: Demonstration, context: str) -> str | None:
     return f"column 'document': missing, which context '{context}' shows the teacher; add it or use another context"
 
 
-def _no_episode(demonstration: Demonstration, context: str) -> str | None:
-    if not _row_of(demonstration).episode:
-        return None
-    return f"context '{context}' cannot show an episode; use turns, few_shot or document, or turns last"
+def _no_question(demonstration: Demonstration, context: str) -> str | None:
+    """The problem of a row in which no user turn can take the context's text."""
+    if _row_of(demonstration).episode:
+        return f"context '{context}' cannot show an episode; use turns, few_shot or document, or turns last"
+    if all(message["role"] != "user" for message in demonstration.prompt):
+        return f"column 'prompt': no user turn, which context '{context}' needs; use turns, few_shot or document"
+    return None
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class ExampleAnswer:
     """Ask for the reasoning, too."""
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
-        if problem := _no_episode(demonstration, self.name):
+        if problem := _no_question(demonstration, self.name):
             raise UserError(f"{demonstration.source}: {problem}")
         request = (
             "Work out your own answer to the question, showing your reasoning."
@@ -138,13 +141,13 @@ class ExampleAnswer:
             else "Now give your own answer to the question, in the same form."
         )
         text = (
-            f"{demonstration.prompt[-1]['content']}\n\n"
+            f"{question_of(demonstration.prompt)}\n\n"
             f"For orientation, this is what a good answer to it looks like:\n\n{demonstration.shown}\n\n{request}"
         )
-        return [*demonstration.prompt[:-1], _user(text)]
+        return with_question(demonstration.prompt, text)
 
     def lacks(self, demonstration: Demonstration) -> str | None:
-        return _no_demonstration(demonstration, self.name) or _no_episode(demonstration, self.name)
+        return _no_demonstration(demonstration, self.name) or _no_question(demonstration, self.name)
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,8 @@ class FewShot:
         if self.pick == "seed":
             shown = random.Random(f"{self.seed}-{row.row}").sample(others, self.k)
         else:
-            words = _words(row.prompt[-1]["content"])
-            shown = sorted(others, key=lambda other: _jaccard(words, _words(other.prompt[-1]["content"])))[-self.k :]
+            words = _words(question_of(row.prompt))
+            shown = sorted(others, key=lambda other: _jaccard(words, _words(question_of(other.prompt))))[-self.k :]
         system, turns = _split_system(demonstration.prompt)
         if self.this:
             shown = [*shown, demonstration]
@@ -235,7 +238,7 @@ class Template:
         if not self.file:
             raise UserError("context 'template' needs a template file; write template:file=PATH")
         try:
-            text = Path(self.file).read_text(encoding="utf-8")
+            text = Path(self.file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise UserError(f"context 'template': cannot read file {self.file!r} ({reason})") from None
@@ -256,22 +259,22 @@ class Template:
         object.__setattr__(self, "text", text)
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
-        if problem := _no_episode(demonstration, self.name):
+        if problem := _no_question(demonstration, self.name):
             raise UserError(f"{demonstration.source}: {problem}")
         if "{document}" in self.text and demonstration.document is None:
             raise UserError(f"context 'template' uses {{document}}, and {demonstration.source} has none")
         values = {
-            "prompt": demonstration.prompt[-1]["content"],
+            "prompt": question_of(demonstration.prompt),
             "demonstration": demonstration.shown if "{demonstration}" in self.text else "",
             "document": demonstration.document or "",
         }
         # A single pass, so braces inside the filled-in texts are untouched.
         text = re.sub(r"\{(prompt|demonstration|document)\}", lambda match: values[match[1]], self.text)
-        return [*demonstration.prompt[:-1], _user(text)]
+        return with_question(demonstration.prompt, text)
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         no_document = _no_document(demonstration, self.name) if "{document}" in self.text else None
-        if problem := no_document or _no_episode(demonstration, self.name):
+        if problem := no_document or _no_question(demonstration, self.name):
             return problem
         return _no_demonstration(demonstration, self.name) if "{demonstration}" in self.text else None
 
@@ -289,12 +292,12 @@ class Rewritten:
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
         if problem := self.lacks(demonstration):
             raise UserError(f"{demonstration.source}, {problem}")
-        pictures = marks_in(demonstration.prompt[-1]["content"])
-        return [*demonstration.prompt[:-1], _user(f"{pictures}{demonstration.privileged_context or ''}")]
+        pictures = marks_in(question_of(demonstration.prompt))
+        return with_question(demonstration.prompt, f"{pictures}{demonstration.privileged_context or ''}")
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         if demonstration.privileged_context is not None:
-            return _no_episode(demonstration, self.name)
+            return _no_question(demonstration, self.name)
         return "column 'privileged_context': missing, which context 'rewritten' shows the teacher as the question"
 
 

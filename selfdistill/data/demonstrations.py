@@ -23,6 +23,7 @@ from selfdistill.data.messages import (
     Turns,
     as_written,
     chat_of,
+    check_json,
     check_order,
     first_learnt,
     messages_of,
@@ -189,10 +190,8 @@ def load_demonstrations(
     if not rows:
         raise UserError(f"{name}: no rows, expected at least one")
 
-    folder = name if os.path.isdir(name) else os.path.dirname(name)
-
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
-        pictures = pictures_of(raw.value, folder, problems)
+        pictures = pictures_of(raw.value, raw.folder, problems)
         made = _demonstration(raw, number, form, completion_required, prompts_only, turns, pictures, problems)
         if lacks and not problems:
             problems += filter(None, [_of_form(lacks(made), form, made, raw.value)])
@@ -332,22 +331,7 @@ def _demonstration(
         row = {**row, "completion": None}
     others = {name: row.get(name) for name in ("document", "privileged_context", "answer", "scorer")}
     chat = marked(chat_of(row[form], form, problems), form, pictures, problems)
-    if isinstance(row.get("prompt"), str) and isinstance(chat, list):  # then the completion may be such a text, too
-        row = {**row, "completion": chat_of(row.get("completion"), "completion", problems)}
-    replies = replies_of(row, completion_required, problems) if form == "prompt" else []
-    if form == "prompt" and not isinstance(chat, list):
-        turns = [{"role": "user", "content": text_of(chat, "prompt", _WANT_CHAT, problems)}]
-    elif isinstance(chat, list) or not problems:
-        turns = messages_of(chat, form, problems)
-    else:
-        turns = []
-    if form == "messages" and turns and turns[-1]["role"] == "assistant":
-        first = first_learnt(turns, learnt)
-        turns, replies = turns[:first], turns[first:]
-    elif turns and form == "messages" and completion_required:
-        problems.append(f"column 'messages': {_end_of(turns)}, expected an assistant turn")
-    elif learnt == "last":
-        turns, replies = [*turns, *replies[:-1]], replies[-1:]
+    turns, replies = _prompt_and_replies(row, form, chat, completion_required, learnt, problems)
     if not problems and (not turns or turns[-1]["role"] not in ("user", "tool")):
         found = _end_of(turns) if turns else "is empty"
         problems.append(f"column '{form}': the prompt {found}, expected it to end with a user turn")
@@ -373,11 +357,30 @@ def _demonstration(
     )
 
 
+def _prompt_and_replies(
+    row: dict[str, Any], form: str, chat: Any, required: bool, learnt: Turns, problems: list[str]
+) -> tuple[list[Message], list[Message]]:
+    """The turns up to the one that is answered, and the replies that are learnt; ``chat`` is the column ``form``."""
+    if form == "messages":
+        turns = messages_of(chat, form, problems) if isinstance(chat, list) or not problems else []
+        if turns and turns[-1]["role"] == "assistant":
+            first = first_learnt(turns, learnt)
+            return turns[:first], turns[first:]
+        if turns and required:
+            problems.append(f"column 'messages': {_end_of(turns)}, expected an assistant turn")
+        return turns, []
+    if isinstance(row["prompt"], str) and isinstance(chat, list):  # then the completion may be such a text, too
+        row = {**row, "completion": chat_of(row.get("completion"), "completion", problems)}
+    replies = replies_of(row, required, problems)
+    if isinstance(chat, list):
+        turns = messages_of(chat, form, problems)
+    else:
+        turns = [{"role": "user", "content": text_of(chat, form, _WANT_CHAT, problems)}]
+    return ([*turns, *replies[:-1]], replies[-1:]) if learnt == "last" else (turns, replies)
+
+
 def _check_others(others: dict[str, Any], problems: list[str]) -> None:
-    try:
-        json.dumps(others["answer"], allow_nan=False)
-    except (TypeError, ValueError):
-        problems.append(wrong("answer", others["answer"], "a JSON value or null"))
+    check_json(others["answer"], "answer", problems)
     if isinstance(others["answer"], str) and not others["answer"].strip():
         problems.append(wrong("answer", others["answer"], "a value or null"))
     for name in ("document", "privileged_context"):

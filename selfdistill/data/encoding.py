@@ -228,7 +228,8 @@ def notes_on(examples: Sequence[Example], chat: ChatFormat) -> list[str]:
     closed = [
         row.source
         for row in demonstrations
-        if split_thinking(row.completion)[0] and chat.closes_thought(row.template_options)
+        if split_thinking(row.completion)[0]
+        and chat.closes_thought(row.template_options, after_result=row.prompt[-1]["role"] == "tool")
     ]
     if closed:
         notes.append(

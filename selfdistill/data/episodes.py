@@ -70,9 +70,10 @@ def encode_replies(demonstration: Demonstration, chat: ChatFormat) -> tuple[list
         TemplateRefusal: the chat template cannot write the episode.
     """
     options = demonstration.template_options
+    after_result = demonstration.prompt[-1]["role"] == "tool"
     if not demonstration.episode:
         text = demonstration.completion
-        return (chat.encode_completion(text, options) if text else []), ()
+        return (chat.encode_completion(text, options, after_result=after_result) if text else []), ()
     ids: list[int] = []
     given: list[tuple[int, int]] = []
     before: list[Message] = list(demonstration.prompt)
@@ -85,6 +86,7 @@ def encode_replies(demonstration: Demonstration, chat: ChatFormat) -> tuple[list
             between = chat.encode_between(before, observed, options)
             given.append((len(ids), len(ids) + len(between)))
             ids += between
-        ids += chat.encode_reply(message, options)
+            after_result = observed[-1]["role"] == "tool"
+        ids += chat.encode_reply(message, options, after_result=after_result)
         before, observed = [*before, *observed, message], []
     return ids, tuple(given)

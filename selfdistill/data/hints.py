@@ -7,16 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import regex
-
 from selfdistill.data.contexts import ONE_DEMONSTRATION, Context, must_show_one, parse_context
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.messages import Message
 from selfdistill.data.thinking import TAGS, split_thinking
-from selfdistill.data.words import UNSPACED
+from selfdistill.data.words import WORD
 from selfdistill.errors import UserError
-
-_WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^\s{UNSPACED}]+")
 
 HintPart = Callable[[str, float], str]
 """Maps a demonstration and a share, 0 to 1, to what the teacher sees of it; all of it at 1."""
@@ -29,7 +25,7 @@ def first_words(text: str, share: float) -> str:
     """
     if share >= 1:
         return text
-    ends = [word.end() for word in _WORD.finditer(text)]
+    ends = [word.end() for word in WORD.finditer(text)]
     return text[: [0, *ends][_count(share, len(ends))]]
 
 

@@ -39,7 +39,9 @@ _ADVICE = {
 """Keys of other tools' messages, and what to do with them."""
 _AS_PICTURE = """write {"type": "image"} alone, and the picture into the column 'images'"""
 
-_LIKE_CHAT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:.*\}\s*\]\s*""", re.DOTALL)
+_OBJECTS = re.compile(r"\s*\[\s*\{(.*)\}\s*\]\s*", re.DOTALL)
+_FIRST_KEY = re.compile(r"""\s*['"](?:role|content|from|value)['"]\s*:""")
+_KEYS = re.compile(r"""['"](role|content)['"]\s*:""")
 
 
 def chat_of(value: Any, column: str, problems: list[str]) -> Any:
@@ -47,12 +49,18 @@ def chat_of(value: Any, column: str, problems: list[str]) -> Any:
 
     A text that looks like messages but is not JSON, such as Python's own form with single quotes, is a problem.
     """
-    if not isinstance(value, str) or not _LIKE_CHAT.fullmatch(value):
+    if not isinstance(value, str) or not _is_like_chat(value):
         return value
     found = from_text(value)
     if isinstance(found, str):
         problems.append(f"column '{column}': found the text of a Python list, expected a list or its JSON text")
     return found
+
+
+def _is_like_chat(text: str) -> bool:
+    """Whether a text is written as a list of objects with role and content, or whose first key is one of a message."""
+    objects = _OBJECTS.fullmatch(text)
+    return objects is not None and (bool(_FIRST_KEY.match(objects[1])) or len({*_KEYS.findall(objects[1])}) == 2)
 
 
 def messages_of(value: Any, column: str, problems: list[str]) -> list[Message]:
@@ -156,7 +164,8 @@ def _call(value: Any, at: str, problems: list[str]) -> dict[str, Any]:
             problems.append(f"column '{at}': found key {quoted(unknown[0])}, expected only {', '.join(keys)}")
     if call.get("type", "function") != "function":
         problems.append(wrong(f"{at}.type", call["type"], "'function'"))
-    made = {"type": "function", "function": {"name": function["name"], "arguments": _arguments(function, at, problems)}}
+    name = text_of(function["name"], f"{at}.name", "text", problems)
+    made = {"type": "function", "function": {"name": name, "arguments": _arguments(function, at, problems)}}
     return {"id": text_of(call["id"], f"{at}.id", "text", problems), **made} if "id" in call else made
 
 
@@ -171,18 +180,28 @@ def _named(value: Any) -> str:
 def _arguments(function: dict[str, Any], at: str, problems: list[str]) -> dict[str, Any]:
     """The arguments: an object, in which null counts as absent as Arrow writes it for all keys, or its JSON text."""
     given = function.get("arguments", {})
-    found = from_text(given) if isinstance(given, str) and given.strip() else given or {}
+    if not given:
+        found: Any = {}
+    elif isinstance(given, str):
+        found = from_text(given)
+    else:
+        found = given
     if not isinstance(found, dict):
         problems.append(wrong(f"{at}.arguments", given, "an object, or its JSON text"))
         return {}
-    try:
-        text = json.dumps(found, allow_nan=False, ensure_ascii=False)
-    except (TypeError, ValueError):
-        problems.append(f"column '{at}.arguments': found a value that is not JSON, expected JSON values")
-        return {}
-    if LONE_SURROGATE.search(text):
-        problems.append(f"column '{at}.arguments': found a lone surrogate, expected text")
+    check_json(found, f"{at}.arguments", problems)
     return found if isinstance(given, str) else without_null(found)
+
+
+def check_json(value: Any, column: str, problems: list[str]) -> None:
+    """A problem if the value is not JSON, or if a text or key in it, at any depth, has a lone surrogate."""
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError):
+        problems.append(f"column '{column}': found a value that is not JSON, expected JSON values")
+    else:
+        if LONE_SURROGATE.search(text):
+            problems.append(f"column '{column}': found a lone surrogate, expected text")
 
 
 def without_null(value: Any) -> Any:
@@ -202,6 +221,17 @@ def first_learnt(turns: Sequence[Message], learnt: Turns) -> int:
     if learnt == "last" or (learnt == "auto" and not uses_tools(turns)):
         return len(turns) - 1
     return next(number for number, turn in enumerate(turns) if turn["role"] == "assistant")
+
+
+def question_of(turns: Sequence[Message]) -> str:
+    """The text of the last user turn, which calls and results may follow; "" if there is none."""
+    return next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
+
+
+def with_question(turns: Sequence[Message], text: str) -> list[Message]:
+    """The turns with another text as their last user turn; there must be one."""
+    place = max(number for number, turn in enumerate(turns) if turn["role"] == "user")
+    return [*turns[:place], {"role": "user", "content": text}, *turns[place + 1 :]]
 
 
 def text_of_reply(message: Message) -> str:

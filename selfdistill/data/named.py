@@ -36,7 +36,7 @@ def named(name: str, use: str, kind: str) -> Any:
     sys.path.insert(0, here)
     try:
         module = importlib.import_module(match["module"])
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end with sys.exit()
         raise UserError(
             f"{use} {name!r}: module {match['module']!r} cannot be imported from {here} or the environment: "
             f"{type(error).__name__}: {one_line(error)}"

@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +30,15 @@ _FORMATS_OF_TEXT = {
     ".tsv": "a table with tabs",
 }
 _NAMES = {**_FORMATS_OF_TEXT, ".parquet": "a parquet file", **_PACKED}
+_ONE_OBJECT = "one JSON object over several lines"
+"""A format that no ending stands for."""
 FILE_TYPES = (*_FORMATS_OF_TEXT, ".parquet")
 """Endings of the files that are read."""
 # In a folder, their rows would go missing silently; as a path, they are a file, not a hub name.
-_OTHER_FILE_TYPES = (".arrow", ".zip", ".bz2", ".xz", ".ndjson", ".xlsx", ".pkl")
+_OTHER_FILE_TYPES = (
+    *(".ndjson", ".jsonlines", ".jl", ".arrow", ".feather", ".orc", ".avro", ".pkl", ".xlsx", ".xls", ".ods"),
+    *(".zip", ".bz2", ".xz", ".lz4"),
+)
 _OTHER_SEPARATORS = {";": "semicolons", "|": "vertical bars"}
 _KNOWN = {*COLUMNS, *(name for others in OTHER_NAMES.values() for name in others)}
 
@@ -92,8 +98,11 @@ def read_file(path: str) -> list[RawRow]:
     if not is_readable(path):
         raise UserError(f"{path}: cannot read file type '{kind}{packed}', expected {expected_types()}")
     _check_format(path, kind, packed)
-    if kind == ".parquet":
-        return _read_parquet(path)
+    rows = _read_parquet(path) if kind == ".parquet" else _read_text(path, kind, packed)
+    return [replace(raw, folder=os.path.dirname(path)) for raw in rows]
+
+
+def _read_text(path: str, kind: str, packed: str) -> list[RawRow]:
     text = _utf8(path, _unpacked(path, packed))
     readers: dict[str, Callable[[str, str], list[RawRow]]] = {
         ".jsonl": _lines,
@@ -301,21 +310,24 @@ def _refuse_other_format(path: str, text: str, ending: str) -> None:
         UserError: names both formats.
     """
     found = _format_of(text)
-    if found is not None and found != ending:
-        name = _NAMES[found] if found else "one JSON object over several lines"
+    if found in (None, ending):
+        return
+    if found == _ONE_OBJECT:
+        name, advice = found, "write each row on one line"
+    else:
         packed = kind_of(path)[1] if ending in _FORMATS_OF_TEXT else ""  # else the file is the text itself
-        advice = f"rename it to end with {found}{packed}" if found else "write each row on one line"
-        raise UserError(f"{path}: found {name}, expected {_NAMES[ending]}; {advice}")
+        name, advice = _NAMES[found], f"rename it to end with {found}{packed}"
+    raise UserError(f"{path}: found {name}, expected {_NAMES[ending]}; {advice}")
 
 
 def _format_of(text: str) -> str | None:
-    """The ending of a text's format; "" for one JSON object over several lines; None if it is not known."""
+    """The ending of a text's format, or :data:`_ONE_OBJECT`; None if it is not known."""
     text = text.strip()
     first = text.partition("\n")[0]
     if text[:1] == "{":
         if isinstance(_value(first), dict):
             return ".jsonl"
-        return "" if isinstance(_value(text), dict) else None
+        return _ONE_OBJECT if isinstance(_value(text), dict) else None
     if text[:1] == "[":
         items = _value(text)
         return ".json" if isinstance(items, list) and items and isinstance(items[0], dict) else None

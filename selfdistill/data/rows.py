@@ -34,6 +34,8 @@ class RawRow:
     source: str
     value: Any = None
     problem: str | None = None
+    folder: str = ""
+    """Where relative paths in the row begin: the folder of its file; "" for the working directory."""
 
 
 class _RepeatedKey(str):
@@ -104,7 +106,7 @@ def one_of(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -197,7 +199,8 @@ def by_reason(bad: Sequence[RowProblem], after_one: str = ": ") -> str:
 
 def _reason(alike: Sequence[RowProblem]) -> str:
     values = [*dict.fromkeys(problem.value for problem in alike)]
-    return ", ".join([*values[:2], *(["..."] if len(values) > 2 else [])]).join(alike[0].reason)
+    before, after = alike[0].reason
+    return before + ", ".join([*values[:2], *(["..."] if len(values) > 2 else [])]) + after
 
 
 def _places(alike: Sequence[RowProblem]) -> str:

@@ -308,7 +308,7 @@ def _by_function(name: str, reply: str, demonstration: Demonstration) -> Verdict
     function = _function(name)
     try:
         returned = function(reply, row)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{demonstration.source}: scorer {name!r} failed: {type(error).__name__}: {one_line(error)}"
         ) from error

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from selfdistill.data.images import undecoded
 from selfdistill.data.readers import expected_types, is_data_file, is_readable, kind_of, read_file
 from selfdistill.data.rows import RawRow, describe_value, first_ten, numbered, one_line, one_of
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, similar_inside
 
 Note = Callable[[str], object]
 """What takes a note for the user, one line without its ``note:``."""
@@ -32,6 +32,8 @@ _DEFAULT = "train"
 """The split of training data unless another is asked for."""
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")
 """Files that describe a data set of the hub."""
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*|\w[\w-]*")
+"""An owner's data set, or one of the few without an owner, which have no dot: that is a file."""
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")
 
 
@@ -75,9 +77,10 @@ def read_rows(path: str, split: Split, note: Note) -> list[RawRow]:
         place = located(path)
         rows = read_rows(place, split, note)
         return [replace(raw, source=path + raw.source.removeprefix(place)) for raw in rows]
-    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not is_data_file(path):
+    hint = similar_inside(path)
+    if hint is None and _HUB_NAME.fullmatch(path) and not is_data_file(path):
         return _read_set(path, split, note, saved=False)
-    raise UserError(f"{path}: no such file or folder (looked from {os.getcwd()}); check the path")
+    raise UserError(f"{path}: no such file or folder (looked from {os.getcwd()}){hint or '; check the path'}")
 
 
 def located(path: str) -> str:
@@ -191,17 +194,31 @@ def _files(path: str, note: Note) -> list[str]:
     for folder in folders:
         for name in sorted(os.listdir(os.path.join(path, folder))):
             relative = os.path.join(folder, name)
-            if name.startswith(".") or name in _NOT_DATA:
+            if name.startswith("."):
                 continue
             if not os.path.isdir(os.path.join(path, relative)):
-                found += [relative] if is_data_file(name) else []
+                found += [relative] if _is_row_file(name) else []
             elif (name == "data" and not folder) or _split_in(name):
                 folders.append(relative)
-            elif any(map(is_data_file, os.listdir(os.path.join(path, relative)))):
+            elif _holds_rows(os.path.join(path, relative)):
                 passed_over.append(relative)
     if passed_over:
         note(f"{path}: folders not read: {', '.join(passed_over)}")
     return found
+
+
+def _is_row_file(name: str) -> bool:
+    """Whether a file of this name holds rows, hidden files aside."""
+    return is_data_file(name) and not name.startswith(".") and name not in _NOT_DATA
+
+
+def _holds_rows(folder: str) -> bool:
+    """Whether a file with rows is in the folder or below it, hidden folders aside."""
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(map(_is_row_file, names)):
+            return True
+    return False
 
 
 def _split_of(file: str) -> str | None:
@@ -244,4 +261,5 @@ def _read_set(path: str, split: Split, note: Note, *, saved: bool) -> list[RawRo
             f"{path}: datasets read it from CSV, so 007 became 7, and NA became null; to keep cells unchanged, give "
             "the file itself"
         )
-    return numbered(path, undecoded(rows))
+    folder = path if saved else ""
+    return [replace(raw, folder=folder) for raw in numbered(path, undecoded(rows))]

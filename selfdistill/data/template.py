@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from selfdistill.data.call_format import PROBE_TOOL, CallFormat, probe
+from selfdistill.data.call_format import PROBE_RESULT, PROBE_TOOL, CallFormat, probe, probe_call
 from selfdistill.data.images import as_parts
 from selfdistill.data.messages import Message
 from selfdistill.data.template_clock import pinned
 from selfdistill.data.text_ids import HIDDEN, TextIds
-from selfdistill.data.thinking import EMPTY_THOUGHT, open_thought
+from selfdistill.data.thinking import EMPTY_THOUGHT, before_thought, open_thought
 from selfdistill.errors import UserError
 
 PLAIN_USER, PLAIN_REPLY = "User:", "Assistant:"
@@ -24,6 +24,7 @@ REPLY = "selfdistill"
 """A word that no template writes."""
 PLACE = f"{HIDDEN}P{HIDDEN}"
 """The part of a message that stands for a picture."""
+_USER = {"role": "user", "content": "a"}
 
 
 class TemplateRefusal(UserError):
@@ -85,23 +86,31 @@ class Template:
             reason = " ".join(str(error).split())
             raise TemplateRefusal(f"the chat template rejects the roles {roles}: {reason}") from None
 
-    def turn(self, options: Mapping[str, Any]) -> AssistantTurn:
-        """How the template writes an assistant turn with these options."""
-        key = json.dumps(options, sort_keys=True, default=str)
+    def turn(self, options: Mapping[str, Any], *, after_result: bool = False) -> AssistantTurn:
+        """How the template writes an assistant turn with these options, after a user's or after a tool's result."""
+        key = json.dumps([after_result, options], sort_keys=True, default=str)
         if key not in self._turns:
-            self._turns[key] = self._probe(options)
+            self._turns[key] = self._probe_after_result(options) if after_result else self._probe(options)
         return self._turns[key]
 
     def _probe(self, options: Mapping[str, Any]) -> AssistantTurn:
         if not self._tokenizer.chat_template:
             return AssistantTurn(PLAIN_REPLY, " ", "")
-        user = {"role": "user", "content": "a"}
-        for asked in ([user], [{"role": "system", "content": "a"}, user]):
+        for asked in ([_USER], [{"role": "system", "content": "a"}, _USER]):
             try:
                 return self._probe_with(asked, options)
             except TemplateRefusal:
                 continue
         return AssistantTurn("", "", "")  # a template for other conversations; the rows will show
+
+    def _probe_after_result(self, options: Mapping[str, Any]) -> AssistantTurn:
+        turn = self.turn(options)
+        if self.calls is None:  # results are user turns
+            return turn
+        try:
+            return self._probe_with(self.calls.shown([*turn.asked, probe_call(), PROBE_RESULT]), options)
+        except TemplateRefusal:
+            return turn
 
     def _probe_with(self, asked: list[Message], options: Mapping[str, Any]) -> AssistantTurn:
         prompt = self.write(asked, options)
@@ -111,7 +120,7 @@ class Template:
         if not reply:
             return AssistantTurn(prompt, "", "", tuple(asked))
         if not self._added.match(after.lstrip()):  # some end every reply but the last
-            more = self.write([*answered, asked[-1]], options, add_generation_prompt=False).partition(REPLY)[2]
+            more = self.write([*answered, _USER], options, add_generation_prompt=False).partition(REPLY)[2]
             end = self._added.match(more, len(more) - len(more.lstrip()))
             after = more[: end.end()] if end and end[0] in self._end_names else after
         return AssistantTurn(prompt, lead, after, tuple(asked))
@@ -124,37 +133,45 @@ class Template:
         tools = {"tools": [PROBE_TOOL]}
         turn = self.turn(tools)
 
-        def last_turn(chat: Sequence[Message]) -> str | None:
+        def reply(messages: Sequence[Message]) -> str | None:
             try:
-                return self.last_turn([*turn.asked, chat[-1]], turn, tools)
+                return self.reply([*turn.asked, *messages], turn, tools)
             except TemplateRefusal:
                 return None
 
-        def whole(chat: Sequence[Message]) -> str | None:
+        def prompt(messages: Sequence[Message]) -> str | None:
             try:
-                return self.write([*turn.asked, *chat[1:]], tools)
+                return self.write([*turn.asked, *messages], tools)
             except TemplateRefusal:
                 return None
 
-        return probe(last_turn, whole)
+        return probe(reply, prompt)
 
     @cached_property
     def shows_tools(self) -> bool:
         turn = self.turn({})
         return bool(turn.asked) and self.write(turn.asked, {"tools": [PROBE_TOOL]}) != turn.prompt
 
-    def last_turn(self, chat: Sequence[Message], turn: AssistantTurn, options: Mapping[str, Any]) -> str:
+    def reply(self, chat: Sequence[Message], turn: AssistantTurn, options: Mapping[str, Any]) -> str:
         """The template's text for the reply that ends a chat, without an empty thought and the end of the turn."""
         whole = self.write(chat, options, add_generation_prompt=False)
-        text = whole[_common(whole, turn.prompt) :]
+        text = whole[self._reply_start(whole, turn.prompt) :]
         thought = EMPTY_THOUGHT
         if tags := open_thought(turn.prompt):  # the reply begins within it
             thought += rf"|{re.escape(tags[1])}\s*"
         text = re.sub(rf"\A\s*({thought})", "", text)
-        if turn.after and text.endswith(turn.after):
-            return text[: -len(turn.after)]
-        ends = [found.start() for found in self._added.finditer(text) if found[0] in self._end_names]
-        return text[: ends[-1]] if ends else text
+        text = text.removesuffix(turn.after)
+        # Nothing is sampled after the first end token. Some templates write a second, empty turn.
+        ends = (found.start() for found in self._added.finditer(text) if found[0] in self._end_names)
+        return text[: next(ends, len(text))]
+
+    def _reply_start(self, whole: str, prompt: str) -> int:
+        """Where the last turn begins in a whole chat, which may lack the thought with which the prompt ends."""
+        if whole.startswith(prompt):
+            return len(prompt)
+        same = _common(whole, before_thought(prompt))
+        tokens = self._added.finditer(whole)
+        return next((token.start() for token in tokens if token.start() < same < token.end()), same)
 
 
 def _common(one: str, other: str) -> int:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from selfdistill.data.messages import without_null, wrong
+from selfdistill.data.messages import check_json, without_null, wrong
 from selfdistill.data.rows import from_text, one_line
 from selfdistill.errors import UserError
 
@@ -29,7 +29,11 @@ def tools_of(value: Any, problems: list[str]) -> list[dict[str, Any]] | None:
     if not isinstance(tools, list):
         problems.append(wrong("tools", value, "a list of JSON schemas, or its JSON text"))
         return None
-    return [without_null(_schema(tool, f"tools[{number}]", problems)) for number, tool in enumerate(tools)]
+    before = len(problems)
+    schemas = [without_null(_schema(tool, f"tools[{number}]", problems)) for number, tool in enumerate(tools)]
+    if len(problems) == before:
+        check_json(schemas, "tools", problems)
+    return schemas
 
 
 def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
@@ -85,6 +89,7 @@ def template_kwargs_of(value: Any, problems: list[str]) -> dict[str, Any] | None
         problems.append(wrong("chat_template_kwargs", value, "an object or null"))
         return None
     options = {name: option for name, option in options.items() if option is not None}
+    check_json(options, "chat_template_kwargs", problems)
     if taken := sorted(options.keys() & set(_RESERVED)):
         problems.append(f"column 'chat_template_kwargs': {taken[0]!r} is reserved; leave it out")
     return options or None

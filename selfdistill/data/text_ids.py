@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from selfdistill.data.channels import CHANNEL_TOKENS, Channels
+
 HIDDEN = "\U0010fffd"
 """Delimits the number of a hidden text. A private-use character, unlikely to occur next to a number in any text."""
 NAME = re.compile(f"{HIDDEN}([0-9]+){HIDDEN}")
-_OF_REPLIES = re.compile("think|thought|tool|python_tag|function_call", re.IGNORECASE)
+_OF_REPLIES = re.compile(r"think|thought|tool|python_tag|function_call|<\|channel>|<channel\|>", re.IGNORECASE)
 """Control tokens that a model writes within its reply, so that a demonstration may contain them."""
 _ANCHOR = 32
 """Characters of the preceding text with which a text is tokenised."""
@@ -42,6 +44,8 @@ class TextIds:
         of_reply_ids = tokenizer.convert_tokens_to_ids(sorted(of_replies))
         special_ids = tokenizer.convert_tokens_to_ids(sorted(special))
         self._skipped = {*special_ids, *tokenizer.all_special_ids}.difference(of_reply_ids)
+        has_channels = all(name in added for name in CHANNEL_TOKENS)
+        self._channels = Channels(*tokenizer.convert_tokens_to_ids([*CHANNEL_TOKENS])) if has_channels else None
         # A template may also write tokens that are not special, such as <|User|>.
         control = special | of_replies | {name for name in added if name.strip() and name in template}
         # Next to a token that swallows white space, that of a text is encoded on its own.
@@ -54,10 +58,17 @@ class TextIds:
         """The special tokens that the tokenizer puts in front of a text; those that it appends are left out."""
 
     def decode(self, ids: Sequence[int], also: str = "") -> str:
-        """Decode a reply, skipping special tokens except thinking and tool tags and those named in ``also``."""
+        """Decode a reply, skipping special tokens except thinking and tool tags and those named in ``also``.
+
+        A thought in a channel of its own gets tags; see :class:`Channels`.
+        """
         named = self.tokenizer.convert_tokens_to_ids([found[0] for found in self.added.finditer(also)]) if also else []
-        kept = [token for token in ids if token not in self._skipped or token in named]
-        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+
+        def text_of(part: Sequence[int]) -> str:
+            kept = [token for token in part if token not in self._skipped or token in named]
+            return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+
+        return self._channels.with_tags(ids, text_of) if self._channels else text_of(ids)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain text, without control tokens."""
@@ -79,18 +90,18 @@ class TextIds:
         A name is split in two, so that it never becomes the control token.
         """
         first, *others = NAME.split(text)
-        ids, before = self.after(before, first), first or before
+        ids, before = self.ids_after(before, first), first or before
         for number, rest in zip(others[::2], others[1::2], strict=True):
             name = hidden[int(number)]
             for piece in (name[:1], name[1:]):
                 alone = self.added.fullmatch(piece)  # a control token of one letter
-                ids += self.ids(piece, split=True) if alone else self.after(before, piece)
+                ids += self.ids(piece, split=True) if alone else self.ids_after(before, piece)
                 before = piece or before
-            ids += self.after(before, rest)
+            ids += self.ids_after(before, rest)
             before = rest or before
         return ids
 
-    def after(self, before: str, text: str) -> list[int]:
+    def ids_after(self, before: str, text: str) -> list[int]:
         """Token ids of ``text`` as it stands after ``before``, which some tokenizers encode unlike a text's start.
 
         Where the two would share a token, as in ids that are already fixed, they are those after a line break.

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 
-TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"))
+TAGS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),
+)
 """Opening and closing tag of a thought, by model family. If a prompt ends with the first, a reply holds only the
 second."""
 
 EMPTY_THOUGHT = "|".join(rf"{re.escape(begin)}\s*{re.escape(end)}\s*" for begin, end in TAGS)
 """Pattern of a thought without a word, as templates write it where none is wanted."""
+_LAST_THOUGHT = re.compile("|".join(rf"{re.escape(begin)}\s*(?:{re.escape(end)}\s*)?\Z" for begin, end in TAGS))
 
 
 def split_thinking(reply: str, *, begun: bool = False) -> tuple[str, str]:
@@ -40,6 +46,11 @@ def thinks(reply: str) -> bool:
 def open_thought(prompt: str) -> tuple[str, str] | None:
     """The tags of the thought that the prompt opens for the reply; None if it opens none."""
     return next((tags for tags in TAGS if prompt.rstrip().endswith(tags[0])), None)
+
+
+def before_thought(prompt: str) -> str:
+    """The prompt up to the thought, open or empty, with which it ends."""
+    return _LAST_THOUGHT.sub("", prompt)
 
 
 def without_thought(text: str) -> str:

@@ -10,6 +10,8 @@ import regex
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Hangul}\p{Line_Break=SA}"
 """Scripts that write no spaces around words, or, in Korean, only around words with their particles. SA, complex
 context, is Unicode's name for Thai, Lao, Khmer, Burmese and the like."""
+WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^\s{UNSPACED}]+")
+"""A word of a text as it stands: it ends at white space; in scripts without spaces each character is one."""
 _IN_WORD = rf"[[\p{{L}}\p{{N}}\p{{M}}]--[{UNSPACED}]]"
 _LETTER = rf"[[\p{{L}}\p{{M}}]--[{UNSPACED}]]"
 

@@ -39,7 +39,7 @@ def loaded(name: str, make: Callable[[], Any]) -> Any:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         made = make()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"creating it failed: {type(error).__name__}: {one_line(error)}"
         raise UserError(f"environment {name!r}: {problem}") from error
     finally:

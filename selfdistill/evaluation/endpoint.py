@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from selfdistill.data import Message, join_surrogates, one_line
-from selfdistill.errors import UserError
+from selfdistill.errors import RERUN, UserError
 
 KEYS = ("SELFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
 """Environment variables of the API key. The first is sent to any address in the settings, the second to OpenAI only."""
@@ -29,10 +29,12 @@ class Endpoint:
         model: the model's name at that API.
         who: its role in messages; the setting of its address is ``{who}_url``.
         note: what error messages say about cached answers.
+        go_on: what error messages say about how to continue.
     """
 
-    def __init__(self, url: str, model: str, who: str, note: str) -> None:
+    def __init__(self, url: str, model: str, who: str, note: str, go_on: str = RERUN) -> None:
         self.url, self.model, self.who, self.note = url.rstrip("/") + "/chat/completions", model, who, note
+        self._go_on = go_on
         self._opener = build_opener(_NoRedirect)
 
     def ask(self, messages: list[Message], stop: threading.Event, *, max_tokens: int, temperature: float = 0) -> str:
@@ -62,9 +64,7 @@ class Endpoint:
             except (OSError, HTTPException) as error:  # an HTTPError is an OSError
                 problem = _problem(error, key)
                 if not _passes(error) or wait is None or stop.wait(wait):
-                    raise UserError(
-                        f"{self.who} {self.url}: {problem}; {self.note}; rerun the same command to resume"
-                    ) from None
+                    raise UserError(f"{self.who} {self.url}: {problem}; {self.note}; {self._go_on}") from None
         try:
             content = json.loads(answer)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):

@@ -67,9 +67,9 @@ class EvalResult(Printable):
 def _print(model: str, data: str, result: dict[str, Any], console: Console) -> None:
     base, tests = result.get("base"), result.get("paired", {})
     table = Table(title=escape(f"{model} on {data}"))
-    table.add_column("measured")
+    table.add_column("measured", overflow="fold")
     for column in ("items", "model", *(("base", "difference", "p") if base else ())):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", overflow="fold")
 
     def score(name: str, items: int, mine: dict[str, Any], keys: tuple[str, str], theirs: Any, test: Any) -> None:
         value, interval = keys

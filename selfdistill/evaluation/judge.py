@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Literal, get_args
 
-from selfdistill.config import ModelSettings
+from selfdistill.config import ModelSettings, TrainingSettings
 from selfdistill.data import JUDGE, Demonstration, reference, shown_text
-from selfdistill.errors import UserError
+from selfdistill.errors import RERUN, RESUME, UserError
 from selfdistill.evaluation.endpoint import Endpoint, shown
 from selfdistill.model import cache_dir
 from selfdistill.runtime import ProgressBar, broadcast_from_rank0, drop_partial_line
@@ -50,15 +50,16 @@ class Judge:
         model: the judge's name at that API.
         cache: JSON Lines file of grades, created if missing. A line has the grade and the SHA-256 of URL, model and
             prompt.
+        go_on: what error messages say about how to continue.
 
     Raises:
         UserError: the cache cannot be read.
     """
 
-    def __init__(self, url: str, model: str, cache: Path) -> None:
+    def __init__(self, url: str, model: str, cache: Path, go_on: str = RERUN) -> None:
         self._cache = cache
         note = f"grades are cached in {cache}"
-        self._endpoint = Endpoint(url, model, "judge", note)
+        self._endpoint = Endpoint(url, model, "judge", note, go_on)
         self._kept = _read(cache)
 
     def grades(self, rows: Sequence[Demonstration], replies: Sequence[str]) -> list[Grade]:
@@ -127,7 +128,8 @@ def judge_of(config: ModelSettings) -> Judge | None:
         return None
     assert config.judge_url, "the settings reject a judge without an address"
     assert config.judge_model
-    return Judge(config.judge_url, config.judge_model, cache_dir() / "judge.jsonl")
+    go_on = RESUME if isinstance(config, TrainingSettings) else RERUN
+    return Judge(config.judge_url, config.judge_model, cache_dir() / "judge.jsonl", go_on)
 
 
 def _prompt(row: Demonstration, reply: str) -> str:

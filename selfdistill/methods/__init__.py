@@ -162,9 +162,13 @@ def _settings_read(config: TrainConfig) -> set[str]:
     return set(read.names)
 
 
+_OF_METHODS = (*MethodSettings.model_fields, "teacher_model")
+"""Settings that only some methods read."""
+
+
 def uses(config: TrainConfig, name: str) -> bool:
     """Whether the method reads the setting ``name``; True for settings that do not belong to methods."""
-    if name not in MethodSettings.model_fields:
+    if name not in _OF_METHODS:
         return True
     try:
         return name in _settings_read(config)
@@ -176,8 +180,6 @@ def unused_settings(config: TrainConfig) -> list[str]:
     """Settings with non-default values that the method does not use."""
     fields = TrainConfig.model_fields
     given = [
-        name
-        for name in MethodSettings.model_fields
-        if getattr(config, name) != fields[name].get_default(call_default_factory=True)
+        name for name in _OF_METHODS if getattr(config, name) != fields[name].get_default(call_default_factory=True)
     ]
     return [name for name in given if not uses(config, name)]

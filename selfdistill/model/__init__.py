@@ -30,6 +30,7 @@ from selfdistill.model.loading import (
     load_model,
     matched,
     start_fingerprint,
+    switched_back,
     to_best_device,
     weights_fingerprint,
 )
@@ -117,6 +118,7 @@ __all__ = [
     "start_fingerprint",
     "stored_bytes",
     "stored_weights",
+    "switched_back",
     "tensor_bytes",
     "to_best_device",
     "training_precision",

@@ -27,6 +27,10 @@ _SIZES = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]+)\]\) from checkpoint, "
     r"the shape in current model is torch\.Size\(\[([\d, ]+)\]\)"
 )
+_BASE_KEPT = ("gaussian", "orthogonal", "eva", "mica")
+"""Ways to initialise LoRA, as ``init_lora_weights`` names them, that leave the base's weights as they are."""
+_BASE_CHANGED_AGAIN = ("pissa", "olora")
+"""Those that change the base's weights, and change them in the same way when the adapter is loaded."""
 _SAME_LOGITS = 1e-3
 """Largest difference of logits, relative to the largest logit, that merging in float32 may leave."""
 
@@ -35,7 +39,8 @@ def read_config(folder: Path, name: str) -> Any:
     """The adapter's settings.
 
     Raises:
-        UserError: the settings cannot be read, the weights are pickled, or the adapter acts outside its base's layers.
+        UserError: the settings cannot be read, the weights are pickled, the adapter acts outside its base's layers, or
+            it belongs to weights that its base does not have.
     """
     import_before_peft()
     from peft import PeftConfig
@@ -58,7 +63,26 @@ def read_config(folder: Path, name: str) -> Any:
             f"model {name!r}: an adapter of kind {kind} cannot be merged into its base, so it is not supported; use "
             "one that changes the base's layers, such as LoRA"
         )
+    way = _initialisation(config)
+    if way not in (None, *_BASE_KEPT, *_BASE_CHANGED_AGAIN):
+        raise UserError(
+            f"model {name!r}: adapter_config.json has init_lora_weights {way!r}, which changes the base's weights in a "
+            "way that PEFT does not repeat when it loads the adapter; save it as plain LoRA "
+            "(path_initial_model_for_weight_conversion in PEFT), or, if its base was saved with the change, set "
+            "init_lora_weights to true"
+        )
     return config
+
+
+def changes_base(config: Any) -> bool:
+    """Whether loading an adapter changes the weights of its base, to which the adapter's update is then added."""
+    return _initialisation(config) in _BASE_CHANGED_AGAIN
+
+
+def _initialisation(config: Any) -> str | None:
+    """How LoRA was initialised, if it has a name."""
+    way = getattr(config, "init_lora_weights", None)
+    return way.lower() if isinstance(way, str) else None
 
 
 def attach(base: Any, config: Any, folder: Path, name: str) -> Any:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from selfdistill.loss import chunk_tokens
+from selfdistill.model.unchanged_process import environment_variable
 
 
 def cpu_asked() -> bool:
@@ -142,7 +143,8 @@ def deterministic(kind: str) -> Iterator[None]:
         yield
         return
     with ExitStack() as restored:
-        _set_variable(restored)
+        if os.environ.get(WORKSPACE) not in REPEATING_WORKSPACES:
+            restored.enter_context(environment_variable(WORKSPACE, REPEATING_WORKSPACES[0]))
         restored.callback(
             torch.use_deterministic_algorithms,
             torch.are_deterministic_algorithms_enabled(),
@@ -157,17 +159,6 @@ def deterministic(kind: str) -> Iterator[None]:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         yield
-
-
-def _set_variable(restored: ExitStack) -> None:
-    before = os.environ.get(WORKSPACE)
-    if before in REPEATING_WORKSPACES:
-        return
-    os.environ[WORKSPACE] = REPEATING_WORKSPACES[0]
-    if before is None:
-        restored.callback(os.environ.pop, WORKSPACE, None)
-    else:
-        restored.callback(os.environ.__setitem__, WORKSPACE, before)
 
 
 def running_sum(values_BV: Tensor) -> Tensor:

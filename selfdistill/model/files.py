@@ -7,13 +7,15 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from selfdistill.errors import UserError, closest
+from selfdistill.errors import UserError, similar_inside
 from selfdistill.model.starter import STARTER_MODELS, starter_model_path
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
+_SETTINGS = ("config.json", "adapter_config.json")
+"""One of them is in every model folder."""
 LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 _GO_ALONG = ("*processor_config.json", "chat_template.json", "generation_config.json", *LICENCES)
 _TEXT = ("", ".json", ".md", ".txt")
@@ -23,15 +25,20 @@ def resolve(name: str) -> str:
     """The folder or hub id behind a model's name.
 
     Raises:
-        UserError: there is no such folder, or it holds no model.
+        UserError: there is no such folder, or it holds no model; or both a starter model and a folder have the name.
     """
-    if name in STARTER_MODELS:
-        return str(starter_model_path(name))
     path = Path(name)
+    if name in STARTER_MODELS:
+        if any((path / inside).exists() for inside in ("final", *_SETTINGS)):
+            raise UserError(
+                f"model {name!r}: the starter model, and a folder here; give ./{name} for the folder, or rename it to "
+                "use the starter model"
+            )
+        return str(starter_model_path(name))
     if (path / "final").is_dir():
         return str(path / "final")
     if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        if not any((path / settings).is_file() for settings in _SETTINGS):
             if (path / "config.yaml").is_file():
                 raise UserError(f"model {name!r}: a run folder without a final model; resume its training")
             raise UserError(f"model {name!r}: the folder has neither config.json nor adapter_config.json")
@@ -40,9 +47,8 @@ def resolve(name: str) -> str:
         raise UserError(f"model {name!r}: this is a file; give the folder that holds config.json and the weights")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"model {name!r}: no such folder")
-    if "/" in name and path.parent.is_dir():  # a misspelt folder, not a hub id
-        inside = closest(path.name, [folder.name for folder in path.parent.iterdir() if folder.is_dir()])
-        raise UserError(f"model {name!r}: no such folder{inside}")
+    if (hint := similar_inside(name)) is not None:
+        raise UserError(f"model {name!r}: no such folder{hint}")
     return name
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -329,7 +330,22 @@ def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> 
 def checkpoint_activations(model: Any) -> None:
     """Let the model's layers recompute their activations in the backward pass, in train mode."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
+
+
+@contextmanager
+def switched_back(model: Any) -> Iterator[None]:
+    """Undo at the end what training switches in a model: gradient checkpointing and frozen weights."""
+    trainable = [(weight, weight.requires_grad) for weight in model.parameters()]
+    checkpointed = model.is_gradient_checkpointing
+    try:
+        yield
+    finally:
+        for weight, was in trainable:
+            weight.requires_grad_(was)
+        if model.is_gradient_checkpointing and not checkpointed:
+            model.gradient_checkpointing_disable()
+            if hasattr(model, "_require_grads_hook"):  # recent releases of transformers set it, and leave it
+                model.disable_input_require_grads()
 
 
 def weights_fingerprint(model: nn.Module) -> str:

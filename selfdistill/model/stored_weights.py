@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from selfdistill.errors import UserError
-from selfdistill.model.adapters import WEIGHTS, read_config
+from selfdistill.model.adapters import WEIGHTS, changes_base, read_config
 from selfdistill.model.files import local_folder, resolve
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -79,7 +79,7 @@ class _StoredAdapter(StoredWeights):
         keys = set(self._adapter.keys())
         modules = sorted(key.removesuffix(_FIRST) for key in keys if key.endswith(_FIRST))
         is_lora = getattr(config.peft_type, "value", config.peft_type) == "LORA"
-        more = any(getattr(config, option, None) for option in _MORE_THAN_LORA)
+        more = changes_base(config) or any(getattr(config, option, None) for option in _MORE_THAN_LORA)
         if not is_lora or more or keys != {module + part for module in modules for part in (_FIRST, _SECOND)}:
             raise UserError(f"model {name!r}: the adapter is more than LoRA on linear layers; {_MERGE_FIRST}")
         self._modules = {f"{module.removeprefix(_PREFIX)}.weight": module for module in modules}

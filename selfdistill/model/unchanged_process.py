@@ -45,6 +45,20 @@ def unchanged_process(environment: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable, and restore it afterwards."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
 def spared_process_group() -> Iterator[None]:
     """Keep the default process group while a library destroys it together with its own groups."""
     destroy = torch.distributed.destroy_process_group

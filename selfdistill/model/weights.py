@@ -13,6 +13,7 @@ from huggingface_hub import is_offline_mode
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import find_adapter_config_file
 
 from selfdistill.errors import UserError
 from selfdistill.model.files import local_folder
@@ -20,6 +21,7 @@ from selfdistill.model.four_bits import four_bit_options, set_compute_dtype
 from selfdistill.model.pictures import reads_pictures
 from selfdistill.model.quantisation import loading_options, refuse_scales
 from selfdistill.model.starter import STARTER_MODELS
+from selfdistill.model.unchanged_process import environment_variable
 
 _COMPUTED = re.compile(r"(inv_freq|cos_cached|sin_cached|position_ids|masked_bias|att(n|ention)\.bias|causal_mask)$")
 """Buffers that old checkpoints contain and that models now compute."""
@@ -50,15 +52,25 @@ def load_causal(
     options = loading_options(config, folder, name, training=training)
     if load_in_4bit:
         options |= four_bit_options()
-    loaded: Any = auto_class(config, folder).from_pretrained(
-        path,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported here, in one line
-        **options,
-    )
+    try:
+        # A service would convert pickled weights, learn of the model, and open a pull request that is then loaded.
+        with environment_variable("DISABLE_SAFETENSORS_CONVERSION", "1"):
+            loaded: Any = auto_class(config, folder).from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported here, in one line
+                **options,
+            )
+    except OSError as error:
+        if "use_safetensors" not in str(error):
+            raise
+        raise UserError(
+            f"model {name!r}: it has no safetensors on the model hub, and pickled weights (.bin) are never read, "
+            "because they can run code; convert them to safetensors"
+        ) from None
     model, info = loaded
     refuse_scales([key for key in sorted(info["unexpected_keys"]) if _belongs(model, key)], name)
     wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
@@ -84,7 +96,7 @@ def causal_config(path: str, name: str) -> PretrainedConfig:
         name: the name given by the user, for messages.
 
     Raises:
-        UserError: the file cannot be read, or belongs to no causal language model.
+        UserError: the file cannot be read, or belongs to no causal language model; or there is an adapter.
     """
     config = _config(path, name)
     if reads_pictures(config, local_folder(path)):
@@ -100,7 +112,9 @@ def causal_config(path: str, name: str) -> PretrainedConfig:
 
 def _config(path: str, name: str) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        # With an adapter here transformers would load both it and its base, pickled if need be.
+        adapter = find_adapter_config_file(path) is not None
+        config = None if adapter else AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         if Path(path).is_dir():
             raise UserError(f"model {name!r}: config.json cannot be read: {first_line(error)}") from None
@@ -113,6 +127,14 @@ def _config(path: str, name: str) -> PretrainedConfig:
         if "custom code" in str(error):
             raise UserError(f"model {name!r}: needs code from its own folder, which is never run") from None
         raise UserError(f"model {name!r}: {first_line(error)}") from None
+    if config is None and Path(path).is_dir():
+        raise UserError(
+            f"model {name!r}: an adapter in place of a base; merge it first with selfdistill export --merge true, and "
+            "give the result"
+        )
+    if config is None:
+        raise UserError(f"model {name!r}: an adapter on the model hub; download it, and give its folder")
+    return config
 
 
 def _check_unexpected(model: Any, unexpected: list[str], name: str) -> list[str]:

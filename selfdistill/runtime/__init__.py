@@ -30,16 +30,19 @@ from selfdistill.runtime.files import (
     drop_partial_line,
     folder_lock,
     fsync,
+    refuse_edited,
     remove_folder,
     remove_unfinished,
     sha256,
+    unfinished,
     unlisted_files,
     write_atomically,
     write_json,
     write_manifest,
+    write_own,
 )
 from selfdistill.runtime.gpus import GPUS, THIS, Gpu, check_device
-from selfdistill.runtime.resources import check_disk, clock, free_memory, peak_memory, size_in_bytes
+from selfdistill.runtime.resources import clock, free_bytes, free_memory, peak_memory, size_in_bytes
 from selfdistill.runtime.signals import StopRequests
 from selfdistill.runtime.tracking import (
     METRICS,
@@ -71,13 +74,13 @@ __all__ = [
     "barrier",
     "broadcast_from_rank0",
     "check_device",
-    "check_disk",
     "check_tracker",
     "check_writable",
     "clock",
     "corruption",
     "drop_partial_line",
     "folder_lock",
+    "free_bytes",
     "free_memory",
     "fsync",
     "gathered",
@@ -91,6 +94,7 @@ __all__ = [
     "quiet_libraries",
     "rank_slice",
     "read_lines",
+    "refuse_edited",
     "remove_folder",
     "remove_unfinished",
     "result_console",
@@ -98,9 +102,11 @@ __all__ = [
     "say_note",
     "sha256",
     "size_in_bytes",
+    "unfinished",
     "unlisted_files",
     "world_size",
     "write_atomically",
     "write_json",
     "write_manifest",
+    "write_own",
 ]

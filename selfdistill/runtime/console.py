@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from html import escape
 from io import StringIO
@@ -33,6 +34,13 @@ def result_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120, emoji=False)
 
 
+class _ProgressConsole(Console):
+    """Console that falls silent when its reader ends; rich itself would exit."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 SECONDS_BETWEEN_LINES = 10
 """Interval of progress lines without a terminal."""
 
@@ -51,7 +59,7 @@ class ProgressBar:
     """
 
     def __init__(self, what: str, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False, emoji=False)
+        self.console = _ProgressConsole(stderr=True, highlight=False, emoji=False)
         self._every, self._what, self._total, self._start = every, what, total, start
         self._quiet = quiet = quiet or _silent.get() or not is_rank0()
         self._began = self._said = time.monotonic()
@@ -75,7 +83,8 @@ class ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):  # the terminal is closed
+                self._progress.stop()
 
     def advance(self, done: int, note: str = "") -> None:
         """Report that ``done`` parts in total are done."""
@@ -111,7 +120,7 @@ def quiet_libraries() -> Iterator[None]:
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated")
+        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated")
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         try:
@@ -174,13 +183,25 @@ def _is_theirs(warning: warnings.WarningMessage) -> bool:
 
 
 def say(message: str) -> None:
-    """Print a line to standard error, on rank 0 only."""
+    """Print a line to standard error, on rank 0 only; nothing if its reader has ended, such as a closed terminal."""
     if not is_rank0():
         return
     if _silent.get():
         _logger.info(message)
     else:
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
+
+
+def say_at_once(message: str) -> None:
+    """Print a line as :func:`say` does, from a signal handler: without the streams, which the signal may interrupt.
+
+    With hidden progress nothing is printed.
+    """
+    if is_rank0() and not _silent.get():
+        before = "\n" if os.isatty(2) else ""  # after a bar, or the ^C
+        with suppress(OSError):  # such as a closed terminal
+            os.write(2, f"{before}{message}\n".encode())
 
 
 def say_note(message: str, topic: str | None = None) -> None:
@@ -196,11 +217,15 @@ def say_note(message: str, topic: str | None = None) -> None:
     say(f"note: {message}")
 
 
+_PLAIN: dict[str, Any] = {"width": 100, "emoji": False, "force_jupyter": False, "force_terminal": False}
+"""Options of a console that renders text without colours. In a notebook Rich would display the text instead."""
+
+
 class _Page(Console):
     """Renders what is printed as HTML: tables as tables, everything else as text."""
 
     def __init__(self) -> None:
-        super().__init__(width=100, emoji=False)
+        super().__init__(**_PLAIN)
         self.html = ""
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -233,7 +258,7 @@ class Printable(ABC):
         """Print the result to a console."""
 
     def __repr__(self) -> str:
-        console = Console(file=StringIO(), width=100, emoji=False)
+        console = Console(file=StringIO(), **_PLAIN)
         self.print(console)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,22 +64,65 @@ def write_json(file: Path, value: Any) -> None:
     write_atomically(file, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
+WRITTEN = "written.json"
+"""File with the SHA-256 of all contents that :func:`write_own` wrote to its folder."""
+
+
+def refuse_edited(files: Sequence[Path]) -> None:
+    """Refuse to replace files whose content :func:`write_own` did not write.
+
+    Raises:
+        UserError: there is one.
+    """
+    for file in files:
+        if file.exists() and sha256(file) not in _written(file.parent):
+            raise UserError(
+                f"{file}: edited since this command wrote it, or not written by it; rename it, or choose another "
+                "output_dir"
+            )
+
+
+def write_own(file: Path, write: Callable[[Path], None]) -> None:
+    """Replace a file atomically by what ``write`` writes to a path, so that :func:`refuse_edited` knows the content."""
+    temporary = file.parent / f".{file.name}.unfinished"
+    write(temporary)
+    write_json(file.parent / WRITTEN, sorted({*_written(file.parent), sha256(temporary)}))
+    os.replace(temporary, file)
+
+
+def _written(folder: Path) -> list[str]:
+    file = folder / WRITTEN
+    return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
+
+
 def remove_folder(folder: Path) -> None:
-    """Remove a folder atomically: under this name it is either complete or gone."""
-    if folder.exists():
+    """Remove a folder atomically: under this name it is either complete or gone. What a link points to stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         hidden = folder.parent / f".{folder.name}.removed"
-        shutil.rmtree(hidden, ignore_errors=True)
+        _remove(hidden)
         os.replace(folder, hidden)
-        shutil.rmtree(hidden)
+        _remove(hidden)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """The temporary files and folders of this module that a killed process left in ``folder``."""
+    return [*folder.glob(".*.unfinished"), *folder.glob(".*.removed")]
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files of this module that a killed process left in ``folder``."""
-    for path in (*folder.glob(".*.unfinished"), *folder.glob(".*.removed")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Remove what :func:`unfinished` lists."""
+    for path in unfinished(folder):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with its contents, a file or a link, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 MANIFEST = "manifest.json"

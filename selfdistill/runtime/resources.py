@@ -31,7 +31,7 @@ def free_memory(device: torch.device) -> int | None:
     """Free bytes on the device, or None if unknown.
 
     With CUDA, memory that PyTorch has cached counts as free. On the CPU, glibc first returns the memory of freed
-    tensors to the system, and a cgroup's limit applies.
+    tensors to the system, and the limits of the process's cgroups apply.
     """
     if device.type == "cuda":
         import torch
@@ -43,12 +43,46 @@ def free_memory(device: torch.device) -> int | None:
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
     free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()).isdecimal():
-        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        files = int(held["inactive_file"]) + int(held["active_file"])  # page cache, reclaimed when needed
-        free = min(free, int(most) - int((group / "memory.current").read_text()) + files)
-    return free
+    return min([free, *cgroup_memory()])
+
+
+_VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+_VERSION_2 = "memory.max", "memory.current", ""
+"""Files with the limit and the use of a cgroup, and what counts that include its children begin with."""
+
+
+def cgroup_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Free bytes in each cgroup with a limit that this process is in, of version 1 or 2.
+
+    A limit applies to a cgroup's children, too. In a container the process's own cgroup may be the root of ``mount``.
+
+    Args:
+        groups: file that names the process's cgroups.
+        mount: where they are mounted.
+    """
+    found = []
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, files = mount, _VERSION_2
+        elif "memory" in controllers.split(","):
+            root, files = mount / "memory", _VERSION_1
+        else:
+            continue
+        own = root / path.lstrip("/")
+        found += [_free_in(group, *files) for group in (own, *own.parents) if group.is_relative_to(root)]
+    return [free for free in found if free is not None]
+
+
+def _free_in(group: Path, most: str, held: str, total: str) -> int | None:
+    """Free bytes in a cgroup, where page cache counts as free; None without a limit, or if a file is missing."""
+    try:
+        limit, used = (group / most).read_text().strip(), int((group / held).read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cache = int(counts[f"{total}inactive_file"]) + int(counts[f"{total}active_file"])
+    except (OSError, KeyError):
+        return None
+    return int(limit) - used + cache if limit.isdecimal() else None  # or "max"
 
 
 def clock(device: torch.device) -> float:
@@ -81,18 +115,3 @@ def size_in_bytes(text: str) -> int:
         return int(float(found[1]) * (1024 if found[3] else 1000) ** (" MGT".index(found[2]) + 1))
     except (AssertionError, ValueError):
         raise UserError(f"setting 'memory': found {text!r}, expected a size such as 80GiB or 80GB") from None
-
-
-def check_disk(path: Path, needed: int) -> None:
-    """Refuse to start a run that the disk cannot hold.
-
-    Raises:
-        UserError: less than ``needed`` bytes are free; names both sizes.
-    """
-    free = free_bytes(path)
-    if free < needed:
-        raise UserError(
-            f"{path}: {free / 2**30:.1f} GiB free, checkpoints and the final model need about {needed / 2**30:.1f} "
-            "GiB; "
-            "free some space, lower save_total_limit, or use save_steps 0 to save only the final model"
-        )

@@ -6,13 +6,18 @@ import signal
 from types import FrameType
 from typing import Any
 
+from selfdistill.runtime.console import say_at_once
+
+_STOPPING = "stopping at the end of the step or measurement; another Ctrl-C stops at once, without saving"
+
 
 class StopRequests:
     """Context that records SIGINT, SIGTERM or SIGHUP in ``received`` for the loop to read.
 
-    A second signal raises ``KeyboardInterrupt``. Nested contexts share a signal: one that the outer context received,
-    such as between two runs, counts in the inner one, and the other way round on exit. Ignored signals stay ignored,
-    such as the SIGHUP of a closed terminal under ``nohup``.
+    The first signal is answered with a line. A further SIGINT raises ``KeyboardInterrupt``. A further SIGTERM or SIGHUP
+    does nothing: when a terminal is closed, its shell sends one and the kernel another. Nested contexts share a signal:
+    one that the outer context received, such as between two runs, counts in the inner one, and the other way round on
+    exit. Ignored signals stay ignored, such as the SIGHUP of a closed terminal under ``nohup``.
     """
 
     def __init__(self) -> None:
@@ -44,6 +49,8 @@ class StopRequests:
         return outer if isinstance(outer, StopRequests) else None
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received = number
+            say_at_once(_STOPPING)
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number

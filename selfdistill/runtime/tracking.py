@@ -7,12 +7,14 @@ import os
 import re
 import secrets
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from selfdistill.config import Settings
 from selfdistill.errors import UserError
+from selfdistill.runtime.console import say_note
 from selfdistill.runtime.distributed import is_rank0
 from selfdistill.runtime.files import write_atomically
 
@@ -186,7 +188,7 @@ class Tracker:
     """
 
     def __init__(self, accelerator: Any, config: Settings, output_dir: Path, start_step: int) -> None:
-        self._accelerator = accelerator
+        self._accelerator, self._failed = accelerator, False
         if not accelerator.log_with or not is_rank0():
             return
         name = str(accelerator.log_with[0])
@@ -206,13 +208,14 @@ class Tracker:
             with redirect_stdout(sys.stderr):  # trackio prints
                 accelerator.init_trackers(project, config=public_settings(config), init_kwargs={name: options})
         except Exception as error:  # each tracker has its own errors
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"report_to {name!r}: cannot start ({reason}); fix that or leave it out") from None
+            raise UserError(f"report_to {name!r}: cannot start ({_reason(error)}); fix that or leave it out") from None
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Send the metrics of one step."""
+        """Send the metrics of one step. A tracker that fails is noted and not used again."""
         numbers = {k: v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
-        self._accelerator.log(numbers, step=int(metrics["step"]))
+        if not self._failed:
+            with self._noted():
+                self._accelerator.log(numbers, step=int(metrics["step"]))
 
     def __enter__(self) -> Tracker:
         return self
@@ -221,4 +224,20 @@ class Tracker:
         # Not end_training(), which would also end the process group, and the model is still to be written.
         with redirect_stdout(sys.stderr):
             for tracker in self._accelerator.trackers:
-                tracker.finish()
+                with self._noted():
+                    tracker.finish()
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Note the tracker's first failure instead of ending the run."""
+        try:
+            yield
+        except Exception as error:
+            if not self._failed:
+                name = self._accelerator.log_with[0]
+                say_note(f"report_to {str(name)!r} failed ({_reason(error)}); metrics.jsonl has what it lacks")
+            self._failed = True
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

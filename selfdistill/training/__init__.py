@@ -9,7 +9,7 @@ from selfdistill.training.merge import merge
 from selfdistill.training.plan import Plan, plan, plan_for
 from selfdistill.training.run import Run
 from selfdistill.training.schedule import steps_of
-from selfdistill.training.setup import check_parts, chosen_rows
+from selfdistill.training.setup import accelerator_state_kept, check_parts, chosen_rows
 from selfdistill.training.train import check_output_dir, train, with_context
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "OnStep",
     "Plan",
     "Run",
+    "accelerator_state_kept",
     "check_output_dir",
     "check_parts",
     "chosen_rows",

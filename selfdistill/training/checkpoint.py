@@ -21,9 +21,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from selfdistill.errors import CannotResume, UserError
+from selfdistill.errors import RESUME, CannotResume, UserError
 from selfdistill.model import Optim, Teacher, distribute_like, full_tensors, moment_bytes
-from selfdistill.runtime import agreed, corruption, fsync, is_rank0, remove_folder, say, unlisted_files, write_manifest
+from selfdistill.runtime import (
+    agreed,
+    corruption,
+    fsync,
+    is_rank0,
+    remove_folder,
+    say,
+    say_note,
+    unlisted_files,
+    write_manifest,
+)
 
 PREFIX = "checkpoint-"
 AT_LEAST = 2
@@ -117,13 +127,16 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are intact. Free disk space, then "
-            "continue with resume=True"
+            f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are intact. "
+            f"Free disk space, then {RESUME}"
         ) from None
     stay = {checkpoint_at(output_dir, step) for step in spared}
     for old in [path for path in list_checkpoints(output_dir) if path.name <= final.name][: -max(AT_LEAST, keep)]:
         if old not in stay:
-            remove_folder(old)
+            try:
+                remove_folder(old)
+            except OSError as error:
+                say_note(f"cannot remove the old checkpoint {old.name} ({error}); remove it by hand", "old checkpoints")
     return final
 
 
@@ -194,6 +207,7 @@ def load_checkpoint(
     for key, value in moments.items():
         kind, _, name = key.partition(":")
         parameter = parameters[name]
+        value = value.clone()  # the file's own memory would keep its blocks on the disk
         value = distribute_like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
         state.setdefault(parameter, {})[kind] = value
     optimizer.state.update(state)

@@ -11,11 +11,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import GenerationConfig
 
 from selfdistill.config import ExportConfig
 from selfdistill.errors import UserError
 from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, resolve
-from selfdistill.runtime import fsync, say
+from selfdistill.runtime import fsync, remove_folder, say
 from selfdistill.training.model_card import learnt_in_4bit, merged_card
 
 _MODEL_FILES = (
@@ -26,8 +27,10 @@ _MODEL_FILES = (
 
 
 @contextmanager
-def whole_folder(folder: Path, advice: str) -> Iterator[Path]:
+def whole_folder(folder: Path, advice: str, *, replace: bool = False) -> Iterator[Path]:
     """Yield a hidden folder to write a model into, and rename it to ``folder`` on success: ``folder`` is never partial.
+
+    With ``replace`` an earlier ``folder`` is removed right before, when the new one is on the disk.
 
     Raises:
         UserError: it cannot be written; the message ends with ``advice``.
@@ -39,6 +42,8 @@ def whole_folder(folder: Path, advice: str) -> Iterator[Path]:
         yield temporary
         for file in (path for path in temporary.rglob("*") if path.is_file()):
             fsync(file)
+        if replace:
+            remove_folder(folder)
         temporary.rename(folder)
         fsync(folder.parent)
     except (OSError, SafetensorError) as error:
@@ -60,14 +65,22 @@ def write_model(
         state: replaces the model's own weights, which may be sharded.
     """
     options: dict[str, Any] = {} if state is None else {"state_dict": state}
+    generation = model.generation_config
     if hasattr(model, "peft_config"):
         options["selected_adapters"] = ["default"]
         base = Path(model.peft_config["default"].base_model_name_or_path)
         if base.is_dir():  # must be found from any working directory
             model.peft_config["default"].base_model_name_or_path = str(base.absolute())
-        if model.generation_config is not None:  # with all end tokens; PEFT leaves it out
-            model.generation_config.save_pretrained(folder)
-    model.save_pretrained(folder, **options)
+        model.save_pretrained(folder, **options)
+    else:
+        try:
+            # With more end tokens it counts as changed, and save_pretrained refuses flags that it accepts unchanged.
+            model.generation_config = GenerationConfig()
+            model.save_pretrained(folder, **options)
+        finally:
+            model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
     loaded.tokenizer.save_pretrained(folder)
     for file in files_that_go_along(loaded.files) if loaded.files else ():
         if not (folder / file.name).exists():

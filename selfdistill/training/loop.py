@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from selfdistill.config import dump_yaml
-from selfdistill.errors import EngineFailed, RunCollapsed, RunFailed, RunStopped
+from selfdistill.errors import RESUME, EngineFailed, RunCollapsed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import summary
 from selfdistill.methods import DatasetCompletions
 from selfdistill.model import LoadedModel
@@ -61,6 +61,8 @@ class Loop:
         )
         self.step = step
         """Step of the current model; after a collapse, that of the restored checkpoint."""
+        self._saved = step
+        """Step of the last checkpoint, or the one at which the loop begins."""
         self._gap_was_said = False
         self._metrics = MetricsFile(output_dir / "metrics.jsonl", step)
         self._reporter = ProgressBar("step", config.max_steps, start=step, every=config.logging_steps)
@@ -103,8 +105,8 @@ class Loop:
                     self._save()
                 if received and not last:
                     raise RunStopped(
-                        f"{self._output_dir}: stopped after step {step} of {self._max_steps}; progress is saved, "
-                        "continue with resume=True",
+                        f"{self._output_dir}: stopped after step {step} of {self._max_steps}; "
+                        f"progress is saved, {RESUME}",
                         received,
                     )
                 if enough:
@@ -116,6 +118,10 @@ class Loop:
             metrics = self._trainer.step(step - 1)
         except EngineFailed as error:  # before the weights changed
             self._stop(error)
+        except UserError as error:  # such as a scorer's or an environment's; the weights have not changed either
+            if self._position.step > self._saved:
+                self._save(together=isinstance(error, RaisedOnAllRanks))
+            raise
         position, self.step = self._position, step
         self._position = position = replace(
             position,
@@ -176,7 +182,7 @@ class Loop:
         """Save the progress, on all ranks together, and say where the run stopped."""
         self._save()
         raise EngineFailed(
-            f"{self._output_dir}: stopped after step {self.step}: {error}; progress is saved, continue with resume=True"
+            f"{self._output_dir}: stopped after step {self.step}: {error}; progress is saved, {RESUME}"
         ) from error
 
     def _save(self, *, together: bool = True) -> None:
@@ -184,6 +190,7 @@ class Loop:
             file.sync()
         trainer, config = self._trainer, self._trainer.config
         if together or not config.fsdp:
+            self._saved = self._position.step
             save_checkpoint(
                 self._output_dir,
                 self._position,

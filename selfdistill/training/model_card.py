@@ -23,10 +23,7 @@ from selfdistill.runtime import METRICS, public_name, public_settings, read_line
 
 ALWAYS = ("method", "learning_rate", "max_steps", "batch_size", "max_completion_length", "mixed_precision", "seed")
 """Settings in every card; others appear if they differ from the default."""
-_ELSEWHERE = (
-    *("model", "data", "output_dir", *MAY_CHANGE, "teacher_cache_mib"),
-    *("test", "prior", "view_rows", "judge_url", "judge_model"),
-)
+_ELSEWHERE = ("model", "data", "output_dir", *MAY_CHANGE, "test", "prior", "judge_model")
 """Settings that do not affect the weights, or appear elsewhere in the card."""
 _MEASURES = {
     "accuracy": ("new task, accuracy", "accuracy_interval"),

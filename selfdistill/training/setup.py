@@ -9,14 +9,14 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
 from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, LearnConfig, TrainConfig
@@ -72,6 +72,19 @@ class Stage:
     def sampled(self) -> list[EncodedPart]:
         """The parts with samples of their own; they divide a batch."""
         return [part for part in self.parts if not part.same_samples]
+
+
+@contextmanager
+def accelerator_state_kept() -> Iterator[None]:
+    """Restore at the end the state that all accelerators of the process share, such as their precision."""
+    states = (AcceleratorState, GradientState)
+    before = [dict(state._shared_state) for state in states]
+    try:
+        yield
+    finally:
+        for state, values in zip(states, before, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(values)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -172,9 +185,17 @@ def check_parts(config: TrainConfig) -> None:
     Raises:
         UserError: the batch is too small, or the method rejects the settings.
     """
-    for parts in stages_of(config):
-        shares = [part.share for part in parts if not part.same_samples]
+    for shares in shares_of(config):
         check_shares(shares, config.batch_size, batch_unit(config))
+
+
+def shares_of(config: TrainConfig) -> list[list[float]]:
+    """By stage, the shares of the batch that its parts with their own samples have.
+
+    Raises:
+        UserError: the method rejects the settings.
+    """
+    return [[part.share for part in parts if not part.same_samples] for parts in stages_of(config)]
 
 
 def _encoded(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from selfdistill.config import TrainConfig, dump_yaml, load_saved, refuse_changes
 from selfdistill.data import Demonstration, load_demonstrations
-from selfdistill.errors import CannotResume, RunCollapsed, UserError, number_of
+from selfdistill.errors import RESUME, CannotResume, RunCollapsed, UserError, number_of
 from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
 from selfdistill.model import LoadedModel, full_tensors, merged, stored_bytes, tensor_bytes
@@ -20,12 +20,10 @@ from selfdistill.runtime import (
     all_gather,
     barrier,
     broadcast_from_rank0,
-    check_disk,
     check_tracker,
     folder_lock,
     free_memory,
     is_rank0,
-    remove_folder,
     remove_unfinished,
     say,
     say_note,
@@ -33,16 +31,14 @@ from selfdistill.runtime import (
     write_atomically,
 )
 from selfdistill.training.checkpoint import (
-    AT_LEAST,
     Position,
-    checkpoint_bytes,
     list_checkpoints,
     load_checkpoint,
     newest_whole,
     saved_position,
     trained_parameters,
 )
-from selfdistill.training.collapse import COLLAPSE_WINDOW
+from selfdistill.training.disk import check_disk
 from selfdistill.training.export import whole_folder, write_model
 from selfdistill.training.first_lines import first_lines
 from selfdistill.training.fitting import check_fits
@@ -121,7 +117,7 @@ def train(
         trainer = Trainer(config, demonstrations, evaluator, loaded)
         if checkpoint:
             agreed(partial(_refuse_changed_settings, output_dir, checkpoint, trainer))
-        sizes = [*memory, *_check_disk(trainer, output_dir)]
+        sizes = [*memory, *check_disk(trainer, output_dir, checkpoint)]
         if not begun:
             _lock(output_dir, held)
         position = _start(trainer, checkpoint)  # before anything is written: a refused resume changes nothing
@@ -249,25 +245,6 @@ def _weights(config: TrainConfig, loaded: LoadedModel | None) -> float:
     return student + teacher if student and teacher else math.inf
 
 
-def _check_disk(trainer: Trainer, output_dir: Path) -> list[str]:
-    """Check that there is enough disk space; returns lines that describe what the run needs.
-
-    Raises:
-        UserError: there is not enough.
-    """
-    config, model = trainer.config, trainer.loaded.model
-    saved = model.parameters() if trainer.loaded.merged_adapter else trainer.parameters
-    size = sum(p.numel() * p.element_size() for p in saved)
-    kept = max(AT_LEAST, config.save_total_limit) + 1 if config.save_steps else 0
-    if config.stop_on_collapse:
-        kept += COLLAPSE_WINDOW // config.eval_steps + 2
-    one = checkpoint_bytes(model, config.optim, trainer.teacher)
-    check_disk(output_dir, size + kept * one)
-    if not kept:
-        return []
-    return [f"disk space: {kept - 1} checkpoints of {one / 2**30:.2f} GiB, the final model {size / 2**30:.2f} GiB"]
-
-
 def _write_start(trainer: Trainer, output_dir: Path) -> None:
     """Write the settings, and the samples that a method drew before the first step.
 
@@ -391,10 +368,9 @@ def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str])
         pictures=trainer.loaded.pictures is not None,
         signs=signs,
     )
-    advice = "free disk space, then continue with resume=True, which needs a checkpoint (save_steps)"
+    advice = f"free disk space, then {RESUME}, which needs a checkpoint (save_steps)"
     say(f"writing {final}")
-    with whole_folder(final, advice) as folder:
+    with whole_folder(final, advice, replace=True) as folder:
         write_model(folder, model, trainer.loaded, card, state)
-        remove_folder(final)
     barrier()
     return final

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from selfdistill.cli import main
 from selfdistill.comparison.compare import compare
 from selfdistill.comparison.compare_result import CompareResult
+from selfdistill.comparison.kinds import first_run, kinds_of
 from selfdistill.comparison.report import report
 from selfdistill.config.commands import CompareConfig, EvalConfig, ReportConfig
-from selfdistill.config.files import continued, load_yaml, with_runs_of
+from selfdistill.config.files import continued, dump_yaml, load_yaml, with_runs_of
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation.evaluate import evaluate
@@ -197,6 +198,16 @@ def test_runs_that_are_added_take_nothing_from_the_result(
     ]
     saved = load_yaml(folder / "config.yaml", CompareConfig)
     assert (saved["methods"], saved["seeds"]) == (["sdft", "sft"], [0, 1, 3])
+
+
+def test_settings_that_change_no_number_may_change(settings: Callable[..., CompareConfig]) -> None:
+    begun = settings(mixed_precision="bf16")
+    folder = Path(begun.output_dir)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_yaml(begun), encoding="utf-8")
+    others = {"judge_url": "http://localhost:1/v1", "teacher_cache_mib": 0}
+    given = {"output_dir": begun.output_dir, "mixed_precision": "auto", **others}
+    assert continued(given, CompareConfig) == begun.model_copy(update=others)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +414,7 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
             compare(config.model_copy(update={"max_steps": steps}), resume=True)
     before = {file: file.read_bytes() for file in (Path(config.data), Path(config.test))}
     changed = {
-        Path(config.data): "changed since this comparison began: the demonstrations; restore model, data, test and",
+        Path(config.data): "changed since this comparison began: the demonstrations; restore model, data, test, prior",
         Path(config.test): "changed since this comparison began: the test rows or prior questions; restore",
     }
     for file, message in changed.items():
@@ -415,6 +426,48 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
     save_file({name: weight * 1.01 for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
     with pytest.raises(UserError, match="changed since this comparison began: the base; restore"):
         compare(config, resume=True)
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_comparison_killed_at_its_start_goes_on(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    real, left = module.write_atomically, [None] * writes
+
+    def killed(file: Path, text: str) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        real(file, text)
+
+    config = settings(methods="sft", seeds="0")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(config)
+    given = config.model_dump(exclude_unset=True)
+    assert len(compare(continued(given, CompareConfig), resume=True).details["runs"]) == 1
+
+
+def test_a_comparison_goes_on_after_its_files_have_moved(
+    settings: Callable[..., CompareConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "anchors.txt").write_text("Hello\nHow are you?\n", encoding="utf-8")
+    config = settings(methods="sft", seeds="0", anchors=str(tmp_path / "anchors.txt"), batch_size=4)
+    compare(config)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    names = ("model", "data", "test", "prior")
+    moved: dict[str, Any] = {name: str(elsewhere / Path(getattr(config, name)).name) for name in names}
+    shutil.copytree(config.model, moved["model"])  # other tests use the same model
+    for name in names[1:]:
+        shutil.move(getattr(config, name), moved[name])
+    moved["anchors"] = (str(shutil.move(config.anchors[0], elsewhere / "anchors.txt")),)
+    more = continued({"output_dir": config.output_dir, "seeds": "1", **moved}, CompareConfig)
+    assert [run["seed"] for run in compare(more, resume=True).details["runs"]] == [0, 1]
+    (elsewhere / "anchors.txt").write_text("Hello\nGoodbye\n", encoding="utf-8")
+    with pytest.raises(UserError, match="changed since this comparison began: the anchors; restore"):
+        compare(more, resume=True)
 
 
 def test_a_context_that_is_still_to_be_found_is_not_varied(settings: Callable[..., CompareConfig]) -> None:
@@ -488,6 +541,34 @@ def test_rows_that_one_method_has_no_room_for_are_left_out_for_all(
     assert "dropped 1 of 5 rows for all methods: too long for at least one" in capsys.readouterr().err
     assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations."
     assert {run["evaluations"][-1]["step"] for run in result["runs"]} == {2}
+
+
+def test_an_added_run_that_drops_further_rows_is_refused_with_that_reason(
+    settings: Callable[..., CompareConfig], write_rows: Callable[..., Path]
+) -> None:
+    rows = [{"prompt": f"q{i}" * (120 if i == 2 else 1), "completion": "ab"} for i in range(5)]
+    given = {"data": str(write_rows(rows, name="long.jsonl")), "seeds": "0", "on_long_prompt": "drop"}
+    compare(settings(**given, methods="sft"))
+    with pytest.raises(UserError, match=r"demonstrations; .*, leave out added runs that drop further rows, or"):
+        compare(settings(**given, methods="sft,sdft"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "read"),
+    [({"method_settings": {"pull": 0.1}}, "method_settings"), ({"teacher_model": "other"}, "teacher_model")],
+)
+def test_a_run_has_the_settings_that_its_method_reads(
+    settings: Callable[..., CompareConfig], values: dict[str, Any], read: str
+) -> None:
+    config = settings(methods="sft,isdft", **values)
+    without, with_it = [first_run(config, kind) for kind in kinds_of(config)]
+    assert getattr(without, read) == TrainConfig.model_fields[read].get_default(call_default_factory=True)
+    assert getattr(with_it, read) == values[read]
+
+
+def test_a_comparison_that_evaluates_five_times_may_stop_on_collapse(settings: Callable[..., CompareConfig]) -> None:
+    result = compare(settings(methods="sft", seeds="0", eval_steps=0, stop_on_collapse=True)).details
+    assert [line["step"] for line in result["runs"][0]["evaluations"]] == [0, 1, 2]
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from selfdistill.comparison.conclusions import Compared, matched, mean_points, points_of, sentences, table
@@ -132,6 +134,32 @@ def test_what_a_method_recovers_is_counted_for_it() -> None:
     assert matched(there, 0.6).prior_accuracy == pytest.approx(0.4)
     without = [{key: value for key, value in at.items() if "prior" not in key} for at in there]
     assert matched(without, 0.5).kl_base == pytest.approx(0.2)
+
+
+def at(rate: float, runs: list[Compared]) -> list[Compared]:
+    return [replace(run, learning_rate=rate) for run in runs]
+
+
+def test_methods_with_one_learning_rate_each_are_compared_seed_by_seed() -> None:
+    runs = pairs([0.72, 0.74, 0.70], [0.55, 0.58, 0.54])
+    of_sft, of_sdft = ([run for run in runs if run.method == method] for method in ("sft", "sdft"))
+    third = [replace(run, method="dft") for run in of_sft]
+    said = sentences([*of_sdft, *third, *at(5e-5, of_sft)], "")
+    assert "At learning rate 0.0001 sdft ends at 0.65 on the new task, dft at 0.90 (means of 3 seeds)" in said
+    assert "sdft ends at 0.65 on the new task, at learning rate 5e-05 sft at 0.90 (means of 3 seeds)" in said
+    assert said.endswith("So at equal accuracy, sdft forgot less than sft.")
+
+
+def test_what_has_no_counterpart_at_its_learning_rate_is_named() -> None:
+    runs = pairs([0.72, 0.74], [0.55, 0.58])
+    of_sft = [run for run in runs if run.method == "sft"]
+    alone = at(5e-5, [replace(run, method="dft") for run in of_sft])
+    said = sentences([*runs, *at(1e-3, [run for run in runs if run.method == "sdft"]), *alone], "")
+    assert "ends at 0.65 on the new task, sft at 0.90" in said
+    assert said.endswith(
+        "Not compared, as sdft and another method have no finished runs with their learning rate and seed: sdft 0.001, "
+        "dft 5e-05."
+    )
 
 
 def test_failed_runs_count_for_nothing() -> None:

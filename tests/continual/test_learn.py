@@ -228,6 +228,20 @@ def test_a_skill_in_an_environment_is_measured_by_episodes(
     assert "episode/turns" not in second["after"]["skills"]["second"]
 
 
+def test_the_date_of_an_addition_is_that_of_its_end(make: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, clock = add_skill.train, ["at the start"]
+
+    def train(*arguments: Any, **named: Any) -> Path:
+        clock.append("after training")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(add_skill, "train", train)
+    monkeypatch.setattr(add_skill, "time", SimpleNamespace(strftime=lambda _: clock[-1]))
+    assert add(make(max_steps=1))["date"] == "after training"
+    (line,) = learn(make(action="history", data="")).details["history"]
+    assert line["date"] == "after training"
+
+
 def test_export_rollback_and_history(make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add(make())
     state = tmp_path / "state"
@@ -351,7 +365,7 @@ def test_the_gates(
     assert scores == {"first": [], "second": []}
     least = 0.8 - values.get("max_skill_drop", 0.1)
     said = repr(LearnResult("add", str(tmp_path / "state"), result))
-    assert f"first: 0.800 when learnt, {first:.3f} now (retained: at least {least:.3f})\n" in said
+    assert f"first: 0.800 when learnt, {first:.3f} now (must stay at or above {least:.3f})\n" in said
     if reason is not None:
         (found,) = result["reasons"]
         assert found.startswith(reason)
@@ -457,11 +471,11 @@ def test_training_that_diverges_is_refused(make: Settings, tmp_path: Path, monke
 
 def test_an_engine_that_fails_refuses_no_skill(make: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Path:
-        raise EngineFailed("engine vllm: the server ended")
+        raise EngineFailed("run: stopped after step 1: the server ended; progress is saved, continue with resume=True")
 
     with monkeypatch.context() as patch:
         patch.setattr(add_skill, "train", fail)
-        with pytest.raises(EngineFailed, match="the server ended"):
+        with pytest.raises(EngineFailed, match=r"progress is saved, rerun the same command to resume$"):
             add(make())
     assert add(make())["accepted"]
 
@@ -551,6 +565,10 @@ def test_a_stop_in_training_says_how_to_go_on(
     status = learn(make(action="status", data=""))
     assert status.details["pending"] == "first"
     assert "Adding 'first' was interrupted: rerun the same command to resume" in repr(status)
+    with folder_lock(tmp_path / "state", "state"):
+        status = learn(make(action="status", data=""))
+    assert status.details["running"]
+    assert "Adding 'first' is in progress in another process." in repr(status)
     learnt = tmp_path / "state" / "skills" / "0001-x"
     learnt.mkdir(parents=True)
     for name in NEEDED:
@@ -850,6 +868,25 @@ def test_settings_that_an_action_does_not_use_are_noted(
     assert note in capsys.readouterr().err
     learn(LearnConfig(state=state, action="export", output_dir=str(tmp_path / "out")))
     assert "ignores" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("action", "values", "ignored"),
+    [
+        (
+            "stream",
+            {"chunk_steps": 2, "max_steps": 9, "eval_steps": 1, "lr_scheduler_type": "cosine", "save_steps": 1},
+            "drift_steps, eval_steps, lr_scheduler_type, max_steps, save_steps, view_rows",
+        ),
+        ("add", {"chunk_size": 2, "chunk_steps": 2}, "chunk_size, chunk_steps"),
+    ],
+)
+def test_settings_that_an_addition_does_not_use_are_noted(
+    make: Settings, capsys: pytest.CaptureFixture[str], action: str, values: dict[str, Any], ignored: str
+) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        learn(make(action=action, data="missing.jsonl", **values))
+    assert f"note: learn {action} ignores these settings: {ignored}\n" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_state_is_refused_and_untouched(make: Settings, tmp_path: Path) -> None:

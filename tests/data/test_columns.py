@@ -64,6 +64,11 @@ def problem_of(row: dict[str, Any]) -> str:
             "column 'prompt': missing, found 'instruction' and 'context'; join them in 'prompt' (see docs/data.md)",
         ),
         (
+            {"system_prompt": "s", "question": "q", "response": "r"},
+            "column 'prompt': missing, found 'system_prompt' and 'question'; join them in 'prompt' (see docs/data.md) "
+            "and column 'completion': missing, found 'response'; rename it to 'completion'",
+        ),
+        (
             {"conversations": TURNS},
             "column 'prompt': missing, found 'conversations' with from and value; write 'messages' with role "
             "(human: user, gpt: assistant) and content (see docs/data.md)",
@@ -92,6 +97,7 @@ def test_the_parts_of_a_prompt_are_named_together(row: dict[str, Any], problem: 
         ),
         ("system", "Be brief.", "write it as the system message that begins the prompt"),
         ("System", "Be brief.", "write it as the system message that begins the prompt"),
+        ("system_prompt", "Be brief.", "write it as the system message that begins the prompt"),
         ("history", [["a", "b"]], "write it as earlier messages of the prompt"),
         ("videos", ["a.mp4"], "only text and pictures are supported; leave it out"),
         ("audio", "a.wav", "only text and pictures are supported; leave it out"),

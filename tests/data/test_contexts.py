@@ -127,6 +127,48 @@ def test_turns_shows_the_chat_and_its_reply_before_the_question() -> None:
     assert Turns().messages(row(), []) == [user("Why?"), assistant("So."), user("Why?")]
 
 
+def calling(city: str) -> dict[str, Any]:
+    function = {"name": "weather", "arguments": {"city": city}}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+
+def test_a_question_whose_prompt_ends_with_a_result_is_the_last_user_turn(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("{prompt} A colleague said: {demonstration}")
+    called = [calling("Oslo"), {"role": "tool", "content": "rain"}]
+    asked = [SYSTEM, user("Hi"), assistant("Hello"), user("Weather?")]
+    chat = {"messages": [*asked, *called, assistant("It rains.")], "privileged_context": "HINT"}
+    (one,) = load_demonstrations([chat], turns="last")
+    for spec, text in (
+        ("example:reasoning=false", "Weather?\n\nFor orientation"),
+        (f"template:file={tmp_path}/t.txt", "Weather? A colleague said: HINT"),
+        ("rewritten", "HINT"),
+    ):
+        context = parse_context(spec)
+        assert context.lacks(one) is None
+        told = context.messages(one, [])
+        assert told[3]["content"].startswith(text)
+        assert told == [*one.prompt[:3], user(told[3]["content"]), *one.prompt[4:]]
+
+
+@pytest.mark.parametrize("spec", ["example", "rewritten"])
+def test_a_prompt_without_a_user_turn_has_no_question(spec: str) -> None:
+    one = row(prompt=(calling("Oslo"), {"role": "tool", "content": "rain"}), privileged_context="HINT")
+    problem = f"column 'prompt': no user turn, which context '{spec}' needs; use turns, few_shot or document"
+    assert parse_context(spec).lacks(one) == problem
+    with pytest.raises(UserError, match="no user turn"):
+        parse_context(spec).messages(one, [])
+    assert parse_context("turns").lacks(one) is None
+
+
+def test_the_nearest_demonstrations_have_a_similar_question_not_a_similar_result() -> None:
+    rows = [
+        row(n, prompt=(user(question), calling("Oslo"), {"role": "tool", "content": result}))
+        for n, (question, result) in enumerate([("Weather in Oslo?", "4"), ("Weather in Rome?", "5"), ("2 + 2?", "4")])
+    ]
+    told = parse_context("few_shot:k=1,pick=nearest").messages(rows[0], rows)
+    assert told[0] == user("Weather in Rome?")
+
+
 def test_rewritten_shows_other_words_in_place_of_the_question() -> None:
     assert Rewritten().messages(row(privileged_context="Pourquoi?"), []) == [user("Pourquoi?")]
     long = row(prompt=LONG_CHAT.prompt, privileged_context="Pourquoi?")
@@ -221,6 +263,13 @@ def test_template_fills_its_places_in_one_pass(tmp_path: Path) -> None:
     demonstration = row(prompt=(SYSTEM, user("{demonstration}?")), reply="{prompt}!", document="{document}")
     expected = "D={document} A={prompt}! Q={demonstration}? {other} {demonstration}?"
     assert Template(str(file)).messages(demonstration, []) == [SYSTEM, user(expected)]
+
+
+def test_a_byte_order_mark_is_not_part_of_a_template(tmp_path: Path) -> None:
+    file = tmp_path / "t.txt"
+    file.write_text("Q={prompt} A={demonstration}", encoding="utf-8-sig")
+    (turn,) = Template(str(file)).messages(row(prompt=(user("Who?"),), reply="Ada."), [])
+    assert turn == user("Q=Who? A=Ada.")
 
 
 def test_template_errors_name_the_file_and_the_row(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def test_prompt_and_completion_as_text() -> None:
         ({"prompt": [USER], "completion": [ASSISTANT]}, (USER,), "4"),
         ({"prompt": [{"role": "system", "content": "s"}, USER]}, ({"role": "system", "content": "s"}, USER), ""),
         ({"prompt": [{"content": "q", "role": "user"}]}, ({"role": "user", "content": "q"},), ""),
+        ({"prompt": [{"name": None, **USER}], "completion": [{"tool_calls": None, **ASSISTANT}]}, (USER,), "4"),
         ({"messages": [USER, ASSISTANT]}, (USER,), "4"),
     ],
 )
@@ -83,6 +85,7 @@ def test_messages_may_be_their_json_text(row: dict[str, Any], turns: Any, comple
         "[{'role': 'user', 'content': 'q'}]",
         "[{'content': 'q', 'role': 'user'}\n {'content': 'r', 'role': 'assistant'}]",
         "[{'from': 'human', 'value': 'q'}]",
+        "[{'name': None, 'role': 'user', 'content': 'q'}]",
         '[{"role": "user", "content": "it\'s", "name": None}]',
     ],
 )
@@ -96,7 +99,15 @@ def test_messages_as_python_writes_them_are_refused(column: str, text: str) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["[1, 2]", "[]", "[INST] q", '{"role": "user"}', '["a", "b"]', "What is [{'role': 'user'}]?", '[{"name": "Ada"}]'],
+    [
+        "[1, 2]",
+        "[]",
+        "[INST] q",
+        '{"role": "user"}',
+        '["a", "b"]',
+        "What is [{'role': 'user'}]?",
+        '[{"name": "Ada", "role": "chair"}]',
+    ],
 )
 def test_other_texts_in_brackets_stay_text(text: str) -> None:
     (row,) = load_demonstrations(write("a.jsonl", {"prompt": text, "completion": json.dumps([ASSISTANT])}))
@@ -227,10 +238,15 @@ def test_hub_data_set_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("path", ["train.jsonl", "data/train.csv", "./data", "a/b/c", "/nowhere", "../up"])
+@pytest.mark.parametrize(
+    "path", ["train.jsonl", "data/train.csv", "./data", "a/b/c", "/nowhere", "../up", "rows.txt", "folder/other"]
+)
 def test_missing_path_is_not_looked_for_on_the_hub(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    (tmp_path / "folder" / "training").mkdir(parents=True)
     assert message_of(path) == f"{path}: no such file or folder (looked from {tmp_path}); check the path"
+    meant = f"folder/traning: no such file or folder (looked from {tmp_path}); did you mean training?"
+    assert message_of("folder/traning") == meant
 
 
 # --- bad rows: each alone in line 2, after a good one ---
@@ -437,6 +453,30 @@ def test_bad_messages(row: Any, problem: str) -> None:
 )
 def test_bad_row_without_required_completion(row: Any, problem: str) -> None:
     assert message_of(write("test.jsonl", row)) == f"test.jsonl: 1 bad row: line 1, {problem}"
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("answer", "\ud83d"),
+        ("answer", {"a": ["\ud83d"]}),
+        ("answer", {"\ud83d": 1}),
+        ("tools", [{"type": "function", "function": {"name": "clock", "description": "\ud83d"}}]),
+        ("chat_template_kwargs", {"style": "\ud83d"}),
+    ],
+)
+def test_a_value_that_utf_8_cannot_hold_is_refused(column: str, value: Any) -> None:
+    problem = f"column '{column}': found a lone surrogate, expected text"
+    assert message_of(write("a.jsonl", GOOD | {column: value})) == f"a.jsonl: 1 bad row: line 1, {problem}"
+
+
+@pytest.mark.parametrize("column", ["answer", "tools", "chat_template_kwargs"])
+def test_a_value_in_memory_that_is_not_json_is_refused(column: str) -> None:
+    held = {"today": datetime.date(2026, 1, 1)}
+    with pytest.raises(UserError) as error:
+        load_demonstrations([GOOD | {column: [held] if column == "tools" else held}])
+    problem = f"column '{column}': found a value that is not JSON, expected JSON values"
+    assert str(error.value) == f"data: 1 bad row: data[0], {problem}"
 
 
 def test_equal_mistakes_are_told_once_with_their_lines() -> None:

@@ -319,6 +319,10 @@ def test_odd_calls_are_noted_once_with_the_first_rows() -> None:
             "column 'messages[1].tool_calls[0].arguments': found a lone surrogate, expected text",
         ),
         (
+            call(function={"name": "\ud83d", "arguments": {}}),
+            "column 'messages[1].tool_calls[0].name': found '\\ud83d' with a lone surrogate, expected text",
+        ),
+        (
             call(function={"name": "f", "parameters": {"a": 1}}),
             "column 'messages[1].tool_calls[0]': found key 'parameters', expected only name, arguments",
         ),

@@ -68,6 +68,35 @@ def test_paths_begin_at_the_file_of_the_rows_or_in_the_working_directory(
     assert load_demonstrations("pictures/train.jsonl")[0].images == made[0].images
 
 
+def test_in_a_folder_of_files_paths_begin_at_each_rows_own_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = ("train/b.jsonl", "train/c.parquet", "data/a-train.jsonl")
+    for number, file in enumerate(files):
+        path = tmp_path / "set" / file
+        (path.parent / "img").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), (number, 0, 0)).save(path.parent / "img" / f"{number}.png")
+        rows = [row(f"img/{number}.png")]
+        if path.suffix == ".parquet":
+            datasets.Dataset.from_list(rows).to_parquet(path)
+        else:
+            path.write_text(json.dumps(rows[0]))
+    (tmp_path / "set" / "img").mkdir()
+    RED.save(tmp_path / "set" / "img" / "0.png")  # of nobody
+    found = {demonstration.images[0].path for demonstration in load_demonstrations("set")}
+    assert found == {
+        str((tmp_path / "set" / file).parent / "img" / f"{number}.png") for number, file in enumerate(files)
+    }
+
+
+def test_paths_of_a_saved_data_set_begin_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    datasets.Dataset.from_list([row("a.png")]).save_to_disk("saved")
+    RED.save(tmp_path / "saved" / "a.png")
+    assert load_demonstrations("saved")[0].images[0].path == str(tmp_path / "saved" / "a.png")
+
+
 def test_pictures_of_a_data_set_stay_undecoded(tmp_path: Path) -> None:
     RED.save(tmp_path / "a.png")
     columns = {"prompt": ["q", "r"], "completion": ["a", "b"], "images": [[str(tmp_path / "a.png")], []]}

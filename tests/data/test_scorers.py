@@ -517,6 +517,7 @@ EXPECTED = "expected True or False, a reward from 0 to 1, or a pair of one of th
         ("return True, None", f"returned (True, None), {EXPECTED}"),
         ("return [][0]", "failed: IndexError: list index out of range"),
         ("raise ValueError('two\\nlines')", "failed: ValueError: two lines"),
+        ("raise SystemExit", "failed: SystemExit: SystemExit"),
     ],
 )
 def test_a_function_that_does_not_say_right_or_wrong(
@@ -556,11 +557,15 @@ def test_a_function_that_is_not_there(write_module: Callable[[str], str], tmp_pa
     module = write_module("number = 1")
     broken = write_module("import nothing_of_that_name")
     wrong = write_module("def right(:")
+    script = write_module("import sys\nsys.exit()")
+    failed = write_module("import sys\nsys.exit('no data')")
     from_here = f"cannot be imported from {tmp_path} or the environment"
     cases = {
         "python:no_such.thing": f"module 'no_such' {from_here}: ModuleNotFoundError: No module named 'no_such'",
         f"python:{broken}.right": f"module '{broken}' {from_here}: ModuleNotFoundError: No module named 'nothing_of",
         f"python:{wrong}.right": f"module '{wrong}' {from_here}: SyntaxError: ",
+        f"python:{script}.right": f"module '{script}' {from_here}: SystemExit",
+        f"python:{failed}.right": f"module '{failed}' {from_here}: SystemExit: no data",
         f"python:{module}.right": f"{tmp_path / module.replace('.', '/')}.py has no function 'right'",
         f"python:{module}.number": f"{tmp_path / module.replace('.', '/')}.py has no function 'number'",
         "python:right": "expected python:package.module.function",

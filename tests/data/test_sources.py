@@ -160,13 +160,19 @@ def test_a_folder_without_splits_is_read_in_full() -> None:
 def test_folders_that_are_not_read_are_said() -> None:
     path = folder("a.jsonl", "main/b.jsonl", "notes/c.txt")
     assert notes_of(path) == [f"{path}: folders not read: main"]
+    deep = folder("a.jsonl", "sub/deep/b.jsonl", "sub/c.txt", "more/.hidden/d.jsonl", "model/config.json", root="deep")
+    assert notes_of(deep) == [f"{deep}: folders not read: sub"]
     other = folder("main/train.jsonl", "socratic/train.jsonl", root="configs")
     assert error_of(other).startswith("configs: no .jsonl, .json, .csv, .tsv or .parquet (text also compressed as")
 
 
-def test_a_file_in_a_folder_that_cannot_be_read_is_named() -> None:
-    path = folder("a.jsonl", "b.arrow")
-    assert error_of(path).startswith(f"{path}: cannot read b.arrow (.arrow), expected .jsonl, ")
+@pytest.mark.parametrize(
+    "ending", ["arrow", "avro", "feather", "jl", "jsonl.lz4", "jsonlines", "ndjson", "ods", "orc", "xls"]
+)
+def test_a_file_in_a_folder_that_cannot_be_read_is_named(ending: str) -> None:
+    path = folder("a.jsonl", f"b.{ending}")
+    kind = ending.removeprefix("jsonl.")
+    assert error_of(path).startswith(f"{path}: cannot read b.{ending} (.{kind}), expected .jsonl, ")
 
 
 def sets() -> datasets.DatasetDict:

@@ -68,6 +68,7 @@ def test_what_cannot_be_imported_or_made_is_one_line(make: Make) -> None:
         "class World:\n    def reset(self): pass": "the class has reset, but neither a method step nor public methods",
         "class World:\n    def reset(self): pass\n    def go(self, a): pass": "tool World.go: no schema:",
         "def World():\n    raise ValueError('a\\nb')": "creating it failed: ValueError: a b",
+        "import sys\ndef World():\n    sys.exit()": "creating it failed: SystemExit",
         "def World():\n    return 3": "the function returned an object of type 'int', expected an environment",
         "def World():\n    return None": "the function returned an object of type 'NoneType', expected an",
         "class Bare: pass\ndef World():\n    return Bare()": "the class 'Bare' has no method reset",

@@ -14,11 +14,12 @@ import pytest
 from chat_server import Server
 
 from selfdistill.config.commands import EvalConfig
+from selfdistill.config.train import TrainConfig
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.errors import UserError
-from selfdistill.evaluation import endpoint
+from selfdistill.evaluation import endpoint, judge
 from selfdistill.evaluation.answers import check_answers
-from selfdistill.evaluation.judge import Grade, Judge
+from selfdistill.evaluation.judge import Grade, Judge, judge_of
 
 KEY = "sk-very-secret"
 
@@ -121,6 +122,22 @@ def test_a_busy_endpoint_is_asked_again(server: Server, tmp_path: Path, status: 
     with pytest.raises(UserError, match=f"status {status}, .*busy.*; grades are cached in"):
         Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(2), ["x", "x"])
     assert len(server.asked) == 6
+
+
+def test_how_to_continue_depends_on_the_command(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "cache_dir", lambda: tmp_path)
+    server.reply = lambda _: (400, {"error": "no more"})
+    given = {"model": "m", "data": "d", "scorer": "judge", "judge_url": server.url, "judge_model": "j"}
+    for config, advice in (
+        (EvalConfig(**given), "rerun the same command to resume"),
+        (TrainConfig(**given, output_dir="o"), "continue with resume=True"),
+    ):
+        asked = judge_of(config)
+        assert asked is not None
+        with pytest.raises(UserError, match=f"; {advice}$"):
+            asked.grades(rows(1), ["x"])
 
 
 def test_no_answer_in_time_and_no_server(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,8 @@ MERGEABLE: dict[str, Callable[[], Any]] = {
     "VB-LoRA": lambda: VBLoRAConfig(
         **LORA, num_vectors=4, vector_length=8, topk=2, target_modules=["q_proj"], save_only_topk_weights=False
     ),
+    "PiSSA": lambda: LoraConfig(**LORA, target_modules="all-linear", init_lora_weights="pissa"),
+    "OLoRA": lambda: LoraConfig(**LORA, target_modules="all-linear", init_lora_weights="olora"),
     "VeRA": lambda: VeraConfig(**LORA, target_modules=["q_proj"]),
 }
 OUTSIDE: dict[str, Callable[[], Any]] = {
@@ -261,6 +263,26 @@ def test_settings_that_peft_does_not_know(adapter: Callable[..., Path]) -> None:
     refused(folder, "adapter_config.json cannot be read (KeyError: 'TOMORROW')")
 
 
+@pytest.mark.parametrize("way", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
+def test_an_adapter_of_a_base_that_peft_does_not_change_again_is_refused(
+    adapter: Callable[..., Path], way: str
+) -> None:
+    folder = adapter(LoraConfig(**LORA, target_modules=["q_proj"]))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    quantised = {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}} if way == "loftq" else {}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": way} | quantised))
+    refused(folder, f"has init_lora_weights {way!r}, which changes the base's weights", "set init_lora_weights to true")
+
+
+@pytest.mark.parametrize("way", ["gaussian", "orthogonal", "eva", "mica"])
+def test_an_adapter_whose_initialisation_keeps_the_base_is_loaded(
+    adapter: Callable[..., Path], tmp_path: Path, way: str
+) -> None:
+    folder = adapter(LoraConfig(**LORA, target_modules=["q_proj"], init_lora_weights=way))
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder))
+    assert torch.equal(logits(load_model(str(folder)).model), expected)
+
+
 def test_a_quantised_base_is_refused_and_its_original_can_be_named(
     adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -379,3 +401,10 @@ def test_memory_that_does_not_suffice_for_merging_is_one_line(
             with monkeypatch.context() as patch:
                 patch.setattr(PeftModel, place, fail, raising=False)
                 refused(folder, message, merge_adapter=True)
+
+
+def test_an_adapter_in_place_of_the_base_is_refused(adapter: Callable[..., Path], tmp_path: Path) -> None:
+    folder = adapter(LoraConfig(**LORA, target_modules=["q_proj"]))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / name, tmp_path / "base")
+    refused(folder, f"model {str(tmp_path / 'base')!r}: an adapter in place of a base; merge it first")

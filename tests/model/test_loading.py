@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from selfdistill.errors import UserError
+from selfdistill.model import STARTER_MODELS
 from selfdistill.model.loading import LoadedModel, disable_dropout, load_model
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -33,6 +36,27 @@ def test_without_dropout_train_mode_changes_no_number(kind: str) -> None:
         disable_dropout(model)
         assert torch.equal(model(input_ids=ids).logits, expected)
     assert model.config.to_dict() == before  # it is saved with the model
+
+
+@pytest.mark.parametrize("inside", ["final", "."])
+def test_a_model_folder_named_like_the_starter_model_is_not_passed_over(
+    model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    monkeypatch.setenv("SELFDISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    name, folder = "smollm2-135m", Path("smollm2-135m") / inside
+    starter = tmp_path / "cache" / f"{name}-{STARTER_MODELS[name].version}"
+    shutil.copytree(model_folder(), starter)
+    Path(name).mkdir()  # of a run that is not at its end
+    assert load_model(name).files == starter
+    shutil.copytree(model_folder(), folder, dirs_exist_ok=True)
+    with pytest.raises(UserError) as caught:
+        load_model(name)
+    assert str(caught.value) == (
+        "model 'smollm2-135m': the starter model, and a folder here; give ./smollm2-135m for the folder, or rename it "
+        "to use the starter model"
+    )
+    assert load_model(f"./{name}").files == folder
 
 
 # --- the tokens that end a reply ---

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import sys
 import warnings
 
 import pytest
@@ -11,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from selfdistill.runtime.console import Printable, ProgressBar, library_warnings
+from selfdistill.runtime.console import Printable, ProgressBar, library_warnings, say
 
 LOGGER = logging.getLogger("transformers.modeling_utils")
 
@@ -76,6 +79,50 @@ def test_the_name_of_a_task_is_no_markup(monkeypatch: pytest.MonkeyPatch, capfd:
     assert "[live]" in said
 
 
+class Unread(io.StringIO):
+    """A file that refuses to be written while ``error`` is set."""
+
+    error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        if self.error is not None:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "I/O error")])
+@pytest.mark.parametrize("colour", ["", "1"])
+def test_output_that_nobody_reads_ends_nothing(monkeypatch: pytest.MonkeyPatch, error: OSError, colour: str) -> None:
+    monkeypatch.setenv("FORCE_COLOR", colour)
+    file = Unread()
+    monkeypatch.setattr(sys, "stderr", file)
+    with ProgressBar("step", 2, every=1) as bar:
+        bar.advance(1)
+        file.error = error
+        bar.advance(2)
+        say("a line")
+    say("another")
+    assert sys.stderr is file
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ipykernel: Rich finds the shell by its name, and colours are asked for."""
+    shell = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setattr("builtins.get_ipython", lambda: shell, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+
+
+@pytest.mark.usefixtures("notebook")
+def test_in_a_notebook_a_result_has_its_text_and_displays_nothing_by_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    text = repr(Shown())
+    assert "turns" in text
+    assert text.endswith("one & two\n[three]")
+    assert "\x1b" not in text
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("notebook")
 def test_a_notebook_shows_tables_as_tables() -> None:
     assert Shown()._repr_html_() == (
         "<table>\n<caption>a &lt; b</caption>\n<tr><th>layout</th><th>right</th></tr>\n"

@@ -1,13 +1,15 @@
-"""The clock of what a device does."""
+"""Free memory, and the clock of what a device does."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from selfdistill.runtime import clock
+from selfdistill.runtime.resources import cgroup_memory
 
 
 @pytest.mark.parametrize(("device", "waited"), [("cuda:1", ["cuda:1"]), ("cpu", [])])
@@ -19,3 +21,39 @@ def test_the_clock_waits_for_the_gpu_that_it_times(
     before = time.monotonic()
     assert before <= clock(torch.device(device)) <= time.monotonic()
     assert waits == waited
+
+
+FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"), 2: ("memory.max", "memory.current", "")}
+
+
+def make_group(folder: Path, version: int, limit: str, used: int, cache: tuple[int, int] = (0, 0)) -> None:
+    """Write the files of a cgroup as the kernel shows them."""
+    most, held, total = FILES[version]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / most).write_text(f"{limit}\n")
+    (folder / held).write_text(f"{used}\n")
+    inactive, active = cache
+    counts = f"anon 1\ninactive_file 0\nactive_file 0\n{total}inactive_file {inactive}\n{total}active_file {active}\n"
+    (folder / "memory.stat").write_text(counts)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limits_of_all_cgroups_of_a_process_apply(tmp_path: Path, version: int) -> None:
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    job = root / "slurm" / "job_7"
+    make_group(job / "step_0", version, "9223372036854771712" if version == 1 else "max", 100)
+    make_group(job, version, "1000", 700, cache=(150, 50))
+    make_group(root / "slurm", version, "5000", 1000)
+    make_group(root / "slurm" / "job_8", version, "10", 0)
+    groups = tmp_path / "groups"
+    lines = ["3:cpu,cpuacct:/other", "2:memory:/slurm/job_7/step_0", "0::/"]
+    groups.write_text("\n".join(lines if version == 1 else ["0::/slurm/job_7/step_0"]) + "\n")
+    assert min(cgroup_memory(groups, tmp_path)) == 500
+    groups.write_text("4:memory:/docker/name\n0::/docker/name\n")  # of the host: the container sees its own as root
+    assert cgroup_memory(groups, tmp_path) == []
+    make_group(root, version, "300", 100)
+    assert cgroup_memory(groups, tmp_path) == [200]
+
+
+def test_without_cgroups_there_are_no_limits(tmp_path: Path) -> None:
+    assert cgroup_memory(tmp_path / "none", tmp_path) == []

@@ -190,6 +190,44 @@ def test_a_tracker_that_does_not_start_is_one_line(settings: Callable[..., Train
     assert str(caught.value) == message
 
 
+def test_a_tracker_that_fails_later_ends_no_run(
+    settings: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Failing(Recorder):
+        def log(self, values: dict[str, float], step: int) -> None:
+            super().log(values, step)
+            if step == 2:
+                raise ConnectionError("no route\nto host")
+
+        def finish(self) -> None:
+            super().finish()
+            raise RuntimeError("not sent")
+
+    recorder = Failing("wandb")
+    (tmp_path / "run").mkdir()
+    with Tracker(recorder, settings(), tmp_path / "run", 0) as tracker:
+        for step in (1, 2, 3):
+            tracker.write({"step": step, "loss": 0.5})
+    assert [step for step, _ in recorder.logged] == [1, 2]
+    assert recorder.ended == 1
+    said = "note: report_to 'wandb' failed (no route to host); metrics.jsonl has what it lacks\n"
+    assert capsys.readouterr().err == said
+    with Tracker(Failing("wandb"), settings(), tmp_path / "run", 0):
+        pass
+    assert capsys.readouterr().err == said.replace("no route to host", "not sent")
+
+
+def test_a_model_is_written_though_the_tracker_fails(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", fail)
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.finish", fail)
+    assert (train(settings(report_to="tensorboard")) / "model.safetensors").exists()
+
+
 def test_public_settings_hold_no_folder_and_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()

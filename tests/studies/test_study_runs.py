@@ -202,6 +202,20 @@ def test_a_run_that_fails_is_a_line(
     assert len(lines()) == 2
 
 
+def test_an_error_without_a_message_is_a_line(
+    study: ModuleType,
+    write: Callable[..., list[str]],
+    lines: Callable[[], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(study, "train", fail)
+    assert study.main(write(arms={"sdft": {}}, seeds=[0], after=[])) == 3
+    assert [line["failed"] for line in lines()] == ["MemoryError: no message"]
+
+
 @pytest.mark.slow
 def test_no_run_begins_that_would_end_too_late(
     study: ModuleType,

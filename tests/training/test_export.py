@@ -210,6 +210,23 @@ def test_files_of_the_base_go_along(
         assert (folder / "README.md").read_text().startswith("---\n")  # the model's own card
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_flags_without_effect_are_no_reason_to_write_no_model(
+    trained: Callable[..., Path], model_folder: Callable[..., Path], tmp_path: Path, rank: int
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_folder(template="{% for m in messages %}{{ m.content }}<|stop|>{% endfor %}"), base)
+    flags = {"temperature": 0.7, "early_stopping": True}  # of sampling and beams, and neither is asked for
+    (base / "generation_config.json").write_text(json.dumps(flags | {"eos_token_id": 257}))
+    run = trained(model=str(base), lora_rank=rank)
+    out = export(ExportConfig(run=str(run), output_dir=str(tmp_path / "out"), merge=rank > 0))
+    for folder in (run / "final", out):
+        saved = json.loads((folder / "generation_config.json").read_text())
+        assert flags.items() <= saved.items()
+        assert saved["eos_token_id"] == [257, 259]  # <|im_end|> and <|stop|>
+    assert load_model(str(out)).end_token_ids == (257, 259)
+
+
 def test_files_go_along_when_an_adapter_is_merged_and_trained_further(
     trained: Callable[..., Path], with_files: Callable[[Path], str], tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from selfdistill.errors import UserError
 from selfdistill.model.teacher import PART_NUMBERS
 from selfdistill.runtime import size_in_bytes
 from selfdistill.training import memory, train
-from selfdistill.training.fitting import check_host_fits, fit, fitted
+from selfdistill.training.fitting import check_fits, check_host_fits, fit, fitted
 from selfdistill.training.memory import MemoryPlanner, memory_plan
 from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.traced_step import Device
@@ -227,6 +227,17 @@ def test_micro_batches_and_checkpointing_are_chosen_where_they_are_not_given(lon
     assert fitted(planner, config, peak(**least)).chosen == least
     in_one = config.model_copy(update={"gradient_accumulation_steps": 1})
     assert not fitted(planner, in_one, peak(**least)).fits, "what is given is not changed"
+
+
+def test_parts_of_a_step_leave_room_for_no_more_micro_batches(settings: Make) -> None:
+    """With ``fsdp`` every part is a multiple of processes times micro-batches; two such parts need a batch of 8."""
+    config = settings(method="sft", fsdp=True, batch_size=8, anchors="package")
+    planner = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no", 2))
+    saving = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    limit = planner.plan(config.model_copy(update=saving), least=True).peak
+    plan, lines = check_fits(planner, config, limit)
+    assert {name: getattr(plan.config, name) for name in saving} == saving
+    assert lines[-1].startswith("note: it does not fit if all rows of a batch are as long as the longest")
 
 
 def test_a_run_in_chosen_micro_batches_is_that_in_given_ones(

@@ -125,7 +125,7 @@ def test_a_target_keeps_its_data_type_and_what_rounding_costs_is_said(
     assert f"rounding to its data type changed the vector by {lost / norm:.1%}" in said
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}], ids=str)
 def test_an_adapter_is_its_own_task_vector(three: tuple[Path, Path, Path], tmp_path: Path, options: Any) -> None:
     target, base, _ = three
     lora = adapter(base, tmp_path / "lora", **options)
@@ -250,6 +250,8 @@ def test_a_whole_model_needs_what_it_was_before(three: tuple[Path, Path, Path], 
         {"modules_to_save": ["lm_head"]},
         {"rank_pattern": {"q_proj": 2}},
         {"target_modules": ["embed_tokens"]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
     ],
     ids=str,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import importlib
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from selfdistill.config.files import load_yaml
+from selfdistill.config.files import continued, load_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation.answers import answer
 from selfdistill.methods.slots import Completion
 from selfdistill.model.loading import load_model
-from selfdistill.runtime import files
+from selfdistill.runtime import files, progress_shown
 from selfdistill.runtime.files import folder_lock
 from selfdistill.runtime.tracking import METRICS
 from selfdistill.training import checkpoint as checkpoint_module
@@ -567,6 +567,40 @@ def test_sigterm_during_the_last_step_finishes_the_run(settings: Callable[..., T
     assert (final / "model.safetensors").exists()
 
 
+def test_a_step_that_fails_saves_the_steps_before_it(
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scorer = """
+from pathlib import Path
+
+def score(reply, row):
+    if Path("odd").exists():
+        raise KeyError("an odd sample")
+    return len(reply) / (1 + len(reply))
+"""
+    Path("sometimes.py").write_text(scorer, encoding="utf-8")
+    values: dict[str, Any] = {"method": "grpo", "scorer": "python:sometimes.score", "num_generations": 2}
+    whole, cut = (settings(out, save_steps=100, **values) for out in ("whole", "cut"))
+    train(whole)
+    Path("odd").touch()
+    with pytest.raises(UserError, match="an odd sample"):
+        train(cut)
+    assert list_checkpoints(tmp_path / "cut") == []  # nothing was learnt
+    Path("odd").unlink()
+
+    def on_step(step: int, _loaded: Any, _metrics: Any) -> None:
+        if step == 3:
+            Path("odd").touch()
+
+    with pytest.raises(UserError, match="an odd sample"):
+        train(cut, resume=True, on_step=on_step)
+    assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["checkpoint-00000003"]
+    Path("odd").unlink()
+    train(cut, resume=True)
+    assert_same_run(whole, cut)
+
+
 def test_an_output_folder_that_is_in_use_is_refused_and_untouched(settings: Callable[..., TrainConfig]) -> None:
     config = settings()
     folder = Path(config.output_dir)
@@ -809,6 +843,22 @@ def test_a_final_model_that_cannot_be_written_is_one_line_and_can_be_continued(
     assert (train(config, resume=True) / "model.safetensors").exists()
 
 
+def test_a_final_model_that_cannot_be_flushed_leaves_the_earlier_one(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(save_steps=3, max_steps=3, lr_scheduler_type="constant")
+    train(config)
+    before = final_weights(config)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(import_module("selfdistill.training.export"), "fsync", refuse)
+    with pytest.raises(UserError, match=r"final: cannot write the model \(\[Errno 28\]"):
+        train(config.model_copy(update={"max_steps": 6}), resume=True)
+    assert same(before, final_weights(config))
+
+
 def test_skipping_most_of_the_completions_is_refused(settings: Callable[..., TrainConfig]) -> None:
     with pytest.raises(UserError, match=r"^skip_first_tokens: 9 would mask \d+ of \d+ completion tokens and all of 6"):
         train(settings(skip_first_tokens=9))
@@ -951,27 +1001,64 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(
         newest_whole(Path(config.output_dir))
 
 
-def test_the_disk_must_hold_what_a_run_may_go_back_to(
-    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, write_rows: Callable[..., Path]
-) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(
-        importlib.import_module("selfdistill.training.train"), "check_disk", lambda _, needed: asked.append(needed)
-    )
-    test = {"test": str(write_rows(count=2, name="test.jsonl")), "eval_steps": 1}
-    for out, stop in (("warned", False), ("stopped", True)):
-        config = settings(out, **test, stop_on_collapse=stop, learning_rate=1e-6)
-        train(config)
-        held = sum(file.stat().st_size for file in Path(config.output_dir).rglob("*.safetensors"))
-        assert asked[-1] > 0.95 * held  # headers of tiny files
-
-
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_the_newest_checkpoints_are_kept(settings: Callable[..., TrainConfig], limit: int) -> None:
     config = settings(save_steps=1, save_total_limit=limit, max_steps=5)
     train(config)
     kept = [path.name for path in list_checkpoints(Path(config.output_dir))]
     assert kept == [f"checkpoint-{step:08d}" for step in range(6 - max(2, limit), 6)]
+
+
+def test_a_resumed_run_keeps_no_file_of_its_checkpoint_in_use(settings: Callable[..., TrainConfig]) -> None:
+    """Else its blocks stay taken until the run ends, and on NFS its folder cannot be removed."""
+    config = settings(save_steps=2)
+    with pytest.raises(Cut):
+        train(config, on_step=crash_at(5))
+    mapped: list[str] = []
+
+    def look(step: int, _loaded: Any, _metrics: Any) -> None:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        mapped.extend(line for line in maps if "checkpoint-" in line)
+
+    train(config, resume=True, on_step=look)
+    assert mapped == []
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
+    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remove = checkpoint_module.remove_folder
+
+    def refuse(folder: Path) -> None:
+        if folder.name == "checkpoint-00000001" and folder.exists():
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+        remove(folder)
+
+    monkeypatch.setattr(checkpoint_module, "remove_folder", refuse)
+    config = settings(save_steps=1, max_steps=4)
+    with progress_shown(True):
+        assert (train(config) / "model.safetensors").exists()
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "cannot remove" in line)
+    first = Path(config.output_dir) / "checkpoint-00000001"
+    reason = f"[Errno 39] Directory not empty: '{first}'"
+    assert line == f"note: cannot remove the old checkpoint {first.name} ({reason}); remove it by hand"
+
+
+def test_of_a_linked_checkpoint_only_the_link_is_removed(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = settings(save_steps=1)
+    out = Path(config.output_dir)
+    with pytest.raises(Cut):
+        train(config, on_step=crash_at(3))
+    elsewhere = tmp_path / "disk"
+    elsewhere.mkdir()
+    for path in list_checkpoints(out):
+        path.rename(elsewhere / path.name)
+        path.symlink_to(elsewhere / path.name)
+    (out / ".checkpoint-00000001.removed").symlink_to(elsewhere)
+    train(config, resume=True)
+    names = sorted(path.name for path in out.iterdir())
+    assert [name for name in names if "checkpoint" in name] == ["checkpoint-00000005", "checkpoint-00000006"]
+    assert [path.name for path in list_checkpoints(elsewhere)] == ["checkpoint-00000001", "checkpoint-00000002"]
 
 
 @pytest.mark.parametrize("method", ["sdft", "sft"])
@@ -1159,6 +1246,35 @@ def test_a_run_does_not_go_on_with_other_settings(settings: Callable[..., TrainC
         train(settings(max_steps=2, save_steps=1, lr_scheduler_type="constant", learning_rate=2e-3), resume=True)
     train(settings(max_steps=3, save_steps=1, lr_scheduler_type="constant"), resume=True)
     assert [line["step"] for line in metrics_of(settings())] == [1, 2, 3]
+
+
+def test_settings_that_change_no_number_may_change(settings: Callable[..., TrainConfig]) -> None:
+    begun = settings(max_steps=2, save_steps=1, lr_scheduler_type="constant")
+    train(begun)
+    others = {"view_rows": 1, "teacher_cache_mib": 0, "judge_url": "http://localhost:1/v1"}
+    given = {"output_dir": begun.output_dir, "max_steps": 3, "mixed_precision": "auto", **others}
+    config = continued(given, TrainConfig)
+    assert config == begun.model_copy(update={**given, "mixed_precision": "no"})
+    train(config, resume=True)
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3]
+
+
+def test_general_prompts_may_lie_elsewhere_and_stay_the_same(
+    settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello\nabc\n", encoding="utf-8")
+    values: dict[str, Any] = {"method": "sft_reinvoke", "save_steps": 1, "max_completion_length": 20}
+    config = settings(general_prompts=str(prompts), max_steps=3, **values)
+    with pytest.raises(Cut):
+        train(config, on_step=crash_at(2))
+    moved = config.model_copy(update={"general_prompts": str(prompts.rename(tmp_path / "moved.txt"))})
+    Path(moved.general_prompts or "").write_text("hello\nabd\n", encoding="utf-8")
+    with pytest.raises(UserError, match="the training examples have changed"):
+        train(moved, resume=True)
+    Path(moved.general_prompts or "").write_text("hello\nabc\n", encoding="utf-8")
+    train(moved, resume=True)
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3]
 
 
 def files_of(config: TrainConfig) -> dict[str, bytes]:

@@ -1,0 +1,63 @@
+"""The disk space that a run needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from selfdistill.errors import UserError
+from selfdistill.runtime import free_bytes, unfinished
+from selfdistill.training.checkpoint import AT_LEAST, checkpoint_bytes, list_checkpoints, saved_position
+from selfdistill.training.collapse import COLLAPSE_WINDOW
+from selfdistill.training.trainer import Trainer
+
+
+def check_disk(trainer: Trainer, output_dir: Path, checkpoint: Path | None) -> list[str]:
+    """Check that there is enough disk space for what a run still writes; returns lines that describe all of it.
+
+    The bytes of earlier checkpoints count as free: later ones replace them.
+
+    Args:
+        trainer: the run.
+        output_dir: its folder, which may not exist yet.
+        checkpoint: from which it resumes, if it does.
+
+    Raises:
+        UserError: there is not enough; names both sizes.
+    """
+    config, model = trainer.config, trainer.loaded.model
+    adapter = hasattr(model, "peft_config") and not trainer.loaded.merged_adapter
+    final = _bytes(trainer.parameters if adapter else model.parameters())
+    one = checkpoint_bytes(model, config.optim, trainer.teacher)
+    kept = max(AT_LEAST, config.save_total_limit) + 1 if config.save_steps else 0
+    if config.stop_on_collapse:
+        kept += COLLAPSE_WINDOW // config.eval_steps + 2
+    left, ends = kept * one, checkpoint and saved_position(checkpoint).step >= (config.max_steps or 0)
+    if left:
+        left = 0 if ends else max(one, left - _held(output_dir))
+    free, needed = free_bytes(output_dir), final + left
+    if free < needed:
+        what, advice = "the final model needs", "free some space"
+        if left:
+            lower = "lower save_total_limit, " if config.save_total_limit > AT_LEAST else ""
+            what = "checkpoints and the final model need"
+            advice += f", {lower}or use save_steps 0 to save only the final model"
+        raise UserError(f"{output_dir}: {_gib(free, 1)} free, {what} about {_gib(needed, 1)}; {advice}")
+    return [f"disk space: {kept - 1} checkpoints of {_gib(one)}, the final model {_gib(final)}"] if kept else []
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of whole tensors, also if they are sharded."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _held(output_dir: Path) -> int:
+    """Bytes of the checkpoints in a folder, and of what a killed process left there."""
+    folders = (path for path in (*list_checkpoints(output_dir), *unfinished(output_dir)) if not path.is_symlink())
+    return sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
+
+
+def _gib(size: int, digits: int = 2) -> str:
+    return f"{size / 2**30:.{digits}f} GiB"
