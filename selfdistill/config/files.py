@@ -107,7 +107,9 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> SettingsOfRu
     # The run folder may have been renamed or moved.
     saved = kind(**{**load_saved(path, kind), "output_dir": given["output_dir"]})
     open_ = {key for key, value in given.items() if value is None or (key in AUTO and value == "auto")}
-    before = saved.model_dump() | ({"engine_url": None} if given.get("engine") == "none" else {})
+    before = saved.model_dump()
+    if given.get("engine") == "none":
+        before["engine_url"] = None  # which is refused without an engine
     config = kind(**before | {key: given[key] for key in given.keys() - open_})
     refuse_changes(path, saved, config)
     return config
