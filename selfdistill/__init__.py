@@ -28,17 +28,13 @@ if TYPE_CHECKING:
     from selfdistill.training import Run
 
 _HOMES = {
-    "api": (
-        *("ask", "check", "compare", "evaluate", "export", "learn", "make_questions", "memory_plan", "merge", "plan"),
-        "report",
-        "train",
-    ),
-    "config": ("TrainConfig",),
-    "data": ("Demonstration", "load_demonstrations"),
-    "errors": ("RunFailed", "RunStopped", "UserError"),
-    "training": ("Run",),
+    "api": "ask check compare evaluate export learn make_questions memory_plan merge plan report train",
+    "config": "TrainConfig",
+    "data": "Demonstration load_demonstrations",
+    "errors": "RunFailed RunStopped UserError",
+    "training": "Run",
 }
-"""Home of each public name. Names are imported on first use, so that ``import selfdistill`` is fast."""
+"""Public names by their home. They are imported on first use, so that ``import selfdistill`` is fast."""
 
 __all__ = [
     "Demonstration",
@@ -65,7 +61,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
-        if name in names:
+        if name in names.split():
             value = getattr(import_module(f"selfdistill.{home}"), name)
             globals()[name] = value
             return value

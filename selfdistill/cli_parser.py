@@ -61,67 +61,40 @@ MAIN = {
 }
 """Settings that everybody needs, shown first; a command that is not listed shows all of its settings."""
 
-TOPICS: dict[str, tuple[str, ...]] = {
+TOPICS: dict[str, str] = {
     "model and data": (
-        *(
-            "model",
-            "adapter_base",
-            "data",
-            "documents",
-            "split",
-            "turns",
-            "dtype",
-            "chat_template_kwargs",
-            "template_date",
-        ),
-        *("max_prompt_length", "max_completion_length", "on_long_prompt", "num_demonstrations", "general_prompts"),
+        "model adapter_base data documents split turns dtype chat_template_kwargs template_date max_prompt_length "
+        "max_completion_length on_long_prompt num_demonstrations general_prompts"
     ),
-    "episodes": ("environment", "max_turns", "max_episode_length"),
-    "method": ("method", "methods", "seed", "seeds", "vary", "arms", "cold_start_steps", "method_settings"),
-    "anchors": ("anchors", "anchor_share", "anchor_divergence"),
+    "episodes": "environment max_turns max_episode_length",
+    "method": "method methods seed seeds vary arms cold_start_steps method_settings",
+    "anchors": "anchors anchor_share anchor_divergence",
     "teacher and context": (
-        *("context", "contexts", "hint", "teacher", "ema_rate", "snapshot_steps", "teacher_model", "teacher_cache_mib"),
-        "fine_tuned",
+        "context contexts hint teacher ema_rate snapshot_steps teacher_model teacher_cache_mib fine_tuned"
     ),
-    "sampling": ("temperature", "top_p", "top_k", "num_generations", "num_samples"),
+    "sampling": "temperature top_p top_k num_generations num_samples",
     "loss": (
-        *("divergence", "jsd_weight", "support", "support_top_k", "support_tail", "entry_clip", "sampled_baseline"),
-        *("target_teacher", "target_student", "target_base", "skip_first_tokens", "loss_normalisation"),
-        "importance_cap",
+        "divergence jsd_weight support support_top_k support_tail entry_clip sampled_baseline target_teacher "
+        "target_student target_base skip_first_tokens loss_normalisation importance_cap"
     ),
     "optimisation": (
-        *("max_steps", "num_train_epochs", "batch_size", "learning_rate", "learning_rates", "lr_scheduler_type"),
-        *("warmup_steps", "optim", "weight_decay", "max_grad_norm", "max_skipped_steps", "stop_on_collapse"),
-        *("lora_rank", "lora_alpha", "train_vision_tower", "load_in_4bit"),
+        "max_steps num_train_epochs batch_size learning_rate learning_rates lr_scheduler_type warmup_steps optim "
+        "weight_decay max_grad_norm max_skipped_steps stop_on_collapse lora_rank lora_alpha train_vision_tower "
+        "load_in_4bit"
     ),
     "evaluation": (
-        *(
-            "test",
-            "test_split",
-            "prior",
-            "base",
-            "sample",
-            "eval_steps",
-            "drift_steps",
-            "hints",
-            "spill",
-            "scorer",
-            "judge_url",
-            "judge_model",
-        ),
-        *("lm_eval_tasks", "lm_eval_path", "lm_eval_limit", "replies"),
+        "test test_split prior base sample eval_steps drift_steps hints spill scorer judge_url judge_model "
+        "lm_eval_tasks lm_eval_path lm_eval_limit replies"
     ),
     "skills and gates": (
-        *("action", "state", "name", "test_share", "min_teacher", "max_prior_drop", "max_skill_drop"),
-        *("chunk_size", "chunk_steps", "remember"),
+        "action state name test_share min_teacher max_prior_drop max_skill_drop chunk_size chunk_steps remember"
     ),
-    "questions about documents": ("writer_url", "writer_model", "passage_words", "tries", "phrasings"),
-    "engine": ("engine", "engine_url", "engine_folder", "engine_memory_gib", "engine_timeout_s"),
+    "questions about documents": "writer_url writer_model passage_words tries phrasings",
+    "engine": "engine engine_url engine_folder engine_memory_gib engine_timeout_s",
     "devices and memory": (
-        *("mixed_precision", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile", "fsdp"),
-        "deterministic",
+        "mixed_precision gradient_accumulation_steps gradient_checkpointing torch_compile fsdp deterministic"
     ),
-    "output": (*("output_dir", "save_steps", "save_total_limit", "logging_steps", "view_rows", "report_to"),),
+    "output": "output_dir save_steps save_total_limit logging_steps view_rows report_to",
 }
 """All other settings, by topic."""
 
@@ -240,8 +213,8 @@ def _groups(name: str, kind: type[Settings]) -> list[tuple[str, list[str]]]:
     places = _POSITIONAL.get(name, ())
     first.sort(key=lambda key: places.index(key) if key in places else len(places))
     groups = [("main settings", first)]
-    for topic, keys in TOPICS.items():
-        rest = [key for key in keys if key in kind.model_fields and key not in first]
+    for topic, names in TOPICS.items():
+        rest = [key for key in names.split() if key in kind.model_fields and key not in first]
         if rest:
             groups.append((topic, rest))
     return groups

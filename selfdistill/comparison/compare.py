@@ -81,8 +81,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
         teacher = None if config.context == "auto" else evaluator.shown(base, config.context, "teacher")
         shown = {"teacher": teacher, "rag": _rag(evaluator, base), **_moved_before(folder)}
         if not begun:
-            _lock(folder, held)
-            check_output_dir(config.output_dir, resume=False, given=given)  # another process may have used it since
+            _lock_new(folder, held, given)
         _begin(folder, config, demonstrations, evaluator, base)
         del base
         config = _with_steps(config, len(demonstrations))
@@ -97,6 +96,16 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
 def _lock(folder: Path, held: ExitStack) -> None:
     """Lock the comparison's folder while ``held`` is open."""
     held.enter_context(folder_lock(folder, f"output_dir {str(folder)!r}"))
+
+
+def _lock_new(folder: Path, held: ExitStack, given: Sequence[str]) -> None:
+    """Lock the folder of a new comparison: only once its inputs are checked, for locking creates the folder.
+
+    Raises:
+        UserError: another process has used the folder in the meantime.
+    """
+    _lock(folder, held)
+    check_output_dir(str(folder), resume=False, given=given)
 
 
 def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[str]) -> CompareConfig:

@@ -217,7 +217,7 @@ def _trade_off(part: Part) -> Json | None:
     befores = [comparison["base"]] if comparison else [line for run in part.runs for line in run.evaluations[:1]]
     base = _points(befores[:1]).get(0)
     curves = []
-    places: dict[Point, list[str]] = {}
+    labels: dict[Point, list[str]] = {}
     for name in dict.fromkeys(run.curve for run in part.runs):
         seeds = [_points(run.evaluations) for run in part.runs if run.curve == name]
         if comparison and base:
@@ -227,15 +227,16 @@ def _trade_off(part: Part) -> Json | None:
         single = [[seed[step] for step in sorted(seed)] for seed in seeds] if len(seeds) > 1 else []
         curves.append(Curve(name, means, single))
         for point, step in zip(means, steps, strict=True):
-            if f"{name}, step {step}" not in places.setdefault(point, ["base"] if point == base else []) and step:
-                places[point].append(f"{name}, step {step}")
+            here, label = labels.setdefault(point, []), f"{name}, step {step}" if step else "base"
+            if label not in here:
+                here.append(label)
     if not any(curve.points for curve in curves):
         return None
     teacher = comparison.get("teacher")
     x_label, y_label = "prior score (accuracy)", "new-task score (accuracy)"
     figure = trade_off(curves, base, teacher and teacher["accuracy"], x_label, y_label)
     front = pareto_front([point for curve in curves for point in curve.points])
-    rows = [[", ".join(places.get(point, ["base"])), f"{point[0]:.2f}", f"{point[1]:.2f}"] for point in front]
+    rows = [[", ".join(labels[point]), f"{point[0]:.2f}", f"{point[1]:.2f}"] for point in front]
     table = Table("Pareto front: no point is better in both scores", ["point", "prior score", "new-task score"], rows)
     return {"figure": Markup(figure), "table": table}
 

@@ -50,9 +50,9 @@ def _with_newer_settings(settings: dict[str, Any], here: dict[str, Any]) -> dict
     found = {name: value for name, value in settings.items() if name not in _FREE}
     for name in here.keys() - settings.keys():
         default = LearnConfig.model_fields[name].get_default(call_default_factory=True)
-        default = list(default) if isinstance(default, tuple) else default
-        before = BEFORE.get(name, default)
-        found[name] = here[name] if here[name] in (default, before) else before
+        default = list(default) if isinstance(default, tuple) else default  # as in JSON
+        old_behaviour = BEFORE.get(name, default)
+        found[name] = here[name] if here[name] == default else old_behaviour
     return found
 
 

@@ -39,9 +39,8 @@ class StopRequests:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        outer = self._outer(self.received or 0)
-        if outer is not None:  # pass it on
-            outer.received = self.received
+        if self.received is not None and (outer := self._outer(self.received)) is not None:
+            outer.received = self.received  # pass it on
 
     def _outer(self, number: int) -> StopRequests | None:
         """The context that handled a signal before this one."""
