@@ -36,7 +36,7 @@ An unknown option or key is an error that names the closest one.
 | 3 | training diverged, collapsed, or lost another process |
 | 4 | `check` advises against, or `learn` did not accept the skill |
 | 128 + n | stopped by signal n: `train`, `compare` and `learn` first finish their step and save their progress; other \
-commands, and any command at a second signal, save nothing more |
+commands, and any command at a further Ctrl-C, save nothing more |
 """
 
 

@@ -142,7 +142,8 @@ def plan(
     """What :func:`train` would do: settings, one row as student and teacher see it, time and memory of a step.
 
     Two steps are done in memory, on a copy of a loaded model, and discarded; nothing is left behind. The arguments are
-    those of :func:`train`; without ``output_dir`` the plan is that of a run in a temporary folder.
+    those of :func:`train`; without ``output_dir`` the plan is that of a run in a temporary folder, so training with
+    ``plan.config`` needs one.
     """
     with session(progress), tempfile.TemporaryDirectory() as folder:
         config, loaded, rows = run_to_plan(model, data, test, output_dir, tokenizer, settings, folder)

@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. 0: done; 1: nobody reads the output any more, as with ``| head``; 2: a mistake the user can fix;
         3: training diverged or collapsed, or another process of the run ended; 4: ``check`` advises against training,
         or ``learn`` refused the skill; 128 + n: stopped by signal n. ``train``, ``compare`` and ``learn`` first finish
-        their step and save their progress; other commands, and any command at a second signal, save nothing more.
+        their step and save their progress; other commands, and any command at a further Ctrl-C, save nothing more.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does; a file's name may not be UTF-8
     try:
         exit_code = _run(argv)
         sys.stdout.flush()
@@ -78,8 +78,6 @@ def _is_closed(stream: TextIO) -> bool:
 def _run(argv: Sequence[str] | None) -> int:
     """Run a command; returns its exit code."""
     exit_code, kind, command = 2, "error: ", ""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so anyway; a file's name may not be UTF-8
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             command, given = parse(list(sys.argv[1:] if argv is None else argv))
@@ -104,7 +102,8 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         message, exit_code = what
     line = " ".join(message.splitlines()).replace("resume=True", "--resume")
-    print(f"selfdistill: {kind}{line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # such as a closed terminal, which must not change the exit code
+        print(f"selfdistill: {kind}{line}", file=sys.stderr, flush=True)
     return exit_code
 
 
@@ -325,8 +324,8 @@ _RUN: dict[str, Callable[[dict[str, Any]], int]] = {
 def _printed(given: dict[str, Any]) -> Iterator[Callable[[Printable | None, dict[str, Any]], None]]:
     """Yield a function that prints a result and, with ``--json``, writes its details as JSON.
 
-    Checks before the work that the file can be written. With ``-`` the JSON goes to standard output, and everything
-    else to standard error.
+    Checks before the work that the file can be written, and writes it before anything is printed. With ``-`` the JSON
+    goes to standard output, and everything else to standard error.
     """
     file: str | None = given.pop("json", None)
     if file not in (None, "-"):
@@ -334,15 +333,15 @@ def _printed(given: dict[str, Any]) -> Iterator[Callable[[Printable | None, dict
     shown: list[dict[str, Any]] = []
 
     def show(result: Printable | None, details: dict[str, Any]) -> None:
+        if file not in (None, "-"):
+            text = json.dumps(details, indent=2, ensure_ascii=False)
+            Path(file).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         if result is not None:
             result.print(result_console())
         shown.append(details)
 
     with contextlib.redirect_stdout(sys.stderr) if file == "-" else contextlib.nullcontext():
         yield show
-    utf8 = file != "-" or codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
-    text = json.dumps(shown[0], indent=2, ensure_ascii=not utf8)
     if file == "-":
-        print(text)
-    elif file is not None:
-        Path(file).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+        print(json.dumps(shown[0], indent=2, ensure_ascii=not utf8))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -35,7 +34,7 @@ from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_f
 from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, uses
 from selfdistill.model import LoadedModel, load_for_training, refuse_float16, start_fingerprint
 from selfdistill.runtime import StopRequests, folder_lock, read_lines, say, write_atomically
-from selfdistill.training import check_output_dir, check_parts, list_checkpoints, steps_of, train
+from selfdistill.training import check_output_dir, check_parts, list_checkpoints, remove_checkpoint, steps_of, train
 
 ORACLE_RAG = "document:show=document"
 """Context for evaluating the untrained base: each question's own document."""
@@ -172,7 +171,7 @@ def _begin(
         "the test rows or prior questions": evaluator.questions.fingerprint(),
         "the anchors": rows_fingerprint({str(at): anchor_prompts(name) for at, name in enumerate(config.anchors)}),
     }
-    _check_unchanged(folder, began, drops=config.on_long_prompt == "drop")
+    _check_unchanged(folder, began, config)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "config.yaml", dump_yaml(config))  # first: without it, the folder cannot be resumed
     write_atomically(folder / "began.json", json.dumps(began))
@@ -222,22 +221,23 @@ def _run_all(
     return done, result
 
 
-def _check_unchanged(folder: Path, began: dict[str, str], *, drops: bool) -> None:
-    """Compare the fingerprints of the inputs with those in the folder.
+def _check_unchanged(folder: Path, began: dict[str, str], config: CompareConfig) -> None:
+    """Compare the fingerprints of the inputs, and the places of those without one, with those in the folder.
 
-    Args:
-        folder: the folder of the comparison.
-        began: the fingerprints.
-        drops: whether a run may leave out rows for all runs.
+    An earlier release kept no fingerprint of anchors, and an empty one of a base with a merged adapter.
 
     Raises:
         UserError: the demonstrations, the base, the evaluation data or the anchors have changed.
     """
     file = folder / "began.json"
-    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else began
-    # An earlier release kept no fingerprint of anchors, and an empty one of a base with a merged adapter.
-    if changed := [what for what, value in began.items() if there.get(what) not in (value, "", None)]:
-        added = ", leave out added runs that drop further rows" if drops and "the demonstrations" in changed else ""
+    if not file.exists():
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))
+    before = CompareConfig(**load_saved(folder / "config.yaml", CompareConfig))
+    moved = {"the base": before.model != config.model, "the anchors": before.anchors != config.anchors}
+    if changed := [what for what, new in began.items() if (there[what] != new if there.get(what) else moved[what])]:
+        drops = config.on_long_prompt == "drop" and "the demonstrations" in changed
+        added = ", leave out added runs that drop further rows" if drops else ""
         raise UserError(
             f"{folder}: changed since this comparison began: {', '.join(changed)}; restore model, data, test, prior "
             f"and anchors{added}, or use another output_dir"
@@ -277,11 +277,13 @@ def _moved(config: CompareConfig, evaluator: Evaluator, done: list[Compared]) ->
         if run.failed is None:
             first.setdefault((run.method, run.learning_rate), run)
     base = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
-    folder = Path(config.output_dir)
-    return {
-        run.name: evaluator.moved(base, load_for_training(str(folder / run.folder), dtype=config.dtype))
-        for run in first.values()
-    }
+    distances = {}
+    for run in first.values():
+        trained = Path(config.output_dir) / run.folder
+        is_adapter = (trained / "final" / "adapter_config.json").is_file()  # of the base, which may have moved since
+        model = load_for_training(str(trained), dtype=config.dtype, adapter_base=config.model if is_adapter else None)
+        distances[run.name] = evaluator.moved(base, model)
+    return distances
 
 
 def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration]:
@@ -321,7 +323,7 @@ def _train(run: TrainConfig, evaluator: Evaluator, demonstrations: list[Demonstr
     except RunFailed as error:
         write_atomically(folder / _FAILED, str(error))
     for checkpoint in list_checkpoints(folder):  # only needed to resume
-        shutil.rmtree(checkpoint)
+        remove_checkpoint(checkpoint)
 
 
 def _read(label: str, run: TrainConfig) -> Compared:

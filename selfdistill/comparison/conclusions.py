@@ -138,8 +138,8 @@ def sentences(runs: Sequence[Compared], budget: str) -> str:
         said.append(f"No finished runs of {mine} and another method share a learning rate and seed.")
     elif alone:
         said.append(
-            f"Not compared, as {mine} and another method have no finished runs with their learning rate and seed: "
-            f"{', '.join(alone)}."
+            f"Not compared, because no finished run of {mine} (or, for {mine}, of another method) has the same "
+            f"learning rate and seed: {', '.join(alone)}."
         )
     return " ".join(said)
 

@@ -336,7 +336,7 @@ def checkpoint_activations(model: Any) -> None:
 def switched_back(model: Any) -> Iterator[None]:
     """Undo at the end what training switches in a model: gradient checkpointing and frozen weights."""
     trainable = [(weight, weight.requires_grad) for weight in model.parameters()]
-    checkpointed = model.is_gradient_checkpointing
+    checkpointed, hooked = model.is_gradient_checkpointing, hasattr(model, "_require_grads_hook")
     try:
         yield
     finally:
@@ -344,7 +344,8 @@ def switched_back(model: Any) -> Iterator[None]:
             weight.requires_grad_(was)
         if model.is_gradient_checkpointing and not checkpointed:
             model.gradient_checkpointing_disable()
-            if hasattr(model, "_require_grads_hook"):  # recent releases of transformers set it, and leave it
+            # Recent releases of transformers set a hook, and leave it.
+            if hasattr(model, "_require_grads_hook") and not hooked:
                 model.disable_input_require_grads()
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,22 @@ def remove_folder(folder: Path) -> None:
         _remove(hidden)
         os.replace(folder, hidden)
         _remove(hidden)
+
+
+def replace_folder(folder: Path, new: Path) -> None:
+    """Rename ``new`` to ``folder``, and remove what was there before; if that cannot be removed, it stays hidden.
+
+    Raises:
+        OSError: it cannot be renamed; ``folder`` is then what it was.
+    """
+    old = folder.parent / f".{folder.name}.removed"
+    with suppress(OSError):
+        _remove(old)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    with suppress(OSError):
+        _remove(old)
 
 
 def unfinished(folder: Path) -> list[Path]:

@@ -235,7 +235,7 @@ class Tracker:
         except Exception as error:
             if not self._failed:
                 name = self._accelerator.log_with[0]
-                say_note(f"report_to {str(name)!r} failed ({_reason(error)}); metrics.jsonl has what it lacks")
+                say_note(f"report_to {str(name)!r} failed ({_reason(error)}); metrics.jsonl has all metrics")
             self._failed = True
 
 

@@ -1,6 +1,6 @@
 """Train a model: settings in, ``final/`` out."""
 
-from selfdistill.training.checkpoint import list_checkpoints
+from selfdistill.training.checkpoint import list_checkpoints, remove_checkpoint
 from selfdistill.training.export import export, take_whole, whole_folder
 from selfdistill.training.fitting import Fit
 from selfdistill.training.loop import OnStep
@@ -27,6 +27,7 @@ __all__ = [
     "merge",
     "plan",
     "plan_for",
+    "remove_checkpoint",
     "steps_of",
     "take_whole",
     "train",

@@ -133,11 +133,16 @@ def save_checkpoint(
     stay = {checkpoint_at(output_dir, step) for step in spared}
     for old in [path for path in list_checkpoints(output_dir) if path.name <= final.name][: -max(AT_LEAST, keep)]:
         if old not in stay:
-            try:
-                remove_folder(old)
-            except OSError as error:
-                say_note(f"cannot remove the old checkpoint {old.name} ({error}); remove it by hand", "old checkpoints")
+            remove_checkpoint(old)
     return final
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint that is no longer needed; one that cannot be removed is noted."""
+    try:
+        remove_folder(checkpoint)
+    except OSError as error:
+        say_note(f"cannot remove the old checkpoint {checkpoint} ({error}); remove it by hand", "old checkpoints")
 
 
 def checkpoint_at(output_dir: Path, step: int) -> Path:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from selfdistill.config import ExportConfig
 from selfdistill.errors import UserError
 from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, resolve
-from selfdistill.runtime import fsync, remove_folder, say
+from selfdistill.runtime import fsync, replace_folder, say
 from selfdistill.training.model_card import learnt_in_4bit, merged_card
 
 _MODEL_FILES = (
@@ -30,7 +30,7 @@ _MODEL_FILES = (
 def whole_folder(folder: Path, advice: str, *, replace: bool = False) -> Iterator[Path]:
     """Yield a hidden folder to write a model into, and rename it to ``folder`` on success: ``folder`` is never partial.
 
-    With ``replace`` an earlier ``folder`` is removed right before, when the new one is on the disk.
+    With ``replace`` it takes the place of an earlier ``folder``, which stays until the new one is on the disk.
 
     Raises:
         UserError: it cannot be written; the message ends with ``advice``.
@@ -43,8 +43,9 @@ def whole_folder(folder: Path, advice: str, *, replace: bool = False) -> Iterato
         for file in (path for path in temporary.rglob("*") if path.is_file()):
             fsync(file)
         if replace:
-            remove_folder(folder)
-        temporary.rename(folder)
+            replace_folder(folder, temporary)
+        else:
+            temporary.rename(folder)
         fsync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot write the model ({error}); {advice}") from None

@@ -117,7 +117,7 @@ def train(
         trainer = Trainer(config, demonstrations, evaluator, loaded)
         if checkpoint:
             agreed(partial(_refuse_changed_settings, output_dir, checkpoint, trainer))
-        sizes = [*memory, *check_disk(trainer, output_dir, checkpoint)]
+        sizes = [*memory, *broadcast_from_rank0(partial(check_disk, trainer, output_dir, checkpoint))]
         if not begun:
             _lock(output_dir, held)
         position = _start(trainer, checkpoint)  # before anything is written: a refused resume changes nothing

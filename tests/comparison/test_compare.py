@@ -449,18 +449,20 @@ def test_a_comparison_killed_at_its_start_goes_on(
     assert len(compare(continued(given, CompareConfig), resume=True).details["runs"]) == 1
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_comparison_goes_on_after_its_files_have_moved(
-    settings: Callable[..., CompareConfig], tmp_path: Path
+    settings: Callable[..., CompareConfig], tmp_path: Path, lora_rank: int
 ) -> None:
+    base = str(shutil.copytree(settings().model, tmp_path / "base"))  # other tests use the same model
     (tmp_path / "anchors.txt").write_text("Hello\nHow are you?\n", encoding="utf-8")
-    config = settings(methods="sft", seeds="0", anchors=str(tmp_path / "anchors.txt"), batch_size=4)
+    given: dict[str, Any] = {"model": base, "anchors": str(tmp_path / "anchors.txt"), "lora_rank": lora_rank}
+    config = settings(methods="sft", seeds="0", batch_size=4, **given)
     compare(config)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     names = ("model", "data", "test", "prior")
     moved: dict[str, Any] = {name: str(elsewhere / Path(getattr(config, name)).name) for name in names}
-    shutil.copytree(config.model, moved["model"])  # other tests use the same model
-    for name in names[1:]:
+    for name in names:
         shutil.move(getattr(config, name), moved[name])
     moved["anchors"] = (str(shutil.move(config.anchors[0], elsewhere / "anchors.txt")),)
     more = continued({"output_dir": config.output_dir, "seeds": "1", **moved}, CompareConfig)
@@ -468,6 +470,27 @@ def test_a_comparison_goes_on_after_its_files_have_moved(
     (elsewhere / "anchors.txt").write_text("Hello\nGoodbye\n", encoding="utf-8")
     with pytest.raises(UserError, match="changed since this comparison began: the anchors; restore"):
         compare(more, resume=True)
+
+
+@pytest.mark.parametrize(("what", "lost"), [("the base", "model"), ("the anchors", "anchors")])
+def test_what_an_earlier_release_kept_no_fingerprint_of_must_stay_in_its_place(
+    settings: Callable[..., CompareConfig], tmp_path: Path, what: str, lost: str
+) -> None:
+    for name in ("anchors", "others"):
+        (tmp_path / f"{name}.txt").write_text(f"What of {name}?\n", encoding="utf-8")
+    config = settings(methods="sft", seeds="0", anchors=str(tmp_path / "anchors.txt"), batch_size=4)
+    compare(config)
+    file = Path(config.output_dir) / "began.json"
+    began = json.loads(file.read_text(encoding="utf-8")) | {what: ""}
+    file.write_text(json.dumps(began), encoding="utf-8")
+    compare(config, resume=True)
+    file.write_text(json.dumps(began), encoding="utf-8")
+    other = {
+        "model": str(shutil.copytree(config.model, tmp_path / "other")),
+        "anchors": (str(tmp_path / "others.txt"),),
+    }[lost]
+    with pytest.raises(UserError, match=f"changed since this comparison began: {what}; restore"):
+        compare(config.model_copy(update={lost: other}), resume=True)
 
 
 def test_a_context_that_is_still_to_be_found_is_not_varied(settings: Callable[..., CompareConfig]) -> None:

@@ -157,7 +157,8 @@ def test_what_has_no_counterpart_at_its_learning_rate_is_named() -> None:
     said = sentences([*runs, *at(1e-3, [run for run in runs if run.method == "sdft"]), *alone], "")
     assert "ends at 0.65 on the new task, sft at 0.90" in said
     assert said.endswith(
-        "Not compared, as sdft and another method have no finished runs with their learning rate and seed: sdft 0.001, "
+        "Not compared, because no finished run of sdft (or, for sdft, of another method) has the same learning rate "
+        "and seed: sdft 0.001, "
         "dft 5e-05."
     )
 

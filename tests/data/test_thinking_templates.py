@@ -167,17 +167,15 @@ HARMONY = """\
 """
 
 DEEPSEEK_END = "<|end_of_sentence|>"
-DEEPSEEK_ADDED = ("<|User|>", "<|Assistant|>", "<|tool_calls_begin|>", "<|tool_calls_end|>", "<|tool_call_begin|>")
 DEEPSEEK_ADDED = (
-    *DEEPSEEK_ADDED,
-    "<|tool_call_end|>",
-    "<|tool_sep|>",
-    "<|tool_outputs_begin|>",
-    "<|tool_outputs_end|>",
+    *("<|User|>", "<|Assistant|>", "<|tool_calls_begin|>", "<|tool_calls_end|>", "<|tool_call_begin|>"),
+    *("<|tool_call_end|>", "<|tool_sep|>", "<|tool_outputs_begin|>", "<|tool_outputs_end|>"),
+    *("<|tool_output_begin|>", "<|tool_output_end|>", *THINK_TAGS),
 )
-DEEPSEEK_ADDED = (*DEEPSEEK_ADDED, "<|tool_output_begin|>", "<|tool_output_end|>", *THINK_TAGS)
-GEMMA_TOKENS = ("<s>", "<|turn>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>")
-GEMMA_TOKENS = (*GEMMA_TOKENS, "<|tool_response>", "<tool_response|>", '<|"|>')
+GEMMA_TOKENS = (
+    *("<s>", "<|turn>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>"),
+    *("<|tool_response>", "<tool_response|>", '<|"|>'),
+)
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def test_a_tracker_that_fails_later_ends_no_run(
             tracker.write({"step": step, "loss": 0.5})
     assert [step for step, _ in recorder.logged] == [1, 2]
     assert recorder.ended == 1
-    said = "note: report_to 'wandb' failed (no route to host); metrics.jsonl has what it lacks\n"
+    said = "note: report_to 'wandb' failed (no route to host); metrics.jsonl has all metrics\n"
     assert capsys.readouterr().err == said
     with Tracker(Failing("wandb"), settings(), tmp_path / "run", 0):
         pass
