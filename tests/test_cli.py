@@ -1320,6 +1320,18 @@ def test_an_output_that_nobody_reads_is_no_traceback(here: Path) -> None:
     assert (done.returncode, done.stderr) == (1, f"exported model: {here / 'out'}\n")
 
 
+def test_the_json_file_is_written_whether_or_not_anybody_reads_the_table(here: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from selfdistill.cli import main; sys.exit(main())"
+    options = ["--data", "train.jsonl", "--max_completion_length", "4", "--json", "found.json"]
+    command = [sys.executable, "-c", code, "eval", "--model", "model", *options]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    os.close(write)
+    assert done.returncode == 1, done.stderr
+    assert json.loads((here / "found.json").read_text(encoding="utf-8"))["items"] == len(ROWS)
+
+
 def test_what_the_locale_cannot_write_is_escaped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, options, expected in (
         ("\u0436", [], "/\\u0436\n"),

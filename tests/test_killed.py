@@ -286,8 +286,8 @@ def test_ctrl_c_that_also_ends_the_reader_of_the_output_saves(
             os.dup2(writer, descriptor)
         os.kill(os.getpid(), signal.SIGINT)
 
-    trained_until(stopped, tmp_path, 3, interrupt)
-    assert saved_steps(stopped) == [3, 4]
+    code, _ = trained_until(stopped, tmp_path, 3, interrupt)
+    assert (code, saved_steps(stopped)) == (130, [3, 4])
     train(stopped, resume=True)
     assert the_same(whole, stopped)
 

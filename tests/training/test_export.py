@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -300,6 +301,23 @@ def test_the_command(trained: Callable[..., Path], tmp_path: Path, capsys: pytes
     assert main(["export", str(run), "--output_dir", str(out), "--merge", "true", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out) == {"output_dir": str(out)}
     AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_new_folder_takes_the_place_of_one_that_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removes = shutil.rmtree
+
+    def in_use(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.name == ".out.removed":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+        removes(folder, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", in_use)
+    for content in ("earlier", "later"):
+        with whole_folder(tmp_path / "out", "advice", replace=True) as folder:
+            (folder / "card").write_text(content)
+    assert (tmp_path / "out" / "card").read_text() == "later"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
