@@ -142,7 +142,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
     try:
         remove_folder(checkpoint)
     except OSError as error:
-        say_note(f"cannot remove the old checkpoint {checkpoint} ({error}); remove it by hand", "old checkpoints")
+        say_note(f"cannot remove the old checkpoint {checkpoint.name} ({error}); remove it by hand", "old checkpoints")
 
 
 def checkpoint_at(output_dir: Path, step: int) -> Path:
