@@ -134,9 +134,9 @@ def reading_of(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def data_of(data: Rows) -> tuple[str, Rows | None]:
-    """The path of the data; or, for in-memory rows, ``data`` and the rows themselves."""
-    return (os.fspath(data), None) if isinstance(data, str | os.PathLike) else ("data", data)
+def data_of(data: Rows, name: str = "data") -> tuple[str, Rows | None]:
+    """The path of the data; or, for in-memory rows, ``name`` and the rows themselves."""
+    return (os.fspath(data), None) if isinstance(data, str | os.PathLike) else (name, data)
 
 
 class RowsInFolder:
@@ -301,10 +301,11 @@ def learn_config(given: dict[str, Any], rows: dict[str, Rows | None]) -> tuple[L
     paths: dict[str, str] = {}
     in_memory: dict[str, Rows] = {}
     for name, data in rows.items():
-        if isinstance(data, str | os.PathLike):
-            paths[name] = os.fspath(data)
-        elif data is not None:
-            paths[name], in_memory[name] = name, data
+        if data is None:
+            continue
+        paths[name], found = data_of(data, name)
+        if found is not None:
+            in_memory[name] = found
     if in_memory and given["action"] in ("add", "stream") and not given.get("name"):
         raise UserError("in-memory rows have no name: give name=..., the name of the skill")
     return LearnConfig(**given | paths), in_memory

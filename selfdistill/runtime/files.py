@@ -100,10 +100,15 @@ def remove_folder(folder: Path) -> None:
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
-        hidden = folder.parent / f".{folder.name}.removed"
+        hidden = _hidden(folder)
         _remove(hidden)
         os.replace(folder, hidden)
         _remove(hidden)
+
+
+def _hidden(folder: Path) -> Path:
+    """Where a folder is while it is being removed; see :func:`unfinished`."""
+    return folder.parent / f".{folder.name}.removed"
 
 
 def replace_folder(folder: Path, new: Path) -> None:
@@ -112,7 +117,7 @@ def replace_folder(folder: Path, new: Path) -> None:
     Raises:
         OSError: it cannot be renamed; ``folder`` is then what it was.
     """
-    old = folder.parent / f".{folder.name}.removed"
+    old = _hidden(folder)
     with suppress(OSError):
         _remove(old)
     if folder.exists():
