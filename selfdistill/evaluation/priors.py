@@ -264,13 +264,26 @@ def prior_abilities(
             at += len(row.pairs)
         norm = None if rows[0].gold is None else right_norm / len(rows)
         results.append(PriorResult(prior.name, len(rows), sum(right) / len(rows), norm, right))
+    _note_truncated(results)
     return results
+
+
+def _note_truncated(results: Sequence[PriorResult]) -> None:
+    cut = [result for result in results if result.truncated]
+    if cut:
+        files = ", ".join(f"{result.truncated} of {result.items} in {result.name}" for result in cut)
+        say_note(
+            f"prior: replies stopped at the limit of {REPLY_TOKENS} tokens and are scored as far as they go: {files}; "
+            "ask for short answers, and let a model that thinks answer at once (chat_template_kwargs, such as "
+            "enable_thinking false)",
+            topic="truncated prior replies",
+        )
 
 
 def _replied(
     loaded: LoadedModel, prior: EncodedPrior, questions: Sequence[Demonstration], chat: ChatFormat
 ) -> PriorResult:
-    """Generate and score the replies to the questions of a file; a note says if replies were truncated."""
+    """Generate and score the replies to the questions of a file."""
     answers = answer(
         loaded,
         prior.contexts,
@@ -281,15 +294,7 @@ def _replied(
         scorer=_SCORER,
         what=prior.name,
     )
-    count, cut = len(questions), answers.truncated
-    if cut:
-        say_note(
-            f"prior {prior.name}: {cut} of {count} replies stopped at the limit of {REPLY_TOKENS} tokens and are "
-            "scored as far as they go; ask for short answers, and let a model that thinks answer at once "
-            "(chat_template_kwargs, such as enable_thinking false)",
-            topic=f"truncated replies to prior {prior.name}",
-        )
-    return PriorResult(prior.name, count, answers.accuracy, None, answers.correct, cut)
+    return PriorResult(prior.name, len(questions), answers.accuracy, None, answers.correct, truncated=answers.truncated)
 
 
 @torch.no_grad()

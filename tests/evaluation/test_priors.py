@@ -97,8 +97,10 @@ def test_truncated_replies_are_noted_and_counted(
     assert cut
     (found,) = abilities(loaded, str(path))
     assert found.truncated == cut
-    note = f"note: prior asked: {cut} of 3 replies stopped at the limit of 48 tokens and are scored as far as they go; "
-    assert note in capsys.readouterr().err
+    said = capsys.readouterr().err
+    scored = "replies stopped at the limit of 48 tokens and are scored as far as they go"
+    assert said.count("note: ") == 1
+    assert f"note: prior: {scored}: {cut} of 3 in asked; " in said
     (choices,) = abilities(loaded, str(write_rows(CHOICES, name="choices.jsonl")))
     assert choices.truncated is None
     assert "limit" not in capsys.readouterr().err
