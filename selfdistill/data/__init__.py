@@ -88,7 +88,7 @@ from selfdistill.data.scorers import (
 )
 from selfdistill.data.sources import Note, located
 from selfdistill.data.template_columns import schema_of
-from selfdistill.data.words import WORD, includes, words_of
+from selfdistill.data.words import WORD, includes, plain, words_of
 
 __all__ = [
     "CODE",
@@ -167,6 +167,7 @@ __all__ = [
     "packaged",
     "parse_context",
     "pictures_in",
+    "plain",
     "read_jsonl",
     "reference",
     "repeated_key",
