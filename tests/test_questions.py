@@ -495,7 +495,7 @@ MUEHLE = "Die Korr-Mühle steht auf einem Hügel. Sie wurde 1802 von der Müller
         (MUEHLE, "Welche Frau baute die Mühle im Jahr 1803?", "Ada Finch", False),
         (MILL, "Who built the mill in Paris?", "Ada Finch", False),
         ("Soldiers die in war, and they die young.", "How do Soldiers in Rome die?", "young", False),
-        ("बांध १९०२ में लाल नदी पर बना।", "1902 में लाल नदी पर क्या बना?", "बांध", True),
+        ("बांध १९०२ में लाल नदी पर बना।", "लाल नदी पर 1902 में क्या बना?", "बांध", True),
         ("बांध १९०२ में लाल नदी पर बना।", "लाल नदी पर 1903 में क्या बना?", "बांध", False),
     ],
 )
