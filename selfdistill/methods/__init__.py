@@ -25,6 +25,7 @@ from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_r
 from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
+from selfdistill.methods.samples_file import SamplesFile
 from selfdistill.methods.sequences import Completion, DatasetCompletions
 from selfdistill.methods.slots import (
     FROZEN,
@@ -54,6 +55,7 @@ __all__ = [
     "Method",
     "Part",
     "Parts",
+    "SamplesFile",
     "Selection",
     "State",
     "begun",

@@ -10,14 +10,16 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Protocol
 
-from selfdistill.data import ChatFormat, Example, Message, Verdict, own_tokens, reply_spans
+from selfdistill.data import Example, Message, Verdict, own_tokens, reply_spans
+from selfdistill.errors import RESUME, EngineFailed, RunStopped
+from selfdistill.methods.samples_file import SamplesFile
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time, sample, sample_seed
-from selfdistill.runtime import ProgressBar, read_lines, write_atomically
+from selfdistill.runtime import ProgressBar, StopRequests, all_gather
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,6 @@ class ColdStart:
         return [_held(loaded, c.example) if chance.random() < share else c for c in completions]
 
 
-SAMPLES_FILE = "teacher_samples.jsonl"
-"""File in the run folder with the ids and text of :class:`DrawnSamples`."""
-
-
 @dataclass(frozen=True)
 class DrawnSamples:
     """A fixed data set: one sample per example from the model before training.
@@ -168,20 +166,58 @@ class DrawnSamples:
     what = "teacher's samples"
     replaces = "completion_ids"
 
-    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], folder: Path) -> list[Example]:
-        """The examples with sampled completions; a resumed run reads them from ``SAMPLES_FILE`` in ``folder``."""
-        kept = {line["key"]: line["ids"] for line in read_lines(folder / SAMPLES_FILE)}
-        keys = [self._key(example) for example in examples]
-        if kept.keys() >= set(keys):
-            return [self._with(x, kept[key]) for x, key in zip(examples, keys, strict=True)]
-        drawn: list[Example] = []
-        with ProgressBar(self.what, len(examples)) as reporter:
-            size, sampler = prompts_at_a_time(loaded, self.batch_size), self.sampler(loaded)
-            for start in range(0, len(examples), size):
-                part = examples[start : start + size]
-                drawn += [self._with(x, ids) for x, ids in zip(part, self.draw(sampler, part), strict=True)]
-                reporter.advance(len(drawn))
-        return drawn
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], file: SamplesFile) -> list[Example]:
+        """The examples with sampled completions; those in ``file`` are read, not drawn.
+
+        Raises:
+            RunStopped: a signal arrived while samples were drawn that the file keeps.
+            EngineFailed: the engine failed; the file keeps the earlier batches.
+        """
+        kept, keys = file.read(), [self._key(example) for example in examples]
+        if not kept.keys() >= set(keys):
+            self._complete(kept, loaded, examples, keys, file)
+        return [self._with(x, kept[key]) for x, key in zip(examples, keys, strict=True)]
+
+    def _complete(
+        self,
+        kept: dict[str, list[int]],
+        loaded: LoadedModel,
+        examples: Sequence[Example],
+        keys: Sequence[str],
+        file: SamplesFile,
+    ) -> None:
+        """Draw the samples that are missing in ``kept``.
+
+        The batches are those of a run that nothing interrupted, drawn whole, because rounding depends on the batch.
+        """
+        size, sampler, total = prompts_at_a_time(loaded, self.batch_size), self.sampler(loaded), len(keys)
+        done = sum(key in kept for key in keys)
+        with ProgressBar(self.what, total, start=done) as reporter, ExitStack() as held:
+            stop = held.enter_context(StopRequests()) if file.grows else None
+            for start in range(0, total, size):
+                batch = range(start, min(start + size, total))
+                missing = [i for i in batch if keys[i] not in kept]
+                if not missing:
+                    continue
+                try:
+                    drawn = dict(zip(batch, self.draw(sampler, examples[start : batch.stop]), strict=True))
+                except EngineFailed as error:
+                    if not (file.grows and done):
+                        raise
+                    raise EngineFailed(self._stopped(file, done, total, f": {error}")) from error
+                file.append([(keys[i], examples[i], drawn[i]) for i in missing])
+                kept.update({keys[i]: drawn[i] for i in missing})
+                done += len(missing)
+                reporter.advance(done)
+                if stop and (received := max(all_gather([stop.received or 0]))):  # a signal may reach any rank
+                    raise RunStopped(self._stopped(file, done, total), received)
+
+    def _stopped(self, file: SamplesFile, done: int, total: int, why: str = "") -> str:
+        """Where the run stopped, and how to resume it."""
+        return (
+            f"{file.folder}: stopped before the first step, with {done} of {total} {self.what} drawn{why}; they are "
+            f"kept, {RESUME}"
+        )
 
     @property
     def at_once(self) -> int:
@@ -225,11 +261,6 @@ class DrawnSamples:
         """What an example's sample depends on, apart from the model."""
         return [example.demonstration.row, self.prompt(example), asdict(self.sampling), self.seed]
 
-    def write(self, folder: Path, examples: Sequence[Example], chat: ChatFormat) -> None:
+    def write(self, file: SamplesFile, examples: Sequence[Example]) -> None:
         """Save the samples, for a resumed run and for inspection."""
-        pairs = [(x, getattr(x, self.replaces)) for x in examples]
-        lines = [
-            {"source": x.demonstration.source, "text": chat.decode(ids), "ids": ids, "key": self._key(x)}
-            for x, ids in pairs
-        ]
-        write_atomically(folder / SAMPLES_FILE, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+        file.write([(self._key(x), x, getattr(x, self.replaces)) for x in examples])

@@ -29,7 +29,7 @@ def drop_partial_line(file: Path) -> None:
     if file.exists():
         text = file.read_bytes()
         if not text.endswith(b"\n"):
-            file.write_bytes(text[: text.rfind(b"\n") + 1])
+            os.truncate(file, text.rfind(b"\n") + 1)  # writing it again could lose everything
 
 
 def check_writable(file: str, what: str, otherwise: str = "") -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from selfdistill.runtime.console import say_at_once
 
-_STOPPING = "stopping at the end of the step or measurement; another Ctrl-C stops at once, without saving"
+_STOPPING = "stopping at the end of the step, batch or measurement; another Ctrl-C stops at once, without saving"
 
 
 class StopRequests:

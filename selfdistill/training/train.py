@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from selfdistill.config import TrainConfig, dump_yaml, load_saved, refuse_changes
@@ -106,22 +106,23 @@ def train(
     begun = resume and output_dir.exists()
     with ExitStack() as held:
         held.enter_context(repeating(config))
+        lock = cache(partial(_lock, output_dir, held))  # once
         if begun:
-            _lock(output_dir, held)
+            lock()
         demonstrations = demonstrations or load_demonstrations(config.data, split=config.split, turns=config.turns)
         _needs_best_context(config)  # or refuses
         plan, memory = check_memory(config, demonstrations, loaded)  # the processes have met from here on
         checkpoint = broadcast_from_rank0(lambda: newest_whole(output_dir) if resume else None)
         config = plan.config if plan else config
         config = with_context(_on_its_day(config) if begun else config, demonstrations, loaded)
-        trainer = Trainer(config, demonstrations, evaluator, loaded)
+        begin = None if checkpoint else partial(_begin, output_dir, lock)  # nothing may change if it is refused
+        trainer = Trainer(config, demonstrations, evaluator, loaded, begin)
         if checkpoint:
             agreed(partial(_refuse_changed_settings, output_dir, checkpoint, trainer))
         sizes = [*memory, *broadcast_from_rank0(partial(check_disk, trainer, output_dir, checkpoint))]
-        if not begun:
-            _lock(output_dir, held)
         position = _start(trainer, checkpoint)  # before anything is written: a refused resume changes nothing
-        _write_start(trainer, output_dir)
+        _begin(output_dir, lock, trainer.config)
+        _write_samples(trainer, output_dir)
         for line in (*first_lines(trainer), *sizes):
             say(line)
         if resume:
@@ -245,22 +246,36 @@ def _weights(config: TrainConfig, loaded: LoadedModel | None) -> float:
     return student + teacher if student and teacher else math.inf
 
 
-def _write_start(trainer: Trainer, output_dir: Path) -> None:
-    """Write the settings, and the samples that a method drew before the first step.
+def _begin(output_dir: Path, lock: Callable[[], object], config: TrainConfig) -> None:
+    """Lock the run folder and write the settings, without which it cannot be resumed.
+
+    Raises:
+        UserError: the folder is in use or not writable.
+    """
+    lock()
+    with _writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if is_rank0():
+            remove_unfinished(output_dir)
+            write_atomically(output_dir / "config.yaml", dump_yaml(config))
+
+
+def _write_samples(trainer: Trainer, output_dir: Path) -> None:
+    """Write the samples that a method drew before the first step.
 
     Raises:
         UserError: the folder is not writable.
     """
+    with _writing(output_dir):
+        for part in [part for stage in trainer.stages for part in stage.sampled]:
+            if part.method.fixed:
+                part.method.fixed.write(trainer.samples_file, part.drawn)
+
+
+@contextmanager
+def _writing(output_dir: Path) -> Iterator[None]:
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if not is_rank0():
-            return
-        remove_unfinished(output_dir)
-        write_atomically(output_dir / "config.yaml", dump_yaml(trainer.config))
-        for stage in trainer.stages:
-            for part in stage.sampled:
-                if part.method.fixed:
-                    part.method.fixed.write(output_dir, part.drawn, trainer.chat)
+        yield
     except OSError as error:
         raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
 
@@ -289,7 +304,7 @@ def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
 def _where(output_dir: Path, checkpoint: Path | None, position: Position, config: TrainConfig) -> str:
     """Describe where a run with ``resume`` starts."""
     if checkpoint is None:
-        return f"note: no checkpoint to resume from in {output_dir}: starting from the beginning"
+        return f"note: no checkpoint to resume from in {output_dir}: starting from the first step"
     if position.step >= (config.max_steps or 0):
         return f"already finished after {number_of(position.step, 'step')}: raise max_steps to train further"
     resuming, planned = f"resuming after step {position.step}", _settings_of(checkpoint).max_steps

@@ -7,7 +7,7 @@ Legend: B completions of a batch, T completion tokens, N completion tokens of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration, Example, first_ten, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Drift, Evaluator
-from selfdistill.methods import Completion, State
+from selfdistill.methods import Completion, SamplesFile, State
 from selfdistill.model import (
     CompiledLayers,
     Engine,
@@ -77,6 +77,8 @@ class Trainer:
         demonstrations: the training data, if already loaded; else ``config.data`` is read.
         evaluator: evaluates the model, if shared by several runs; else created if ``config.test`` is set.
         loaded: the model, if already loaded; else ``config.model`` is loaded.
+        begin: creates the run folder with the resolved settings, to keep what is drawn before the first step as it is
+            drawn; None: nothing is written.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Trainer:
         demonstrations: Sequence[Demonstration] | None = None,
         evaluator: Evaluator | None = None,
         loaded: LoadedModel | None = None,
+        begin: Callable[[TrainConfig], object] | None = None,
     ) -> None:
         self.accelerator = make_accelerator(config)
         if demonstrations is None:
@@ -116,6 +119,9 @@ class Trainer:
         """What the task's controller remembers."""
         self.config = with_defaults(config, self.stage.task, self.accelerator.mixed_precision)
         share_steps(self.config, self.stages)
+        weights = self.began_as or config.model  # with a merged adapter they are known by their place
+        folder, opens = Path(config.output_dir), None if begin is None else partial(begin, self.config)
+        self.samples_file = SamplesFile(folder, self.chat, weights, opens)
         self._prepare()
         self.evaluator = evaluator or (Evaluator(self.config, self.loaded) if config.test is not None else None)
         self._note_test_prompts()
@@ -174,7 +180,7 @@ class Trainer:
         for part in stage.sampled:
             if part.method.fixed:
                 with self.accelerator.autocast():
-                    part.drawn = part.method.fixed(self.loaded, part.examples, Path(self.config.output_dir))
+                    part.drawn = part.method.fixed(self.loaded, part.examples, self.samples_file)
                 part.examples = part.method.fixed.learnt(part.drawn)
         for part in stage.parts:
             if part.same_samples:

@@ -10,7 +10,7 @@ from selfdistill.runtime import StopRequests, progress_shown
 
 
 def test_the_first_signal_is_answered_once(capfd: pytest.CaptureFixture[str]) -> None:
-    line = "stopping at the end of the step or measurement; another Ctrl-C stops at once, without saving\n"
+    line = "stopping at the end of the step, batch or measurement; another Ctrl-C stops at once, without saving\n"
     with StopRequests() as outer:
         with StopRequests() as stop:
             signal.raise_signal(signal.SIGINT)

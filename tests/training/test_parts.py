@@ -37,7 +37,8 @@ from selfdistill.data import Demonstration, Example, anchor_prompts
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import METHODS, Method, stages_of
-from selfdistill.methods.sequences import SAMPLES_FILE, Completion, DrawnSamples
+from selfdistill.methods.samples_file import SAMPLES_FILE
+from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.model.loading import load_model
 from selfdistill.training.schedule import check_shares, positions_of
 from selfdistill.training.selection import BatchPart
