@@ -27,6 +27,7 @@ from stress import Tally
 from selfdistill.cli import main
 from selfdistill.config.files import dump_yaml
 from selfdistill.config.train import TrainConfig
+from selfdistill.methods.samples_file import SAMPLES_FILE, SamplesFile
 from selfdistill.runtime.tracking import StepsFile
 from selfdistill.training import checkpoint
 from selfdistill.training.checkpoint import list_checkpoints
@@ -154,7 +155,7 @@ class _Dies:
     def __init__(self, folder: str, at: int) -> None:
         self._folder, self._left = folder, at
         sys.addaudithook(self._hook)
-        save, write = checkpoint.save_file, StepsFile.write
+        save, write, append = checkpoint.save_file, StepsFile.write, SamplesFile.append
 
         def torn_save(tensors: Any, path: Any) -> None:
             save(tensors, path)
@@ -169,7 +170,15 @@ class _Dies:
                 os.kill(os.getpid(), signal.SIGKILL)
             write(file, values)
 
-        checkpoint.save_file, StepsFile.write = torn_save, torn_line  # type: ignore[method-assign]
+        def torn_samples(file: SamplesFile, samples: Any) -> None:
+            append(file, samples)
+            if self._now():
+                path = Path(folder) / SAMPLES_FILE
+                os.truncate(path, os.path.getsize(path) - 9)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.save_file = torn_save
+        StepsFile.write, SamplesFile.append = torn_line, torn_samples  # type: ignore[method-assign]
 
     def _now(self) -> bool:
         self._left -= 1
