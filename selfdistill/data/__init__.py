@@ -10,6 +10,7 @@ from selfdistill.data.bundled import (
 )
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, thought_and_said
 from selfdistill.data.columns import COLUMNS
+from selfdistill.data.comparisons import Verdict, reference
 from selfdistill.data.contexts import Context, Document, context_spec, must_show_one, parse_context
 from selfdistill.data.demonstrations import (
     CODE,
@@ -71,16 +72,13 @@ from selfdistill.data.rows import (
 )
 from selfdistill.data.scorers import (
     JUDGE,
-    Verdict,
     as_verdict,
     by_tests,
     check_scorer,
-    contains,
     default_scorer,
     doubt_about,
     is_scorable,
     nothing_to_score,
-    reference,
     score,
     scored_text,
     verdict,
@@ -134,7 +132,6 @@ __all__ = [
     "by_tests",
     "check_rows",
     "check_scorer",
-    "contains",
     "context_of",
     "context_spec",
     "default_scorer",
