@@ -42,6 +42,7 @@ from selfdistill.data.images import (
     PictureTokens,
     PromptIds,
     pictures_in,
+    read_picture,
     shown_text,
 )
 from selfdistill.data.messages import (
@@ -86,6 +87,7 @@ from selfdistill.data.scorers import (
     verdict,
     verdicts,
 )
+from selfdistill.data.shapes import draw_shapes
 from selfdistill.data.sources import Note, located
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.words import WORD, includes, words_of
@@ -139,6 +141,7 @@ __all__ = [
     "context_spec",
     "default_scorer",
     "doubt_about",
+    "draw_shapes",
     "drift_prompts",
     "encode",
     "encode_prompts",
@@ -168,6 +171,7 @@ __all__ = [
     "parse_context",
     "pictures_in",
     "read_jsonl",
+    "read_picture",
     "reference",
     "repeated_key",
     "reply_spans",
