@@ -25,7 +25,7 @@ from selfdistill.cli_parser import COMMANDS, SWITCHES, parse
 from selfdistill.config import TrainConfig
 from selfdistill.data.contexts import CONTEXTS, ONE_DEMONSTRATION, parse_context
 from selfdistill.data.demonstrations import COLUMNS, SCORER_NAMES
-from selfdistill.methods import METHODS
+from selfdistill.methods import METHODS, own_names, uses
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -221,6 +221,18 @@ def test_tables_name_what_there_is() -> None:
     assert sorted(methods) == sorted(METHODS)
     settings = re.findall(r"`([\w]+)`", " ".join(first_cells("docs/methods.md", "## Settings of the loss")))
     assert set(settings) <= set(TrainConfig.model_fields)
+
+
+def test_the_settings_of_each_method_are_those_that_it_reads() -> None:
+    section = PAGES["docs/methods.md"].split("\n## Settings of each method\n")[1].split("\n## ")[0]
+    lines = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `") and "--" not in line]
+    rows = {name.strip(" `"): [re.findall(r"`(\w+)`", cell) for cell in cells] for name, *cells in lines}
+    assert set(METHODS) - set(rows) == {"sft", "dft", "cpt"}
+    for name, (options, own) in rows.items():
+        other = {"teacher_model": "other"} if "teacher_model" in options else {}
+        config = TrainConfig(model="m", data="d", output_dir="o", method=name, context="turns", **other)
+        assert all(uses(config, option) for option in options), name
+        assert sorted(own) == sorted(own_names(name)), name
 
 
 def test_the_components_are_those_of_the_package() -> None:

@@ -198,7 +198,7 @@ WANT = "expected a path, a PIL image or an object with bytes and path"
             "column 'images[0]': found 'https://x.org/a.png', expected a file: pictures are not downloaded; save it "
             "first",
         ),
-        (row("iVBORw0KGgo" * 90), f"column 'images[0]': {BASE64} does not exist (looked in {Path.cwd()})"),
+        (row("iVBORw0KGgo" * 90), f"column 'images[0]': {BASE64} cannot be read (File name too long)"),
         (row(RED, image=RED), "has 'image' and 'images', expected one of them"),
     ],
 )

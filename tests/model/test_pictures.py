@@ -227,6 +227,7 @@ def test_a_picture_that_cannot_be_asked_about_is_one_line(
     draw_shape("red", "circle", (200, 200)).save("whole.png")
     Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:-300])
     Path("text.png").write_text("no picture")
+    capsys.readouterr()  # what writing the models has printed
     assert main(["ask", model, "?", "--image", image, *([] if base is None else ["--base", base])]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"selfdistill: error: {problem.replace('FOLDER', str(tmp_path))}")
