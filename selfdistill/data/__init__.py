@@ -43,6 +43,7 @@ from selfdistill.data.images import (
     PictureTokens,
     PromptIds,
     pictures_in,
+    read_picture,
     shown_text,
 )
 from selfdistill.data.messages import (
@@ -84,6 +85,7 @@ from selfdistill.data.scorers import (
     verdict,
     verdicts,
 )
+from selfdistill.data.shapes import draw_shapes
 from selfdistill.data.sources import Note, located
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.words import WORD, includes, plain, words_of
@@ -136,6 +138,7 @@ __all__ = [
     "context_spec",
     "default_scorer",
     "doubt_about",
+    "draw_shapes",
     "drift_prompts",
     "encode",
     "encode_prompts",
@@ -166,6 +169,7 @@ __all__ = [
     "pictures_in",
     "plain",
     "read_jsonl",
+    "read_picture",
     "reference",
     "repeated_key",
     "reply_spans",
