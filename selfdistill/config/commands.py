@@ -176,6 +176,8 @@ class AskConfig(Settings):
     """Run folder, model folder, hub id or ``smollm2-135m``."""
     question: str
     """The question: one user turn."""
+    image: str | None = None
+    """A picture file, shown before the question. Needs an image-text model with its processor's files."""
     base: str | None = None
     """A second model that gets the same question, shown beside the first."""
     max_completion_length: int = Field(default=256, ge=1)

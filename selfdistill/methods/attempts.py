@@ -19,7 +19,7 @@ from selfdistill.data import (
     with_feedback,
 )
 from selfdistill.errors import UserError
-from selfdistill.methods.grpo import ScoredExamples
+from selfdistill.methods.examples import ScoredExamples
 from selfdistill.methods.sequences import Completion
 
 Shown = Literal["sibling", "feedback", "either", "both"]

@@ -1,13 +1,30 @@
-"""Verdicts on samples: each sample is checked once, by one rank."""
+"""Verdicts on samples: the scorer's, and how each sample is checked once, by one rank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from selfdistill.data import ChatFormat, Verdict
+from selfdistill.data import ChatFormat, Verdict, default_scorer, scored_text, verdicts
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Checker
 from selfdistill.runtime import gathered, rank_slice
+
+
+@dataclass(frozen=True)
+class ScorerChecker:
+    """The verdict of the row's scorer on the reply."""
+
+    scorer: str | None
+
+    def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
+        given = []
+        for completion in completions:
+            row = completion.example.demonstration
+            name = default_scorer(row, self.scorer)
+            text = scored_text(chat, completion.example.student_ids, completion.ids, row, name)
+            given.append((name, text, row))
+        return verdicts(given)
 
 
 def verdicts_on(checker: Checker, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:

@@ -23,6 +23,7 @@ from selfdistill.data import (
     is_packaged,
     no_part,
     notes_on,
+    nothing_to_score,
     nothing_to_show,
     parse_context,
     turns_of,
@@ -122,6 +123,17 @@ class DemonstrationExamples:
         if self.context is None:
             return None
         return nothing_to_show if self.context == "auto" else parse_context(self.context).lacks
+
+
+@dataclass(frozen=True)
+class ScoredExamples(DemonstrationExamples):
+    """Demonstrations with an answer to the last turn, which a scorer compares the samples with."""
+
+    replies: Replies = "last"
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        unscored = nothing_to_score(self.config.scorer) if self.config.environment == "none" else None
+        return (unscored and unscored(demonstration)) or super().lacks(demonstration)
 
 
 @dataclass(frozen=True)

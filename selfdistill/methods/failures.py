@@ -8,8 +8,9 @@ from typing import Any
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ContextEncoder, Demonstration, Example, Verdict, with_guide
-from selfdistill.methods.checking import verdicts_on
-from selfdistill.methods.grpo import GroupAdvantages, ScoredExamples, ScorerChecker
+from selfdistill.methods.checking import ScorerChecker, verdicts_on
+from selfdistill.methods.examples import ScoredExamples
+from selfdistill.methods.grpo import GroupAdvantages
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.model import LoadedModel, load_matching, sample, sample_seed
 

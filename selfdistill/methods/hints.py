@@ -19,9 +19,8 @@ from selfdistill.data import (
     parse_context,
 )
 from selfdistill.errors import UserError, number_of
-from selfdistill.methods.checking import verdicts_on
-from selfdistill.methods.examples import DemonstrationExamples
-from selfdistill.methods.grpo import ScoredExamples, ScorerChecker
+from selfdistill.methods.checking import ScorerChecker, verdicts_on
+from selfdistill.methods.examples import DemonstrationExamples, ScoredExamples
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.methods.slots import Method, State
 from selfdistill.model import LoadedModel, Sampling, sample

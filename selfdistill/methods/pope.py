@@ -20,7 +20,8 @@ from dataclasses import replace
 from pydantic import Field
 
 from selfdistill.config import Settings, TrainConfig
-from selfdistill.methods.grpo import ScoredExamples, grpo
+from selfdistill.methods.examples import ScoredExamples
+from selfdistill.methods.grpo import grpo
 from selfdistill.methods.prefixes import GuidedSamples, ShortestPrefixes
 from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.slots import Method, own_settings

@@ -10,8 +10,7 @@ from typing import Any
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ContextEncoder, Example, Verdict
-from selfdistill.methods.checking import verdicts_on
-from selfdistill.methods.grpo import ScorerChecker
+from selfdistill.methods.checking import ScorerChecker, verdicts_on
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
 

@@ -71,9 +71,13 @@ class EpisodeRow(Demonstration):
 
 
 def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
-    """The rows with the environment's tools and first messages.  An environment begins every episode of a row the same
-    way, so this is done once per row. Rows that have already begun begin again.  Raises: UserError: an environment
-    fails, or rows have pictures, which episodes do not support.
+    """The rows with the environment's tools and first messages.
+
+    An environment begins every episode of a row the same way, so this is done once per row. Rows that have already
+    begun begin again.
+
+    Raises:
+        UserError: an environment fails, or rows have pictures, which episodes do not support.
     """
     if seen := [row.source for row in rows if row.images]:
         raise UserError(
