@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfdistill.data import ChatFormat, Verdict
+from selfdistill.data import ChatFormat, Verdict, scored_text
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Checker
 from selfdistill.runtime import gathered, rank_slice
+
+
+def text_to_score(completion: Completion, chat: ChatFormat, scorer: str) -> str:
+    """What a scorer compares of a reply or, of an episode, of the last reply; ``tool_call`` of all its replies."""
+    example = completion.example
+    spans = completion.reply_spans if scorer == "tool_call" else completion.reply_spans[-1:]
+    return "\n".join(
+        scored_text(
+            chat,
+            [*example.student_ids, *completion.ids[:start]],
+            completion.ids[start:end],
+            example.demonstration,
+            scorer,
+        )
+        for start, end in spans
+    )
 
 
 def verdicts_on(checker: Checker, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:

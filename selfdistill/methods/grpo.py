@@ -23,14 +23,15 @@ from selfdistill.data import (
     Verdict,
     default_scorer,
     nothing_to_score,
-    scored_text,
     verdicts,
 )
 from selfdistill.errors import UserError
 from selfdistill.loss import CrossEntropy, group_advantages
+from selfdistill.methods.checking import text_to_score
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import Completion, StudentSamples
 from selfdistill.methods.slots import Method, engine_cap, sampling_of
+from selfdistill.methods.worlds import scorer_judges
 
 GROUP = 8
 """Default rollouts per prompt."""
@@ -67,13 +68,13 @@ class ScoredExamples(DemonstrationExamples):
     replies: Replies = "last"
 
     def lacks(self, demonstration: Demonstration) -> str | None:
-        unscored = nothing_to_score(self.config.scorer) if self.config.environment == "none" else None
+        unscored = nothing_to_score(self.config.scorer) if scorer_judges(self.config) else None
         return (unscored and unscored(demonstration)) or super().lacks(demonstration)
 
 
 @dataclass(frozen=True)
 class ScorerChecker:
-    """The verdict of the row's scorer on the reply."""
+    """The verdict of the row's scorer on the reply, or the last reply of an episode."""
 
     scorer: str | None
 
@@ -82,8 +83,7 @@ class ScorerChecker:
         for completion in completions:
             row = completion.example.demonstration
             name = default_scorer(row, self.scorer)
-            text = scored_text(chat, completion.example.student_ids, completion.ids, row, name)
-            given.append((name, text, row))
+            given.append((name, text_to_score(completion, chat, name), row))
         return verdicts(given)
 
 
