@@ -125,6 +125,11 @@ FUNCTIONS = [look_up, count]
 """An environment of functions, which does not judge."""
 
 
+def long_enough(reply: str, row: Mapping[str, Any]) -> bool:
+    """A scorer: long replies are right."""
+    return len(reply) > 4
+
+
 class Mute(Talk):
     """Says nothing where it should."""
 

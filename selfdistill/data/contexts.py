@@ -379,6 +379,19 @@ def context_spec(context: Context) -> str:
     return ":".join(filter(None, [context.name, ",".join(options)]))
 
 
+def must_show_episodes(context: Context) -> None:
+    """Refuse a context that shows one reply of an episode, where whole episodes are sampled.
+
+    Raises:
+        UserError: it does.
+    """
+    if isinstance(context, Turns) and context.show == "turn":
+        raise UserError(
+            f"context {context_spec(context)!r}: it shows the one reply that is sampled, but in an environment whole "
+            "episodes are; leave out show=turn"
+        )
+
+
 def must_show_one(context: Context, what: str) -> None:
     """Refuse a context that cannot show ``what`` in place of the demonstration.
 

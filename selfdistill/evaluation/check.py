@@ -20,6 +20,7 @@ from selfdistill.data import (
     context_spec,
     hintable,
     load_demonstrations,
+    must_show_episodes,
     no_part,
     notes_on_episodes,
     nothing_to_show,
@@ -160,6 +161,8 @@ def _checked(
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(row.document for row in rows) else ())]
     contexts = [parse_context(spec) for spec in specs]
     plays = config.environment != "none"
+    for context in contexts if plays else ():
+        must_show_episodes(context)
     if scorer_judges(config):
         check_scorer(config.scorer)
     has_parts = not plays and not any(no_part(turn) for row in rows for turn in turns_of(row, "last"))

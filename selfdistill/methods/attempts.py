@@ -13,6 +13,7 @@ from selfdistill.data import (
     Demonstration,
     Example,
     Verdict,
+    must_show_episodes,
     must_show_one,
     parse_context,
     thought_and_said,
@@ -50,6 +51,8 @@ class AttemptContexts:
         if self.episodes and self._layout.name != "turns":
             raise UserError(f"context {self.context!r}: found {self._layout.name!r}, and only turns shows episodes")
         must_show_one(self._layout, "another attempt")
+        if self.episodes:
+            must_show_episodes(self._layout)
 
     @cached_property
     def _layout(self) -> Context:

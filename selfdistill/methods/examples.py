@@ -21,6 +21,7 @@ from selfdistill.data import (
     context_of,
     encode,
     is_packaged,
+    must_show_episodes,
     no_part,
     notes_on,
     nothing_to_show,
@@ -121,7 +122,12 @@ class DemonstrationExamples:
         """The problem of a row that has nothing for the context to show; None without a context."""
         if self.context is None:
             return None
-        return nothing_to_show if self.context == "auto" else parse_context(self.context).lacks
+        if self.context == "auto":
+            return nothing_to_show
+        context = parse_context(self.context)
+        if self.config.environment != "none":
+            must_show_episodes(context)
+        return context.lacks
 
 
 @dataclass(frozen=True)
