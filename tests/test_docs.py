@@ -75,7 +75,7 @@ def test_a_page_does_what_it_says(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model = str(model_folder(ends=ENDS, room=2048))
+    model = str(model_folder(ends=ENDS, room=4096))
     names: dict[str, Any] = {}
     for block in blocks(page):
         if block.title:
