@@ -110,7 +110,7 @@ def case_of(number: int) -> tuple[Callable[[], Any], str]:
 class Broken:
     """Its tool ``act`` is broken as the row's case says; ``weigh`` works."""
 
-    time_limit = 0.2
+    time_limit = 0.1
 
     def reset(self, answer: int) -> None:
         self._act, _ = case_of(answer)

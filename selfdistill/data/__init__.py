@@ -10,7 +10,7 @@ from selfdistill.data.bundled import (
 )
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, thought_and_said
 from selfdistill.data.columns import COLUMNS
-from selfdistill.data.contexts import Context, Document, context_spec, must_show_episodes, must_show_one, parse_context
+from selfdistill.data.contexts import Context, Document, context_spec, must_show_one, parse_context
 from selfdistill.data.demonstrations import (
     CODE,
     SCORER_NAMES,
@@ -154,7 +154,6 @@ __all__ = [
     "load_demonstrations",
     "load_prompts",
     "located",
-    "must_show_episodes",
     "must_show_one",
     "named",
     "no_part",

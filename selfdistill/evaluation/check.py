@@ -20,7 +20,6 @@ from selfdistill.data import (
     context_spec,
     hintable,
     load_demonstrations,
-    must_show_episodes,
     no_part,
     notes_on_episodes,
     nothing_to_show,
@@ -159,10 +158,8 @@ def _checked(
 ) -> CheckResult:
     began = time.monotonic()
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(row.document for row in rows) else ())]
-    contexts = [parse_context(spec) for spec in specs]
     plays = config.environment != "none"
-    for context in contexts if plays else ():
-        must_show_episodes(context)
+    contexts = [parse_context(spec, episodes=plays) for spec in specs]
     if scorer_judges(config):
         check_scorer(config.scorer)
     has_parts = not plays and not any(no_part(turn) for row in rows for turn in turns_of(row, "last"))

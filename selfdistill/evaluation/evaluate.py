@@ -20,7 +20,6 @@ from selfdistill.data import (
     drift_prompts,
     encode_prompts,
     load_demonstrations,
-    must_show_episodes,
     notes_on_episodes,
     parse_context,
     shown_text,
@@ -283,12 +282,10 @@ def evaluate(
         check_writable(config.replies, f"replies {config.replies!r}")
     data = config.data if rows is None else rows
     scored = unscored(config)
-    context = parse_context(config.context) if config.context else None
-    if context and config.environment != "none":
-        must_show_episodes(context)
+    shown = parse_context(config.context, episodes=config.environment != "none").lacks if config.context else None
 
     def lacks(row: Demonstration) -> str | None:
-        return scored(row) or (context.lacks(row) if context else None)
+        return scored(row) or (shown(row) if shown else None)
 
     demonstrations = load_demonstrations(data, split=config.split, turns=config.turns, note=say_note, lacks=lacks)
     priors = load_prior(config.prior) if config.prior else {}

@@ -13,7 +13,6 @@ from selfdistill.data import (
     Demonstration,
     Example,
     Verdict,
-    must_show_episodes,
     must_show_one,
     parse_context,
     thought_and_said,
@@ -51,12 +50,10 @@ class AttemptContexts:
         if self.episodes and self._layout.name != "turns":
             raise UserError(f"context {self.context!r}: found {self._layout.name!r}, and only turns shows episodes")
         must_show_one(self._layout, "another attempt")
-        if self.episodes:
-            must_show_episodes(self._layout)
 
     @cached_property
     def _layout(self) -> Context:
-        return parse_context(self.context)
+        return parse_context(self.context, episodes=self.episodes)
 
     def __call__(
         self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder

@@ -21,7 +21,6 @@ from selfdistill.data import (
     context_of,
     encode,
     is_packaged,
-    must_show_episodes,
     no_part,
     notes_on,
     nothing_to_show,
@@ -124,10 +123,7 @@ class DemonstrationExamples:
             return None
         if self.context == "auto":
             return nothing_to_show
-        context = parse_context(self.context)
-        if self.config.environment != "none":
-            must_show_episodes(context)
-        return context.lacks
+        return parse_context(self.context, episodes=self.config.environment != "none").lacks
 
 
 @dataclass(frozen=True)

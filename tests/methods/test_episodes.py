@@ -434,7 +434,7 @@ def test_a_teacher_that_sees_parts_refuses_episodes(
 @pytest.mark.parametrize(
     "values",
     [
-        {"context": "turns:show=turn,repeats=2"},
+        {"context": "turns:repeats=2,show=turn"},
         {"method": "sdpo", "num_generations": 2, "method_settings": {"context": "turns:repeats=2,show=turn"}},
     ],
     ids=["sdft", "sdpo"],
