@@ -80,7 +80,7 @@ def test_a_page_does_what_it_says(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    models = {STARTER: str(model_folder(ends=ENDS, room=2048))}
+    models = {STARTER: str(model_folder(ends=ENDS, room=4096))}
     if IMAGE_TEXT in PAGES[page]:
         models[IMAGE_TEXT] = str(tmp_path / "image-text")
         next(family for family in FAMILIES if family.name == "idefics3").write(tmp_path / "image-text")

@@ -286,17 +286,21 @@ def _view(run: RunFolder) -> Json:
         for view in (view for view in run.views if view["step"] == step):
             row = rows.setdefault(view["row"], {key: view[key] for key in ("row", "prompt", "demonstration")})
             row.setdefault("replies", []).append({"heading": _heading(view), "turns": _turns(view)})
+    shown: Json = {"run": run.name, "rows": list(rows.values()), "profile": None}
+    if not all(_is_scored(view) for view in run.views):
+        return shown
     curves = [Curve(f"step {step}", _profile(run.views, step)) for step in steps]
     positions = range(1, 1 + max(len(curve.points) for curve in curves))
     values = [dict(curve.points) for curve in curves]
     table = [[str(at), *(number(value.get(at)) for value in values)] for at in positions]
     label = "KL(teacher||student), nats"
-    return {
-        "run": run.name,
-        "rows": list(rows.values()),
-        "profile": Markup(over(curves, "completion token", label)),
-        "profile_table": Table(f"First-token profile of {run.name}", ["token", *(c.name for c in curves)], table),
-    }
+    profile_table = Table(f"First-token profile of {run.name}", ["token", *(c.name for c in curves)], table)
+    return shown | {"profile": Markup(over(curves, "completion token", label)), "profile_table": profile_table}
+
+
+def _is_scored(view: Json) -> bool:
+    """Whether a teacher scored the tokens of a rollout."""
+    return all("logq" in token for token in view["tokens"])
 
 
 def _heading(view: Json) -> str:
@@ -337,11 +341,12 @@ def _profile(views: list[Json], step: int) -> list[Point]:
 
 
 def _token(token: Json) -> Json:
-    """A token with its implicit reward log q - log p and the strength of its colour."""
+    """A token with its implicit reward log q - log p and the strength of its colour, if a teacher scored it."""
+    shown: Json = {"text": visible(token["text"]), "lines": visible(token["text"]).replace("↵", "↵\n")}
+    if "logq" not in token:
+        return shown
     reward = token["logq"] - token["logp"]
-    return {
-        "text": visible(token["text"]),
-        "lines": visible(token["text"]).replace("↵", "↵\n"),
+    return shown | {
         "reward": f"{reward:+.2f}",
         "sign": "up" if reward >= 0 else "down",
         "strength": f"{min(abs(reward) / FULL_COLOUR, 1):.2f}",

@@ -30,7 +30,7 @@ from selfdistill.errors import EngineFailed, UserError
 from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, verdict_on
 from selfdistill.evaluation.measure import Measure
 from selfdistill.evaluation.spill import read_anchors
-from selfdistill.methods import refuse_silent, shows_parts, stages_of
+from selfdistill.methods import scorer_judges, shows_parts, stages_of
 from selfdistill.model import (
     LoadedModel,
     load_for_training,
@@ -158,11 +158,9 @@ def _checked(
 ) -> CheckResult:
     began = time.monotonic()
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(row.document for row in rows) else ())]
-    contexts = [parse_context(spec) for spec in specs]
     plays = config.environment != "none"
-    if plays:
-        refuse_silent(config.environment, "so success cannot be measured")
-    else:
+    contexts = [parse_context(spec, episodes=plays) for spec in specs]
+    if scorer_judges(config):
         check_scorer(config.scorer)
     has_parts = not plays and not any(no_part(turn) for row in rows for turn in turns_of(row, "last"))
     if config.hints and not has_parts:

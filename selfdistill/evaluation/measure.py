@@ -40,7 +40,7 @@ from selfdistill.evaluation.spill import (
     task_loss,
 )
 from selfdistill.loss import CrossEntropy, Divergence
-from selfdistill.methods import Completion
+from selfdistill.methods import Completion, scorer_judges
 from selfdistill.model import (
     ForwardPass,
     LoadedModel,
@@ -85,7 +85,8 @@ class Measure:
         self.general = drawn_anchors(config, anchors, loaded, self.chat)
         """The prompts on which ``spill`` measures."""
         self.general_named = named_anchors(anchors, len(self.general))
-        scorable = [row for row in self.pool if self.player or is_scorable(row, config.scorer)]
+        by_scorer = scorer_judges(config)
+        scorable = [row for row in self.pool if not by_scorer or is_scorable(row, config.scorer)]
         self.scored = bool(scorable)
         """Whether replies are scored; if not, teacher and student are compared by their distributions alone."""
         asked = scorable or self.pool
@@ -93,11 +94,11 @@ class Measure:
         self.rows = self._encode(sorted(chosen, key=lambda d: d.row), None)
         self.dropped = len(chosen) - len(self.rows)
         measured = [row.demonstration for row in self.rows]
-        if self.scored and not self.player:
+        if self.scored and by_scorer:
             check_answers(measured, config.scorer)
         for note in notes_on(self.rows, self.chat):
             say_note(note)
-        if not self.player and (doubt := doubt_about(measured, config.scorer)):
+        if by_scorer and (doubt := doubt_about(measured, config.scorer)):
             say_note(doubt, topic="scorer")
         self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
@@ -153,7 +154,8 @@ class Measure:
         with self._arithmetic():
             if self.player:
                 policy = Sampling(self.config.max_completion_length, temperature=0)
-                return self.player(loaded or self.loaded, rows, prompts, policy)
+                judge = judge_of(self.config)
+                return self.player(loaded or self.loaded, rows, prompts, policy, judge=judge, scored=self.scored)
             return answer(
                 loaded or self.loaded,
                 prompts,
@@ -172,7 +174,8 @@ class Measure:
         prompts = [row.student_ids for row in self.rows]
         with self._arithmetic():
             if self.player:
-                return list(self.player(self.loaded, self.rows, prompts, self._sampling(), seeds).episodes)
+                played = self.player(self.loaded, self.rows, prompts, self._sampling(), seeds, scored=False)
+                return list(played.episodes)
             rollouts = sample(self.loaded, prompts, self._sampling(), seeds)
         return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(self.rows, rollouts, strict=True)]
 

@@ -53,7 +53,7 @@ class AttemptContexts:
 
     @cached_property
     def _layout(self) -> Context:
-        return parse_context(self.context)
+        return parse_context(self.context, episodes=self.episodes)
 
     def __call__(
         self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder

@@ -13,7 +13,7 @@ from selfdistill.runtime import gathered, rank_slice
 
 @dataclass(frozen=True)
 class ScorerChecker:
-    """The verdict of the row's scorer on the reply."""
+    """The verdict of the row's scorer on the reply, or the last reply of an episode."""
 
     scorer: str | None
 
@@ -22,9 +22,24 @@ class ScorerChecker:
         for completion in completions:
             row = completion.example.demonstration
             name = default_scorer(row, self.scorer)
-            text = scored_text(chat, completion.example.student_ids, completion.ids, row, name)
-            given.append((name, text, row))
+            given.append((name, text_to_score(completion, chat, name), row))
         return verdicts(given)
+
+
+def text_to_score(completion: Completion, chat: ChatFormat, scorer: str) -> str:
+    """What a scorer compares of a reply or, of an episode, of the last reply; ``tool_call`` of all its replies."""
+    example = completion.example
+    spans = completion.reply_spans if scorer == "tool_call" else completion.reply_spans[-1:]
+    return "\n".join(
+        scored_text(
+            chat,
+            [*example.student_ids, *completion.ids[:start]],
+            completion.ids[start:end],
+            example.demonstration,
+            scorer,
+        )
+        for start, end in spans
+    )
 
 
 def verdicts_on(checker: Checker, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:

@@ -29,7 +29,7 @@ from selfdistill.data import (
     turns_of,
 )
 from selfdistill.errors import UserError, number_of
-from selfdistill.methods.worlds import begun, limits_of
+from selfdistill.methods.worlds import begun, limits_of, scorer_judges
 from selfdistill.model import LoadedModel
 
 
@@ -122,7 +122,9 @@ class DemonstrationExamples:
         """The problem of a row that has nothing for the context to show; None without a context."""
         if self.context is None:
             return None
-        return nothing_to_show if self.context == "auto" else parse_context(self.context).lacks
+        if self.context == "auto":
+            return nothing_to_show
+        return parse_context(self.context, episodes=self.config.environment != "none").lacks
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class ScoredExamples(DemonstrationExamples):
     replies: Replies = "last"
 
     def lacks(self, demonstration: Demonstration) -> str | None:
-        unscored = nothing_to_score(self.config.scorer) if self.config.environment == "none" else None
+        unscored = nothing_to_score(self.config.scorer) if scorer_judges(self.config) else None
         return (unscored and unscored(demonstration)) or super().lacks(demonstration)
 
 
