@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from selfdistill.evaluation.spill import Spill
+from selfdistill.evaluation.spill import STEPS, Spill, Trial
 from selfdistill.evaluation.statistics import share_interval
 from selfdistill.runtime import Printable, result_table
 
@@ -46,6 +46,8 @@ class Layout:
     """Mean number of invalid calls in an episode; None as above."""
     hint: float = 1.0
     """Share of the demonstration that the teacher sees."""
+    trial: Trial | None = None
+    """What a few steps of SDFT with this hint learn; None unless ``hints`` and ``spill`` are measured."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -206,6 +208,7 @@ def _print(result: CheckResult, console: Console) -> None:
         f"KL of {result.best.context} at completion tokens 1, 2, ...: {profile}",
         _closeness_line(result),
         *_cost_line(result),
+        *_trials_line(result),
         *([f"Spill: {result.spill.sentence()}."] if result.spill else []),
         *_order_line(result),
         result.verdict,
@@ -223,11 +226,24 @@ def _choice(result: CheckResult) -> str:
 
 def _hints_table(hints: list[Layout]) -> Table:
     title = f"the teacher with part of the demonstration, {hints[0].context}"
-    table = result_table("hint", "right", "log p(demo)", "KL", "prompt", title=title)
+    learnt = ["gain", "moved"] if any(layout.trial for layout in hints) else []
+    table = result_table("hint", "right", "log p(demo)", "KL", "prompt", *learnt, title=title)
     for layout in hints:
-        numbers = (_number(layout.accuracy), _number(layout.logp), f"{layout.kl:.2f}", f"{layout.prompt_length:.0f}")
+        numbers = [_number(layout.accuracy), _number(layout.logp), f"{layout.kl:.2f}", f"{layout.prompt_length:.0f}"]
+        if layout.trial:
+            numbers += [f"{layout.trial.gain:+.2f}", f"{layout.trial.moved:.3f}"]
         table.add_row(f"{layout.hint:g}", *numbers)
     return table
+
+
+def _trials_line(result: CheckResult) -> list[str]:
+    """What the last columns of the hints' table are."""
+    if result.spill is None or not any(layout.trial for layout in result.hints or ()):
+        return []
+    return [
+        f"gain and moved: what {STEPS} steps of SDFT with each hint gain on the demonstrations, and how far they move "
+        f"{result.spill.prompts}, in nats per token."
+    ]
 
 
 def _counts(turns: float | None, invalid_calls: float | None) -> list[str]:

@@ -25,6 +25,7 @@ from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_r
 from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
+from selfdistill.methods.prefixes import GuidedSamples
 from selfdistill.methods.sequences import Completion, DatasetCompletions
 from selfdistill.methods.slots import (
     FROZEN,
@@ -51,6 +52,7 @@ __all__ = [
     "EpisodeRules",
     "EpisodeSamples",
     "GuidedAfterFailure",
+    "GuidedSamples",
     "Method",
     "Part",
     "Parts",

@@ -233,7 +233,7 @@ def data_fingerprint(stages: Sequence[Stage], chat: ChatFormat) -> str:
     # A row without a completion counts as with an empty one, as it did for older folders.
     ids = [[x.student_ids, x.teacher_ids, x.completion_ids or [chat.end_token_id]] for x in examples]
     seen = [picture.digest for x in examples for picture in x.demonstration.images]
-    return _digest([*ids, *seen])
+    return _digest([*ids, *seen, *(x.later_ids for x in examples if x.later_ids)])
 
 
 def reward_fingerprint(stages: Sequence[Stage]) -> str:

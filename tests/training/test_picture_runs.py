@@ -23,6 +23,7 @@ from selfdistill.data import anchor_prompts, draw_shapes, encode, load_demonstra
 from selfdistill.data.shapes import COLOURS, draw_shape
 from selfdistill.errors import UserError
 from selfdistill.evaluation import spill
+from selfdistill.loss import CrossEntropy, Divergence
 from selfdistill.model import ForwardPass, Sampling, load_model, make_optimizer
 from selfdistill.training import export, merge, train
 from selfdistill.training.memory import memory_plan
@@ -348,8 +349,10 @@ def test_what_check_tries_out_leaves_the_vision_tower_alone(make: Make, monkeypa
     chat = loaded.chat({}, None)
     limits: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 3, "window": loaded.window}
     rows, _ = encode(load_demonstrations(config.data)[:2], parse_context("turns"), chat, **limits)
-    trials = spill.TrialSettings(1e-3, Sampling(3), 0, nullcontext)
-    spill.measure_spill(loaded, ForwardPass(loaded), rows, anchor_prompts()[:2], chat, trials)
+    settings = spill.TrialSettings(1e-3, Sampling(3), 0, nullcontext)
+    trials = spill.Trials(loaded, ForwardPass(loaded), anchor_prompts()[:2], chat, settings)
+    for loss in (CrossEntropy(), Divergence()):
+        trials(loss, rows)
     names = [name for name, _ in loaded.model.named_parameters()]
     assert moved == [sum(not is_vision(name) for name in names)] * 2
     assert moved[0] < len(names)
