@@ -27,9 +27,11 @@ class ScorerChecker:
 
 
 def text_to_score(completion: Completion, chat: ChatFormat, scorer: str) -> str:
-    """What a scorer compares of a reply or, of an episode, of the last reply; ``tool_call`` of all its replies."""
+    """What a scorer compares: the reply with its given beginning, of an episode the last; ``tool_call`` all replies."""
     example = completion.example
-    spans = completion.reply_spans if scorer == "tool_call" else completion.reply_spans[-1:]
+    spans = completion.reply_spans if completion.turns > 1 else [(0, len(completion.ids))]
+    if scorer != "tool_call":
+        spans = spans[-1:]
     return "\n".join(
         scored_text(
             chat,
