@@ -483,3 +483,15 @@ def test_only_models_whose_layers_keep_every_token_keep_contexts(load: Loader) -
     assert has_full_attention(LlamaConfig(**SIZE))
     assert not has_full_attention(Gemma2Config(**SIZE, head_dim=8, sliding_window=4))
     assert ForwardPass(load()).keep(CONTEXTS, 0) is None
+
+
+def test_padding_after_a_kept_context_gets_no_position_beyond_the_window(load: Loader) -> None:
+    model, _ = odd_model("gpt2, learnt positions")
+    loaded = replace(load(), model=model, window=model.config.n_positions, continues_cache=None)
+    contexts, completions = texts(480, 20, seed=9), texts(32, 400, seed=8)  # both within the window of 512
+    scorer = ForwardPass(loaded)
+    kept = scorer.keep(contexts, 10**9)
+    assert kept is not None
+    with torch.no_grad():
+        scores = logits(scorer(model, contexts, completions, kept))
+    torch.testing.assert_close(scores, full_forward(model, contexts, completions), rtol=1e-4, atol=1e-4)
