@@ -86,8 +86,8 @@ def test_renamed_tensors_are_computed_one_by_one(
     loaded = load()
     loaded.model = make()
     computed = []
-    whole = engine_weights._whole
-    monkeypatch.setattr(engine_weights, "_whole", lambda *given: computed.append(1) or whole(*given))
+    whole = engine_weights.full_tensor
+    monkeypatch.setattr(engine_weights, "full_tensor", lambda weight: computed.append(1) or whole(weight))
     tensors = hub_tensors(loaded)
     assert len(computed) == 0
     for count in range(1, 5):
