@@ -102,7 +102,7 @@ def describe_lora(loaded: LoadedModel) -> str:
     return line
 
 
-def _left_out(part: nn.Module, causal: Any) -> Iterator[str]:
+def _left_out(part: Any, causal: Any) -> Iterator[str]:
     """The last two names of each linear layer but the head, and of each tensor of experts, without an adapter."""
     head = causal.get_output_embeddings()
     adapted = {id(layer.get_base_layer()) for layer in part.modules() if hasattr(layer, "lora_A")}
