@@ -22,18 +22,19 @@ from selfdistill.model.fsdp import (
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import (
     LoadedModel,
-    add_lora,
     adopt,
     checkpoint_activations,
     load_for_training,
     load_matching,
     load_model,
     matched,
+    set_recomputing,
     start_fingerprint,
     switched_back,
     to_best_device,
     weights_fingerprint,
 )
+from selfdistill.model.lora import add_lora, describe_lora
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import PictureInputs, freeze_vision, is_image_text
 from selfdistill.model.precision import (
@@ -79,6 +80,7 @@ __all__ = [
     "checkpoint_activations",
     "close_engine",
     "dequantised",
+    "describe_lora",
     "deterministic",
     "distribute_like",
     "engine_for",
@@ -113,6 +115,7 @@ __all__ = [
     "sample_at_its_longest",
     "sample_seed",
     "set_compute_dtype",
+    "set_recomputing",
     "shard",
     "staging_bytes",
     "start_fingerprint",

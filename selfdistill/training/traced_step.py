@@ -33,6 +33,7 @@ from selfdistill.model import (
     alike_layers,
     cached_casts,
     sample_at_its_longest,
+    set_recomputing,
     tensor_bytes,
     weight_tensors,
 )
@@ -243,7 +244,7 @@ class TracedStep:
     ) -> None:
         contexts, completions = self._rows(part, size, lambda x: x.student_ids)
         model, method = self.loaded.model, part.method
-        model.train(bool(self._config.gradient_checkpointing))
+        set_recomputing(model, bool(self._config.gradient_checkpointing))
         live.begin(("student", "forward"))
         with self._autocast():
             output = self._forward_pass(model, contexts, completions)

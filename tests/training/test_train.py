@@ -24,6 +24,7 @@ from conftest import (
     Cut,
     add_gradient,
     assert_same_run,
+    byte_tokenizer,
     crash_at,
     final_weights,
     gradients,
@@ -33,6 +34,7 @@ from conftest import (
     row_log_probs,
     same,
 )
+from odd_models import ODD_LAYERS
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -1410,3 +1412,16 @@ def test_the_importance_weight_does_not_scale_the_statistics(settings: Callable[
     assert second["loss"] == pytest.approx(0.5 * first["loss"], rel=1e-5)
     for key in ("entropy", "kl/forward", "kl/reverse"):
         assert second[key] == pytest.approx(first[key], rel=1e-5)
+
+
+def test_gradient_checkpointing_adds_no_noise_to_a_router(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    folder = tmp_path / "phimoe"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ODD_LAYERS["phimoe"][0]().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    common: dict[str, Any] = {"model": str(folder), "max_steps": 3, "learning_rate": 1e-4}
+    without, using = settings("without", **common), settings("using", gradient_checkpointing=True, **common)
+    train(without)
+    train(using)
+    assert largest_difference(final_weights(without), final_weights(using)) < 1e-6
