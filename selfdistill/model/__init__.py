@@ -8,7 +8,14 @@ from selfdistill.model.episode_sampling import TurnSampler
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
-from selfdistill.model.four_bits import can_be_in_4bit, dequantised, is_in_4bit, set_compute_dtype, weight_tensors
+from selfdistill.model.four_bits import (
+    can_be_in_4bit,
+    count_of,
+    dequantised,
+    is_in_4bit,
+    set_compute_dtype,
+    weight_tensors,
+)
 from selfdistill.model.fsdp import (
     distribute_like,
     full_tensor,
@@ -78,6 +85,7 @@ __all__ = [
     "can_be_in_4bit",
     "checkpoint_activations",
     "close_engine",
+    "count_of",
     "dequantised",
     "deterministic",
     "distribute_like",

@@ -64,7 +64,7 @@ from selfdistill.training.step_time import TimePlan, time_plan
 from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, autocast
 
 TIMED_ROWS = 64
-"""Number of rows, of all lengths, whose average determines the time of a step."""
+"""Most rows, of all lengths, whose average determines the time of a step."""
 FEW_LAYERS = (2, 3)
 """Numbers of layers to trace if all layers are alike; from there a peak grows in proportion."""
 
@@ -146,7 +146,7 @@ class MemoryPlanner:
     def time(self, config: TrainConfig, rates: Rates) -> TimePlan:
         """Rough time of a run with these settings on a device with these rates."""
         loaded, others = self._model(config), self._others(config)
-        spread = self._rows[:: max(1, len(self._rows) // TIMED_ROWS)]
+        spread = self._rows[:: math.ceil(len(self._rows) / TIMED_ROWS)]
         stages = planned_stages(config, spread, loaded, TIMED_ROWS)
         return time_plan(config, self.device(config), loaded, others, stages, rates, len(self._rows))
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from selfdistill.config import TrainConfig
 from selfdistill.errors import number_of
-from selfdistill.model import LoadedModel, TeacherRule, moment_bytes
+from selfdistill.model import LoadedModel, TeacherRule, count_of, moment_bytes
 from selfdistill.training.rates import Rates
 from selfdistill.training.schedule import steps_of
 from selfdistill.training.traced_step import Device, PlannedPart
@@ -58,7 +58,7 @@ class Network:
         heads = getattr(text, "num_attention_heads", 0)
         channels = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
         return cls(
-            body=sum(p.numel() for p in model.parameters()) - sum(outside.values()),
+            body=sum(map(count_of, model.parameters())) - sum(outside.values()),
             head=text.hidden_size * text.vocab_size,
             layers=text.num_hidden_layers,
             width=heads * channels,

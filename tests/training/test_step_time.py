@@ -45,6 +45,12 @@ def test_tied_weights_are_those_of_the_head(settings: Make, model_folder: Callab
     assert networks[0] == networks[1]
 
 
+def test_weights_of_4_bits_count_as_what_they_stand_for(settings: Make) -> None:
+    pytest.importorskip("bitsandbytes")
+    lora, qlora = (fake_model(settings().model, dtype="float32", lora_rank=2, load_in_4bit=x) for x in (False, True))
+    assert Network.of(qlora, "no") == Network.of(lora, "no")
+
+
 def test_a_pass_multiplies_weights_and_attends() -> None:
     """Ten tokens, three scored: 2 x 10 x 1000 + 2 x 3 x 300, and 4 x 2 layers x 8 x 10 x 10 for attention."""
     assert SMALL.forward_flops(10, 10, 3) == 20_000 + 1_800 + 6_400
@@ -93,6 +99,18 @@ def test_an_adapter_needs_no_gradients_of_the_weights(settings: Make) -> None:
     full, adapter = timed(settings()).step, timed(settings(lora_rank=2)).step
     assert 2 / 3 < adapter.student / full.student < 0.8  # its factors beside two thirds
     assert adapter.update < full.update
+
+
+@pytest.mark.parametrize("count", [40, 100, 200])
+def test_rows_of_all_lengths_determine_the_time(settings: Make, write_rows: Callable[..., Any], count: int) -> None:
+    """Of a method whose steps take no samples, so that the student's time is that of the average row."""
+    rows = [{"prompt": f"{i:03}" + "x" * i, "completion": "xyz"} for i in range(count)]
+    middle = [rows[count // 2]] * 4
+    found, expected = (
+        timed(settings(method="sft", data=str(write_rows(own, name=f"{len(own)}.jsonl")))).step.student
+        for own in (rows, middle)
+    )
+    assert found == pytest.approx(expected, rel=0.1)
 
 
 def test_what_a_method_does_not_do_takes_no_time(settings: Make) -> None:
