@@ -48,7 +48,6 @@ from selfdistill.model import (
     fake_model,
     freeze_vision,
     has_full_attention,
-    layers_of,
     moment_bytes,
     set_compute_dtype,
     staging_bytes,
@@ -60,6 +59,7 @@ from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
 from selfdistill.training.planned_parts import characters, longest_lengths, planned_methods, planned_stages
 from selfdistill.training.rates import Rates
 from selfdistill.training.setup import chosen_rows, teacher_rules
+from selfdistill.training.sharding import Sharding
 from selfdistill.training.step_time import TimePlan, time_plan
 from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, autocast
 
@@ -124,19 +124,21 @@ class MemoryPlanner:
             cached = []
         cached = [] if config.fsdp else cached
         fixed, untraced = self.fixed(config), None
+        sharding = Sharding.of(config, device, loaded, others) if config.fsdp else None
         try:
             with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
                 models, sampled = self._traced_models(config), self._sampled
                 steps = [TracedStep(config, device, model, others, cached, sampled) for model in models]
-                traced = _phases(config, device, steps, stages, self._samplers(config), len(alike_layers(loaded)))
+                layers, samplers = len(alike_layers(loaded)), self._samplers(config)
+                traced = _phases(config, device, steps, stages, samplers, layers, sharding)
                 fixed["contexts"] += self._contexts(config, cached, stages)
         except Exception as error:  # whatever a model's code makes of tensors without data
             untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
-            traced = {"step": Bytes()}
+            traced = {"step": sharding("step", Bytes()) if sharding else Bytes()}
         if config.engine != "none" and device.kind == "cuda":
             traced["sampling"] = Bytes({"engine": _engine_bytes(config, device, loaded)})
-        if config.fsdp:
-            traced = {name: _sharded(size, device, loaded, others) for name, size in traced.items()}
+            if sharding:  # sends one gathered weight at a time
+                traced["sampling"]["casts"] = sharding.largest
         before = Bytes({name: fixed[name] for name in fixed if name not in ("moments", "contexts", "drift")})
         phases = tuple(Phase(name, (before if name == "drawing" else fixed) + size) for name, size in traced.items())
         averages = [_average_bytes(config, rule, loaded) for rule in teacher_rules(planned_methods(config))]
@@ -313,6 +315,7 @@ def _phases(
     stages: list[list[PlannedPart]],
     samplers: dict[str, LoadedModel],
     layers: int,
+    sharding: Sharding | None,
 ) -> dict[str, Bytes]:
     """What each phase of a step adds at its peak, in its largest part and segment."""
     found: dict[str, Bytes] = {}
@@ -325,7 +328,8 @@ def _phases(
                 peaks = [step.sampling(part, own) | peak for step, peak in zip(steps, peaks, strict=True)]
             if part.method.fixed and (config.engine == "none" or part.method.fixed.other):
                 peaks = [step.drawing(part, samplers) | peak for step, peak in zip(steps, peaks, strict=True)]
-            for (phase, _), added in _extrapolated(peaks, layers).items():
+            for (phase, _), whole in _extrapolated(peaks, layers).items():
+                added = sharding(phase, whole) if sharding else whole
                 found[phase] = max(found.get(phase, Bytes()), added, key=lambda added: added.total())
     return found
 
@@ -340,22 +344,4 @@ def _extrapolated(peaks: Sequence[Segments], layers: int) -> Segments:
         other = peaks[1][segment]
         slopes = {name: (other[name] - fewer[name]) / (more - few) for name in fewer | other}
         found[segment] = Bytes({name: round(fewer[name] + (layers - few) * slope) for name, slope in slopes.items()})
-    return found
-
-
-def _sharded(added: Bytes, device: Device, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]) -> Bytes:
-    """What a phase adds with sharded weights.
-
-    Sampling gathers all weights. Elsewhere, the weights outside the layers are gathered, of every network, and two
-    layers at a time, in bfloat16 with that arithmetic. The layers' gradients are sharded at once, the others' at the
-    end of the backward pass.
-    """
-    size = 2 if device.mixed_precision == "bf16" else unwrap(loaded.model).dtype.itemsize
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(loaded, loaded.model, "fsdp")]
-    whole = tensor_bytes(loaded.model.parameters())
-    root = whole - sum(tensor_bytes(layer.parameters()) for layer in layers_of(loaded, loaded.model, "fsdp"))
-    found = Bytes(added)
-    gathered = sum(layers) if "workspace" in added else 2 * max(layers)
-    found["casts"] = min(added["casts"], root // 2) + root * (1 + len(others)) + size * gathered
-    found["gradients"] = added["gradients"] // device.processes + (root if added["gradients"] else 0)
     return found

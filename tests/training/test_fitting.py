@@ -427,6 +427,21 @@ def test_sharding_divides_what_stays(settings: Make) -> None:
     }
 
 
+def test_the_largest_segment_of_a_phase_is_that_of_the_sharded_run(
+    settings: Make, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Alone, a process holds most once all layers have gradients; one of 64 before there are."""
+    wide = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+    folder = with_config(model_folder(), tmp_path / "wide", num_hidden_layers=12, **wide)
+    config = settings(model=str(folder), method="sft", fsdp=True, batch_size=64)
+    alone, one_of_many = (
+        planned(config.model_copy(update=values), Device("cpu", "no", n)).largest.bytes
+        for values, n in (({"fsdp": False, "batch_size": 1}, 1), ({}, 64))
+    )
+    assert alone["gradients"] > alone["activations"]
+    assert one_of_many["gradients"] < one_of_many["activations"]
+
+
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("24GB", 24 * 10**9), ("1.5 TiB", 1.5 * 2**40)])
 def test_sizes(text: str, size: float) -> None:
     assert size_in_bytes(text) == size
