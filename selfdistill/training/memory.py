@@ -5,7 +5,8 @@ Every number is the size of tensors that the run will hold, W bytes of weights, 
     weights    W: the model in its data type, tied weights once; with LoRA also the factors, in float32; with
                load_in_4bit 0.516 bytes per weight of its linear layers
     teacher    full: W for a copy, and 4 bytes per weight for the float32 average of bfloat16 weights, which on a GPU is
-               in host memory; LoRA: the factors
+               in host memory, as are the parts in which it is moved; elsewhere, the float32 copy of such a part is
+               there while the next step samples; LoRA: the factors
     moments    of AdamW: 8 bytes per trained weight, or 2 with adamw_8bit
     contexts   cached keys and values of a frozen teacher's contexts
     drift      the base's logits, with which the drift is measured
@@ -35,6 +36,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration
@@ -141,8 +143,11 @@ class MemoryPlanner:
                 traced["sampling"]["casts"] = sharding.largest
         before = Bytes({name: fixed[name] for name in fixed if name not in ("moments", "contexts", "drift")})
         phases = tuple(Phase(name, (before if name == "drawing" else fixed) + size) for name, size in traced.items())
-        averages = [_average_bytes(config, rule, loaded) for rule in teacher_rules(planned_methods(config))]
-        host = sum(averages) if _is_on_host(config, device) else 0
+        averaged, host = _averaged(config, loaded), 0
+        if _is_on_host(config, device):
+            host = _total_average(averaged) + 3 * staging_bytes(averaged)
+        elif "sampling" in traced:  # meanwhile a thread moves the average
+            traced["sampling"] += Bytes({"teacher": 2 * staging_bytes(averaged, _shares(config, device))})
         return MemoryPlan(config, device, phases, longest_lengths(stages), untraced, host)
 
     def time(self, config: TrainConfig, rates: Rates) -> TimePlan:
@@ -245,15 +250,17 @@ def _fixed(
     others: dict[TeacherRule, LoadedModel],
 ) -> Bytes:
     """Permanent memory, without the contexts of a frozen teacher."""
-    model, shares = loaded.model, device.processes if config.fsdp else 1
+    model, shares = loaded.model, _shares(config, device)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     rules = teacher_rules(planned_methods(config))
+    averaged = [] if _is_on_host(config, device) else _averaged(config, loaded)
+    teachers = sum(_teacher_bytes(config, rule, loaded, others) for rule in rules) + _total_average(averaged)
     vocabulary = model.config.get_text_config().vocab_size
     fixed = Bytes(
         {
             "weights": tensor_bytes(weight_tensors(model)) // shares,
             "moments": moment_bytes(trained, config.optim) // shares,
-            "teacher": sum(_teacher_bytes(config, device, rule, loaded, others) for rule in rules) // shares,
+            "teacher": teachers // shares + staging_bytes(averaged, shares),
         }
     )
     if config.drift_steps:
@@ -263,35 +270,44 @@ def _fixed(
     return fixed
 
 
+def _shares(config: TrainConfig, device: Device) -> int:
+    """How many processes hold a share of the weights each."""
+    return device.processes if config.fsdp else 1
+
+
 def _teacher_bytes(
     config: TrainConfig,
-    device: Device,
     rule: TeacherRule,
     loaded: LoadedModel,
     others: dict[TeacherRule, LoadedModel],
 ) -> int:
-    """Memory of a teacher on the device, beyond the student's; see :class:`selfdistill.model.Teacher`."""
+    """Weights that a teacher scores with, beyond the student's; see :class:`selfdistill.model.Teacher`."""
     if rule in others:
         return tensor_bytes(others[rule].model.parameters())
     if config.lora_rank:
         return tensor_bytes(p for p in loaded.model.parameters() if p.requires_grad) if _moves(rule) else 0
     if rule.kind == "live":
         return 0
-    average = 0 if _is_on_host(config, device) else _average_bytes(config, rule, loaded)
     moving = (p for p in loaded.model.parameters() if p.requires_grad)  # it shares the frozen ones
-    return tensor_bytes((*moving, *loaded.model.buffers())) + average
+    return tensor_bytes((*moving, *loaded.model.buffers()))
 
 
 def _moves(rule: TeacherRule) -> bool:
     return rule.kind in ("ema", "snapshot")
 
 
-def _average_bytes(config: TrainConfig, rule: TeacherRule, loaded: LoadedModel) -> int:
-    """Memory of a teacher's float32 average and for moving it, in addition to the weights that score."""
-    if config.lora_rank or not _moves(rule):
-        return 0
-    moving = [p for p in loaded.model.parameters() if p.requires_grad and p.dtype != torch.float32]
-    return sum(4 * p.numel() for p in moving) + staging_bytes(moving)
+def _averaged(config: TrainConfig, loaded: LoadedModel) -> list[Tensor]:
+    """The weights of which a teacher keeps a float32 average, in addition to those that score.
+
+    It is moved in parts of ``staging_bytes``, of which a float32 copy is made, with twice their size.
+    """
+    if config.lora_rank or not any(map(_moves, teacher_rules(planned_methods(config)))):
+        return []
+    return [p for p in loaded.model.parameters() if p.requires_grad and p.dtype != torch.float32]
+
+
+def _total_average(averaged: Sequence[Tensor]) -> int:
+    return 4 * sum(weight.numel() for weight in averaged)
 
 
 def _is_on_host(config: TrainConfig, device: Device) -> bool:

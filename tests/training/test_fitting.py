@@ -375,8 +375,8 @@ def test_fixed_memory_is_that_of_the_shapes(
     assert of(teacher="frozen") == pytest.approx({"weights": 4, "moments": 8, "teacher": 4}, **close)
     half, average = {"weights": 2, "moments": 8, "teacher": 2}, planner.plan(config.model_copy(update=BFLOAT16)).host
     assert of(dtype="bfloat16") == pytest.approx(half, **close)  # the average is in the machine's memory
-    staged = 2 * (PART_NUMBERS // wide * wide)  # of the embeddings
-    assert average == pytest.approx(4 * weights + staged, rel=1e-6)
+    staged = 2 * (PART_NUMBERS // wide * wide)  # of the embeddings; a float32 copy is made of it
+    assert average == pytest.approx(4 * weights + 3 * staged, rel=1e-6)
     blocks = 2 * 4 / 256  # each with a scale of its own in float32
     half["moments"] = 2 + blocks
     assert of(dtype="bfloat16", optim="adamw_8bit") == pytest.approx(half, rel=1e-3)  # norms have none of 8 bits
@@ -425,6 +425,21 @@ def test_sharding_divides_what_stays(settings: Make) -> None:
     assert {name: two[name] for name in ("weights", "moments", "teacher")} == {
         name: one[name] // 2 for name in ("weights", "moments", "teacher")
     }
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_average_is_moved_in_parts_of_a_shard(
+    settings: Make, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of 50 rows of the 300 of embeddings and head; two processes have 150 of them each."""
+    monkeypatch.setattr("selfdistill.model.teacher.PART_NUMBERS", 50 * 32)
+    part = 2 * 50 * 32
+    config = settings(fsdp=processes > 1, **BFLOAT16)
+    planner = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no", processes))
+    fixed, phases = planner.fixed(config), {x.name: x.bytes["teacher"] for x in planner.plan(config).phases}
+    assert fixed["teacher"] == pytest.approx(fixed["weights"] + fixed["moments"] / 2 + part, abs=processes)
+    assert phases["teacher"] == phases["student"] == fixed["teacher"]
+    assert phases["sampling"] == fixed["teacher"] + 2 * part, "a float32 copy of the part, while the next step samples"
 
 
 def test_the_largest_segment_of_a_phase_is_that_of_the_sharded_run(
