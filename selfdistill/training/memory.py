@@ -141,13 +141,13 @@ class MemoryPlanner:
             traced["sampling"] = Bytes({"engine": _engine_bytes(config, device, loaded)})
             if sharding:  # sends one gathered weight at a time
                 traced["sampling"]["casts"] = sharding.largest
-        before = Bytes({name: fixed[name] for name in fixed if name not in ("moments", "contexts", "drift")})
-        phases = tuple(Phase(name, (before if name == "drawing" else fixed) + size) for name, size in traced.items())
         averaged, host = _averaged(config, loaded), 0
         if _is_on_host(config, device):
             host = _total_average(averaged) + 3 * staging_bytes(averaged)
         elif "sampling" in traced:  # meanwhile a thread moves the average
             traced["sampling"] += Bytes({"teacher": 2 * staging_bytes(averaged, _shares(config, device))})
+        before = Bytes({name: fixed[name] for name in fixed if name not in ("moments", "contexts", "drift")})
+        phases = tuple(Phase(name, (before if name == "drawing" else fixed) + size) for name, size in traced.items())
         return MemoryPlan(config, device, phases, longest_lengths(stages), untraced, host)
 
     def time(self, config: TrainConfig, rates: Rates) -> TimePlan:
