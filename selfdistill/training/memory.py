@@ -145,7 +145,8 @@ class MemoryPlanner:
         if _is_on_host(config, device):
             host = _total_average(averaged) + 3 * staging_bytes(averaged)
         elif "sampling" in traced:  # meanwhile a thread moves the average
-            traced["sampling"] += Bytes({"teacher": 2 * staging_bytes(averaged, _shares(config, device))})
+            moved = Bytes({"teacher": 2 * staging_bytes(averaged, _shares(config, device))})
+            traced["sampling"] = traced["sampling"] + moved
         before = Bytes({name: fixed[name] for name in fixed if name not in ("moments", "contexts", "drift")})
         phases = tuple(Phase(name, (before if name == "drawing" else fixed) + size) for name, size in traced.items())
         return MemoryPlan(config, device, phases, longest_lengths(stages), untraced, host)

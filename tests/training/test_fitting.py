@@ -440,6 +440,8 @@ def test_an_average_is_moved_in_parts_of_a_shard(
     assert fixed["teacher"] == pytest.approx(fixed["weights"] + fixed["moments"] / 2 + part, abs=processes)
     assert phases["teacher"] == phases["student"] == fixed["teacher"]
     assert phases["sampling"] == fixed["teacher"] + 2 * part, "a float32 copy of the part, while the next step samples"
+    again = planner.plan(config.model_copy(update={"gradient_accumulation_steps": 2})).phases
+    assert next(x.bytes["teacher"] for x in again if x.name == "sampling") == phases["sampling"]
 
 
 def test_the_largest_segment_of_a_phase_is_that_of_the_sharded_run(
