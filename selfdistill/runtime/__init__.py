@@ -21,6 +21,7 @@ from selfdistill.runtime.distributed import (
     gathered,
     is_distributed,
     is_rank0,
+    local_world_size,
     rank_slice,
     world_size,
 )
@@ -43,7 +44,7 @@ from selfdistill.runtime.files import (
     write_own,
 )
 from selfdistill.runtime.gpus import GPUS, THIS, Gpu, check_device
-from selfdistill.runtime.resources import clock, free_bytes, free_memory, peak_memory, size_in_bytes
+from selfdistill.runtime.resources import clock, free_bytes, free_memory, own_share, peak_memory, size_in_bytes
 from selfdistill.runtime.signals import StopRequests
 from selfdistill.runtime.tracking import (
     METRICS,
@@ -88,6 +89,8 @@ __all__ = [
     "is_distributed",
     "is_rank0",
     "library_warnings",
+    "local_world_size",
+    "own_share",
     "peak_memory",
     "progress_shown",
     "public_name",

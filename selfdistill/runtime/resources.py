@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from selfdistill.errors import UserError
+from selfdistill.runtime.distributed import local_world_size
 
 if TYPE_CHECKING:  # importing torch takes a second
     import torch
@@ -44,6 +45,14 @@ def free_memory(device: torch.device) -> int | None:
         trim(0)
     free = int(psutil.virtual_memory().available)
     return min([free, *cgroup_memory()])
+
+
+def own_share(free: int | None, device: torch.device) -> int | None:
+    """Of the device's free bytes those for this process: its processes share a machine's memory, and none shares a GPU.
+
+    None if they are unknown.
+    """
+    return free if free is None or device.type != "cpu" else free // local_world_size()
 
 
 _VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"

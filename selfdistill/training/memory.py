@@ -95,6 +95,8 @@ class MemoryPlanner:
         self.has_model = loaded is not None
         """Whether the model is already loaded."""
         self._rows = sorted(chosen_rows(demonstrations, config), key=characters, reverse=True)
+        self.has_pictures = any(row.images for row in self._rows)
+        """Whether any row has a picture."""
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
         self._plans: dict[tuple[str, bool], MemoryPlan] = {}
         self._sampled: dict[Hashable, Segments] = {}
@@ -122,7 +124,7 @@ class MemoryPlanner:
         # Contexts that are made after sampling are read once.
         tasks = {parts[0].method.teacher for parts in stages if parts[0].method.select is None}
         cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
-        if any(row.images for row in self._rows) or not has_full_attention(loaded.model.config.get_text_config()):
+        if self.has_pictures or not has_full_attention(loaded.model.config.get_text_config()):
             cached = []
         cached = [] if config.fsdp else cached
         fixed, untraced = self.fixed(config), None

@@ -20,9 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from selfdistill.config import TrainConfig
 from selfdistill.data import load_demonstrations
 from selfdistill.errors import UserError
+from selfdistill.model import LoadedModel, tensor_bytes
 from selfdistill.model.teacher import PART_NUMBERS
 from selfdistill.runtime import size_in_bytes
-from selfdistill.training import memory, train
+from selfdistill.training import memory, plan_for, train
 from selfdistill.training.fitting import check_fits, check_host_fits, fit, fitted
 from selfdistill.training.memory import MemoryPlanner, memory_plan
 from selfdistill.training.memory_result import MemoryPlan
@@ -107,6 +108,22 @@ def test_a_tiny_model_starts_without_a_plan(
             free(size)
             _, (line,) = check_memory(settings(**values), load_demonstrations(config.data), None)
             assert line.startswith(said)
+
+
+def test_processes_on_cpus_share_the_memory_of_their_machine(
+    settings: Make, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, load: Callable[..., LoadedModel]
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(import_module("selfdistill.training.plan"), "free_memory", lambda _: 4004)
+    assert plan_for(settings(), None, "this").limit == 1001
+    config, loaded = settings(), load()
+    rows, held = load_demonstrations(config.data), tensor_bytes(loaded.model.parameters())
+    free(4004)
+    message = r"^0\.0 MiB of memory are free for each of 4 processes, but the run needs"
+    with pytest.raises(UserError, match=message):
+        check_memory(config, rows, None)
+    monkeypatch.setattr(import_module("selfdistill.training.train"), "check_fits", lambda *given: (None, [given[2]]))
+    assert check_memory(config, rows, loaded)[1] == [1001 + held], "this process holds the model itself"
 
 
 @pytest.mark.slow
@@ -263,7 +280,19 @@ def test_where_the_weights_do_not_fit_an_adapter_is_proposed(
     found = fit(config, rows, CPU, live - 1)
     assert found.nearest is not None
     assert found.nearest[0] == {"lora_rank": 16}
-    assert re.search(r"it does not fit: [\d.]+ MiB of [\d.]+ MiB; this would, .* MiB: lora_rank 16$", found.verdict())
+    assert found.nearest_full is not None
+    changes, plan = found.nearest_full
+    assert "lora_rank" not in changes
+    assert plan.config == config.model_copy(update=changes)
+    assert plan.peak <= found.limit
+    assert found.to_dict()["nearest_without_adapter"] == changes
+    full = ", ".join(f"{name} {str(value).lower()}" for name, value in changes.items())
+    assert re.search(
+        r"it does not fit: [\d.]+ MiB of [\d.]+ MiB; this would, with [\d.]+ MiB: lora_rank 16; "
+        rf"or, without an adapter, with [\d.]+ MiB: {full}$",
+        found.verdict(),
+    )
+    assert fit(config, rows, CPU, plan.peak // 4).nearest_full is None
     with_tower = fit(config.model_copy(update={"train_vision_tower": True}), rows, CPU, live - 1)
     assert "lora_rank" not in with_tower.advice(), "the settings refuse the two together"
 
@@ -306,6 +335,21 @@ def test_weights_of_4_bits_are_proposed_with_an_adapter(
     found = fit(config, load_demonstrations(config.data), CPU, limit)
     assert found.nearest is not None
     assert found.nearest[0].items() >= {"lora_rank": 16, "load_in_4bit": True}.items()
+
+
+def test_weights_of_4_bits_are_not_proposed_with_pictures(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the planner tells; a run would refuse the setting with them."""
+    pytest.importorskip("bitsandbytes")
+    config = settings(batch_size=1, max_completion_length=4, lora_rank=16, dtype="bfloat16", **IN_ONE)
+    planner = MemoryPlanner(config, load_demonstrations(config.data), CPU)
+    assert not planner.has_pictures
+    limit = planner.plan(config.model_copy(update={"load_in_4bit": True, "gradient_checkpointing": True})).peak
+    found = fitted(planner, config, limit)
+    assert found.nearest is not None
+    assert "load_in_4bit" in found.nearest[0]
+    planner.has_pictures = True
+    found = fitted(planner, config, limit)
+    assert found.nearest is None or "load_in_4bit" not in found.nearest[0]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -148,6 +149,19 @@ def test_a_named_device_has_its_memory(settings: Make) -> None:
     assert plan_for(settings(), 10**9, None).time is None
     with pytest.raises(UserError, match="setting 'memory': the memory of this device is unknown"):
         plan_for(settings(), None, None)
+
+
+def test_bfloat16_weights_are_multiplied_in_bfloat16(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(dtype="bfloat16", mixed_precision="no")
+    found = plan_for(config, None, "h100")
+    assert found.time is not None
+    assert found.time.rates == named_rates("h100", "bf16")
+    assert ", bfloat16 arithmetic" in repr(found)
+    asked = []
+    measured = import_module("selfdistill.training.plan")
+    monkeypatch.setattr(measured, "measured_rates", lambda _, precision: asked.append(precision) or SLOW)
+    plan_for(config, None, "this")
+    assert asked == ["bf16"]
 
 
 def test_this_device_is_measured(settings: Make) -> None:
