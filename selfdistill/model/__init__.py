@@ -26,7 +26,7 @@ from selfdistill.model.fsdp import (
     shard,
     unsharded,
 )
-from selfdistill.model.head import unwrap
+from selfdistill.model.head import body_and_head, unwrap
 from selfdistill.model.loading import (
     LoadedModel,
     add_lora,
@@ -80,6 +80,7 @@ __all__ = [
     "add_lora",
     "adopt",
     "alike_layers",
+    "body_and_head",
     "cache_dir",
     "cached_casts",
     "can_be_in_4bit",

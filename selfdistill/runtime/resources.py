@@ -55,6 +55,13 @@ def own_share(free: int | None, device: torch.device) -> int | None:
     return free if free is None or device.type != "cpu" else free // local_world_size()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine has too little memory."""
+    return isinstance(error, MemoryError) or bool(
+        re.search("out of memory|allocate memory|STATUS_ALLOC_FAILED", str(error))
+    )
+
+
 _VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
 _VERSION_2 = "memory.max", "memory.current", ""
 """Files with the limit and the use of a cgroup, and what counts that include its children begin with."""
