@@ -57,7 +57,7 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """How many of them run on this machine, if the launcher tells; else 1."""
+    """Number of processes that the launcher started on this machine; 1 if it does not tell."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 

@@ -163,7 +163,7 @@ def test_the_plan_is_what_the_steps_hold(
     rows = load_demonstrations(config.data)
     plan = memory_plan(config, rows, Device("cpu", config.mixed_precision))
     assert plan.untraced is None
-    # On some CPUs, oneDNN multiplies bfloat16 numbers through a packed copy of a matrix, which is no tensor.
+    # oneDNN multiplies bfloat16 numbers in working memory that is no tensor, and whose size depends on the CPU.
     is_float32 = config.dtype == "float32" and config.mixed_precision == "no"
     with torch.backends.mkldnn.flags(enabled=is_float32):
         measured = measured_peak(config)
