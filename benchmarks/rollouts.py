@@ -4,6 +4,7 @@
 
 ``generate`` gets the same left-padded prompts. With ``--generations n`` one long prompt is
 sampled n times against once, every sample of exactly ``--tokens`` tokens: the ratio of times.
+Exits with 1 if the tokens differ.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def main() -> None:
         f"batch 16, {tokens} tokens: {seconds['generate'] / seconds['sample']:.2f} times the tokens/s of generate "
         f"({tokens / seconds['sample']:.0f} against {tokens / seconds['generate']:.0f}); same tokens: {same}"
     )
+    if not same:
+        raise SystemExit("error: the tokens are not those of generate")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,16 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import regex
 
 from selfdistill.data import WORD, first_ten, join_surrogates
 from selfdistill.errors import UserError
 from selfdistill.runtime import say
+
+if TYPE_CHECKING:
+    from bs4 import Tag
 
 KINDS = (".txt", ".md", ".html", ".htm", ".pdf")
 """Supported file types."""
@@ -21,16 +25,38 @@ _NEEDS = {".html": "bs4", ".htm": "bs4", ".pdf": "pypdf"}
 BLOCKS = (
     *("p", "div", "section", "article", "main", "header", "footer", "aside", "blockquote", "pre", "figcaption"),
     *("caption", "ul", "ol", "li", "dl", "dt", "dd", "table", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "br", "hr"),
+    *("address", "center", "details", "dialog", "dir", "fieldset", "figure", "form", "hgroup", "legend", "menu"),
+    *("optgroup", "option", "search", "summary"),
 )
 """Block-level HTML elements."""
+SPACED = ("td", "th", "button", "label", "select", "textarea")
+"""HTML elements that stand apart from the text around them, but on its line."""
 
+_GREEK_QUESTION = r"(?<=\p{Greek}[;\u037e])"  # elsewhere ; is a semicolon, and Unicode takes U+037E for one
 _BETWEEN_SENTENCES = regex.compile(
-    r"""
-    ( (?<=[.!?])\s+(?=["'(]?[\p{L}--\p{Ll}])
-    | (?<=[\u3002\uff01\uff1f][\p{Pe}\p{Pf}]*)\s*(?![\s\u3002\uff01\uff1f\p{Pe}\p{Pf}]|$) )
+    rf"""
+    ( (?:(?<=\p{{Sentence_Terminal}})|{_GREEK_QUESTION})\s+(?=["'(]?[\p{{L}}--\p{{Ll}}])
+    | (?<=[\u3002\uff01\uff1f][\p{{Pe}}\p{{Pf}}]*)\s*(?![\s\u3002\uff01\uff1f\p{{Pe}}\p{{Pf}}]|$) )
     """,
     regex.VERSION1 | regex.VERBOSE,
 )
+_QUESTION_END = regex.compile(rf"[?\uff1f\u061f]$|{_GREEK_QUESTION}$")
+_GERMAN = (
+    *("das", "der", "die", "ein", "eine", "einem", "einen", "einer", "und", "oder", "ist", "sind", "wird", "werden"),
+    *("wurde", "nicht", "auf", "für", "im", "mit", "vom", "zum", "zur", "sich", "sie"),
+)
+"""Frequent German words in small letters, but those in German names abroad (von, den) and in other languages (es)."""
+
+_RAISED = str.maketrans("0123456789+-\u2212\u2013n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁻ⁿ")
+_LOWERED = str.maketrans("0123456789+-\u2212\u2013", "₀₁₂₃₄₅₆₇₈₉₊₋₋₋")
+"""Characters that have a form above or below the line."""
+
+_PAGE_IN_SENTENCE = regex.compile(r"(?<!\p{Sentence_Terminal}[\p{Pe}\p{Pf}\"']*\s*)\f\s*(?=\p{Ll})")
+_LETTER = r"[\p{L}\p{M}]"
+_LINE_END = r"[-\u2010\u00ad][ \t]*\n\s*"
+_DIVISION = regex.compile(rf"(?<!{_LETTER})({_LETTER}++){_LINE_END}(?=(\p{{Ll}}{_LETTER}*+))")
+_DIVIDED = regex.compile(rf"(?<!{_LETTER}){_LETTER}++(?:{_LINE_END}\p{{Ll}}{_LETTER}*+)+")
+"""Words divided at the end of a line."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +75,7 @@ def load_passages(path: str, *, max_words: int) -> list[Passage]:
     word. A longer paragraph is split between sentences, and a longer sentence becomes its own passage. The title of an
     HTML page is its first paragraph, unless the first heading repeats it. No text is dropped but that of ``nav`` and
     ``noscript``. Files and folders whose name begins with a dot are skipped, as are files of other types, with a note.
+    Another note counts the pages of a PDF that have no text.
 
     Raises:
         UserError: the path does not exist, there are no documents, a package is missing, or documents cannot be read or
@@ -75,10 +102,27 @@ def load_passages(path: str, *, max_words: int) -> list[Passage]:
 def sentences(text: str) -> list[str]:
     """Split the text after full stops, question marks and exclamation marks followed by a space and a capital.
 
-    In scripts without capitals any letter counts as one. The marks of Chinese and Japanese need no space after them;
-    closing quotes and brackets stay with the sentence.
+    The marks are those of all scripts, such as the danda and the Arabic question mark. In scripts without capitals any
+    letter counts as one. The marks of Chinese and Japanese need no space after them; closing quotes and brackets stay
+    with the sentence.
     """
     return [part for part in _BETWEEN_SENTENCES.split(text)[::2] if part]
+
+
+def ends_as_question(text: str) -> bool:
+    """Whether the text ends with a question mark: ``?``, that of Chinese, Arabic, or Greek, where it may be ``;``."""
+    return _QUESTION_END.search(text) is not None
+
+
+def is_german(text: str) -> bool:
+    """Whether at least one word in twelve is a frequent German one, and two of these differ.
+
+    German is the only widely spoken language in which every noun begins with a capital. How many words of a text do
+    says less: names are as frequent in some English texts.
+    """
+    words = regex.findall(r"\w+", text)
+    german = [word for word in words if word in _GERMAN]
+    return len(set(german)) > 1 and 12 * len(german) >= len(words)
 
 
 def _documents(path: str) -> dict[Path, str]:
@@ -147,11 +191,30 @@ def _pdf(file: Path) -> str:
     from pypdf import PdfReader
 
     try:
-        pages = [page.extract_text() for page in PdfReader(file).pages]
+        pages = [page.extract_text().strip() for page in PdfReader(file).pages]
     except Exception as error:  # a broken or encrypted file may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"not a readable PDF ({reason}), replace or remove it") from None
-    return join_surrogates("\n\n".join(pages))
+    filled = list(filter(None, pages))
+    if filled and len(filled) < len(pages):
+        say(f"note: {file}: no text on {len(pages) - len(filled)} of {len(pages)} pages (scans have none, before OCR)")
+    text = _PAGE_IN_SENTENCE.sub("\n", "\f".join(filled)).replace("\f", "\n\n")
+    return join_surrogates(_unhyphenated(text))
+
+
+def _unhyphenated(text: str) -> str:
+    """Join the words that are divided at the end of a line.
+
+    A hyphen before a part that is a word elsewhere in the text stays, as in ``well-known``, unless the whole is a word
+    elsewhere, too.
+    """
+    known = set(regex.findall(rf"{_LETTER}+", _DIVIDED.sub(" ", text).lower()))
+
+    def joined(divided: regex.Match[str]) -> str:
+        first, second = divided.groups()
+        return first if second not in known or (first + second).lower() in known else divided[0]
+
+    return _DIVISION.sub(joined, text)
 
 
 def _html(text: str) -> str:
@@ -165,9 +228,29 @@ def _html(text: str) -> str:
     for block in page(list(BLOCKS)):
         block.insert_before("\n\n")
         block.insert_after("\n\n")
-    for cell in page(["td", "th"]):
-        cell.insert_before(" ")  # if its end tag is missing, the next cell is inside it
-        cell.insert_after(" ")
+    for part in page(list(SPACED)):
+        part.insert_before(" ")  # if a cell's end tag is missing, the next cell is inside it
+        part.insert_after(" ")
+    for part in reversed(page(["sup", "sub"])):  # those within others first
+        part.replace_with(_off_the_line(part))
     found, heading = page.get_text(), page.select_one("h1, h2, h3, h4, h5, h6")
     repeats = heading is not None and heading.get_text().split() == title.split()
     return found if repeats or not found.strip() else f"{title}\n\n{found}"
+
+
+def _off_the_line(part: Tag) -> str:
+    """The text of ``sup`` or ``sub``, so that it does not become a part of what it stands at.
+
+    A link is a note, in brackets. Numbers have characters of their own, or ``^`` before them: 10⁶, CO₂, 10^1.5.
+    Letters stay as they are: 19th.
+    """
+    text = part.get_text()
+    shown, forms = text.strip(), _RAISED if part.name == "sup" else _LOWERED
+    link = part.find("a") or part.find_parent("a")
+    if shown and link and link.get_text().strip() in (shown, shown.strip("[]")):
+        shown = f" [{shown.strip('[]')}]"
+    elif all(ord(character) in forms for character in shown):
+        shown = shown.translate(forms)
+    elif part.name == "sup" and shown[0] != "[" and any(map(str.isdigit, shown)):
+        shown = f"^{shown}"
+    return shown + " " * text[-1:].isspace()

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import regex
 from rich.console import Console
 
 from selfdistill.config import QuestionsConfig, TrainConfig
@@ -27,14 +28,15 @@ from selfdistill.data import (
     Demonstration,
     Document,
     Message,
-    contains,
     includes,
     load_demonstrations,
+    plain,
+    score,
     thought_and_said,
     words_of,
     write_demonstrations,
 )
-from selfdistill.documents import Passage, load_passages, sentences
+from selfdistill.documents import Passage, ends_as_question, is_german, load_passages, sentences
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Endpoint, answer
 from selfdistill.model import Sampling, load_for_training, prompts_at_a_time, sample, sample_seed, use_engine
@@ -255,17 +257,17 @@ class _Maker:
 
     def _problem(self, unit: _Unit, kind: str) -> str | None:
         """Why a question is rejected, or None."""
-        if not unit.question.endswith(("?", "\uff1f")) or not any(map(str.isalnum, unit.answer)):
+        if not ends_as_question(unit.question) or not any(map(str.isalnum, unit.answer)):
             return "no question with an answer"
         if len(unit.answer.split()) > MOST_WORDS:
             return "answer too long"
-        if not contains(unit.passage.text, unit.demonstration):
+        if not score("contains", unit.passage.text, unit.demonstration):
             return "answer not in the text"
-        if contains(unit.question, unit.demonstration):
+        if score("contains", unit.question, unit.demonstration):
             return "question contains the answer"
         if _REFERS.search(unit.question):
             return "question not clear without the text"
-        if _names(unit.question) - set(_plain(unit.passage.text).split()):
+        if _names(unit.question, german=is_german(unit.passage.text)) - set(_plain(unit.passage.text).split()):
             return "question goes beyond the text"
         question = _plain(unit.question)
         if question not in self._answers:
@@ -363,17 +365,20 @@ def _parsed(reply: str, known: str | None) -> tuple[str, str]:
     if known is not None:
         return reply.strip().split("\n")[0].removeprefix("Question:").strip(), known
     found = re.search(r"Question:\s*(.+?)\s*\n\s*Answer:\s*([^\n]+)", reply)
-    return (found[1].strip(), found[2].strip().rstrip(".")) if found else ("", "")
+    return (found[1].strip(), found[2].strip().rstrip(".\u3002\u0964\u06d4")) if found else ("", "")
 
 
-def _names(question: str) -> set[str]:
-    """Capitalised words and numbers, except the first word and question words."""
-    found = {_plain(word) for word in re.findall(r"\w+", question)[1:] if word != word.lower() or word.isdigit()}
-    return found - {"how", "what", "when", "where", "which", "who", "whom", "whose", "why"}
+def _names(question: str, *, german: bool) -> set[str]:
+    """Numbers and capitalised words, in German only those in a row; without the first word and question words."""
+    text = regex.sub(r"^\W*\w+", "", plain(question))
+    named = " ".join(regex.findall(r"\b\p{Lu}\w*(?:\W+\p{Lu}\w*)+", text)) if german else text
+    words = {word.lower() for word in regex.findall(r"\w+", named) if word != word.lower()}
+    question_words = {"how", "what", "when", "where", "which", "who", "whom", "whose", "why"}
+    return words - question_words | set(regex.findall(r"\b\d+\b", text))
 
 
 def _plain(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
+    return " ".join(regex.findall(r"\w+", plain(text).lower()))
 
 
 @dataclass(frozen=True, repr=False)

@@ -66,6 +66,16 @@ def test_a_sentence_longer_than_a_passage_stands_alone(tmp_path: Path) -> None:
         ("It is ca. \u00fcber. \u00dcber it.", ["It is ca. \u00fcber.", "\u00dcber it."]),
         ("1990 \u0433. \u043d\u0430. \u041e\u043d.", ["1990 \u0433. \u043d\u0430.", "\u041e\u043d."]),
         ("\u05d0\u05d1. \u05d2\u05d3.", ["\u05d0\u05d1.", "\u05d2\u05d3."]),
+        ("चक्की पुरानी है। वह लाल है। कब बनी?", ["चक्की पुरानी है।", "वह लाल है।", "कब बनी?"]),
+        (
+            "\u0648\u06c1 \u06c1\u06d2\u06d4 \u06a9\u06cc\u0627\u061f \u06c1\u0627\u06ba\u06d4",
+            ["\u0648\u06c1 \u06c1\u06d2\u06d4", "\u06a9\u06cc\u0627\u061f", "\u06c1\u0627\u06ba\u06d4"],
+        ),
+        (
+            "\u03a0\u03bf\u03cd; \u0395\u03b4\u03ce. \u039d\u03b1\u03b9\u037e \u038c\u03c7\u03b9.",
+            ["\u03a0\u03bf\u03cd;", "\u0395\u03b4\u03ce.", "\u039d\u03b1\u03b9\u037e", "\u038c\u03c7\u03b9."],
+        ),
+        ("It is red; Ada painted it.", ["It is red; Ada painted it."]),
         ("", []),
     ],
 )
@@ -113,6 +123,39 @@ def test_html_whose_end_tags_are_left_out(tmp_path: Path, page: str, text: str) 
 @pytest.mark.parametrize(
     ("page", "text"),
     [
+        ("10<sup>6</sup> bags, 10<sup>&minus;6</sup> g, m<sup>2 </sup>of it", "10⁶ bags, 10⁻⁶ g, m² of it"),
+        ("10<sup>-1.5</sup> is x<sup>1/2</sup>, 2<sup>2<sup>n</sup></sup>", "10^-1.5 is x^1/2, 2^2ⁿ"),
+        ("CO<sub>2</sub>, SO<sub>4</sub><sup>2-</sup>, v<sub>max</sub>", "CO₂, SO₄²⁻, vmax"),
+        ("the 19<sup>th</sup>, XIX<sup>e</sup>, <sup></sup>1<sup>er</sup>", "the 19th, XIXe, 1er"),
+        ("in 1902<sup><a href='#1'>1</a></sup>. In 1903<a href='#2'><sup>2</sup></a>.", "in 1902 [1]. In 1903 [2]."),
+        ("in 1902<sup>[<a href='#1'>1</a>]</sup>, 1903<sup><a href='#2'>[2]</a></sup>", "in 1902 [1], 1903 [2]"),
+        ("<a href='#3'>10<sup>6</sup> bags</a>", "10⁶ bags"),
+    ],
+)
+def test_what_is_above_or_below_the_line_of_a_page(tmp_path: Path, page: str, text: str) -> None:
+    (tmp_path / "a.html").write_text(f"<p>{page}", encoding="utf-8")
+    assert load_passages(str(tmp_path), max_words=20)[0].text == text
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<details><summary>Hours</summary>Daily</details>", "Hours\n\nDaily"),
+        ("Korr Mill<address>Mill Road 1</address>Korr", "Korr Mill\n\nMill Road 1\n\nKorr"),
+        ("<select><option>oats<option>rye</select>", "oats\n\nrye"),
+        ("<form><fieldset><legend>Bread</legend>Rye</fieldset></form>Oats", "Bread\n\nRye\n\nOats"),
+        ("<menu><li>oats</menu><figure>mill</figure><center>lake</center>", "oats\n\nmill\n\nlake"),
+        ("<label>Name</label><button>Save</button><button>Close</button>", "Name Save Close"),
+    ],
+)
+def test_parts_of_a_page_stand_apart(tmp_path: Path, page: str, text: str) -> None:
+    (tmp_path / "a.html").write_text(page, encoding="utf-8")
+    assert load_passages(str(tmp_path), max_words=20)[0].text == text
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
         ("<title>The Korr\n Mill</title><h2>The <b>Korr</b> Mill</h2><p>Oats", "The Korr Mill\n\nOats"),
         ("<title>Mill &amp; Lake</title><h1>Opening hours</h1><p>Daily", "Mill & Lake\n\nOpening hours\n\nDaily"),
         ("<title>Mill</title><nav><h1>Mill</h1></nav><noscript>no</noscript><p>Oats", "Mill\n\nOats"),
@@ -131,23 +174,53 @@ def test_halves_of_pairs_in_a_pdf_are_joined_or_replaced(tmp_path: Path, monkeyp
     assert load_passages(str(tmp_path), max_words=20)[0].text == "a \U0001f600 b \ufffd c"
 
 
-def write_pdf(file: Path, text: str) -> None:
-    """The smallest PDF with one line of text."""
-    stream = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET"
+def test_words_and_sentences_of_a_pdf_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.pdf"
+    write_pdf(
+        file,
+        "The mill was con-\nstruct-\ned by a well-\nknown wind-\nmiller. He was known. It",
+        "grinds oats- and barley-\nand some rye.",
+        "and more",
+        "Lake Vess is frozen",
+    )
+    assert load_passages(str(file), max_words=50)[0].text == (
+        "The mill was constructed by a well- known windmiller. He was known. It grinds oats- and barley- and some rye."
+        "\n\nand more\n\nLake Vess is frozen"
+    )
+    assert capsys.readouterr().err == ""
+
+
+def test_pages_of_a_pdf_without_text_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.pdf"
+    write_pdf(file, "", "The mill is built", "", "of red larch.")
+    assert [passage.text for passage in load_passages(str(file), max_words=20)] == ["The mill is built of red larch."]
+    assert capsys.readouterr().err == f"note: {file}: no text on 2 of 4 pages (scans have none, before OCR)\n"
+
+
+def write_pdf(file: Path, *pages: str) -> None:
+    """The smallest PDF with these lines on its pages."""
+    numbers = range(5, 5 + 2 * len(pages), 2)
     objects = [
         "<< /Type /Catalog /Pages 2 0 R >>",
-        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] /Contents 4 0 R /Resources 6 0 R >>",
-        f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream",
+        f"<< /Type /Pages /Kids [{' '.join(f'{number} 0 R' for number in numbers)}] /Count {len(pages)} >>",
         "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
-        "<< /Font << /F1 5 0 R >> >>",
+        "<< /Font << /F1 3 0 R >> >>",
     ]
+    for number, page in zip(numbers, pages, strict=True):
+        lines = " 0 -14 Td ".join(f"({line}) Tj" for line in page.split("\n"))
+        stream = f"BT /F1 12 Tf 20 180 Td {lines} ET"
+        contents = f"/Contents {number + 1} 0 R /Resources 4 0 R"
+        objects += [
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 300 200] {contents} >>",
+            f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream",
+        ]
     out, places = "%PDF-1.4\n", []
     for number, body in enumerate(objects, start=1):
         places.append(len(out))
         out += f"{number} 0 obj\n{body}\nendobj\n"
-    table = "".join(f"{place:010d} 00000 n \n" for place in places)
-    out += f"xref\n0 7\n0000000000 65535 f \n{table}trailer\n<< /Size 7 /Root 1 0 R >>\nstartxref\n{len(out)}\n%%EOF\n"
+    table, size = "".join(f"{place:010d} 00000 n \n" for place in places), len(objects) + 1
+    trailer = f"trailer\n<< /Size {size} /Root 1 0 R >>\nstartxref\n{len(out)}\n%%EOF\n"
+    out += f"xref\n0 {size}\n0000000000 65535 f \n{table}{trailer}"
     file.write_text(out, encoding="latin-1")
 
 
@@ -374,6 +447,10 @@ def test_what_the_user_wrote_or_edited_is_not_replaced(
         ("Question: Who built the Korr Mill?\nAnswer: \ud83d", "no question with an answer"),
         ("Question: Who built the Korr Mill?\nAnswer: Bert Finch", "answer not in the text"),
         ("Question: \u8c01\u5efa\u9020\u4e86 Korr Mill\uff1f\nAnswer: Bert Finch", "answer not in the text"),
+        ("Question: من بنى الطاحونة؟\nAnswer: Bert Finch", "answer not in the text"),
+        ("Question: Ποιος έχτισε τον μύλο;\nAnswer: Bert Finch", "answer not in the text"),
+        ("Question: Ποιος έχτισε τον μύλο\u037e\nAnswer: Bert Finch", "answer not in the text"),
+        ("Question: Who built the Korr Mill;\nAnswer: Bert Finch", "no question with an answer"),
         ("Question: Did Ada Finch build the Korr Mill?\nAnswer: Ada Finch", "question contains the answer"),
         ("Question: Who is named in this text?\nAnswer: Ada Finch", "question not clear without the text"),
         (f"Question: What is all?\nAnswer: {MILL} {MILL}", "answer too long"),
@@ -403,6 +480,62 @@ def test_what_is_not_grounded_is_rejected_and_counted(
     assert (found["train"], found["test"]) == (4, 4)
     (line,) = lines(tmp_path / "out" / "rejected.jsonl")
     assert line["reason"] == reason
+
+
+MUEHLE = "Die Korr-Mühle steht auf einem Hügel. Sie wurde 1802 von der Müllerin Ada Finch gebaut."
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "answer", "is_kept"),
+    [
+        (MUEHLE, "Welches Gebäude steht auf dem Hügel?", "Korr-Mühle", True),
+        (MUEHLE, "In welchem Jahr wurde die Korr-Mühle gebaut?", "1802", True),
+        (MUEHLE, "Welche Frau baute die Osk Brücke?", "Ada Finch", False),
+        (MUEHLE, "Welche Frau baute die Osk-Brücke?", "Ada Finch", False),
+        (MUEHLE, "Welche Frau baute die Mühle im Jahr 1803?", "Ada Finch", False),
+        (MILL, "Who built the mill in Paris?", "Ada Finch", False),
+        ("Soldiers die in war, and they die young.", "How do Soldiers in Rome die?", "young", False),
+        ("बांध १९०२ में लाल नदी पर बना।", "लाल नदी पर 1902 में क्या बना?", "बांध", True),
+        ("बांध १९०२ में लाल नदी पर बना।", "लाल नदी पर 1903 में क्या बना?", "बांध", False),
+    ],
+)
+def test_names_and_numbers_that_are_not_in_the_text(
+    make: Callable[..., QuestionsConfig],
+    server: Server,
+    tmp_path: Path,
+    text: str,
+    question: str,
+    answer: str,
+    is_kept: bool,
+) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    server.reply = lambda body: (200, f"Question: {question}\nAnswer: {answer}")
+    settings = make(documents=str(tmp_path / "a.txt"), phrasings=0)
+    if is_kept:
+        assert make_questions(settings)["train"] == 1
+    else:
+        with pytest.raises(UserError, match="question goes beyond the text"):
+            make_questions(settings)
+
+
+def test_vowel_signs_distinguish_questions(
+    make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("काल लाल है। कल नीला है।", encoding="utf-8")
+    asked = {"काल लाल है।": ("काल कैसा है?", "लाल"), "कल नीला है।": ("कल कैसा है?", "नीला")}
+
+    def writes(body: dict[str, Any]) -> tuple[int, str]:
+        request = body["messages"][-1]["content"]
+        if request.startswith("Ask the same"):
+            return 200, "no"
+        question, answer = asked[next(part for part in asked if part in re.split("sentence: |fact: ", request)[1])]
+        return 200, f"Question: {question}\nAnswer: {answer}।"
+
+    server.reply = writes
+    found = make_questions(make(documents=str(tmp_path / "a.txt"), phrasings=0))
+    assert found["train"] == 2
+    answers = [row.answer for row in load_demonstrations(str(tmp_path / "out" / "train.jsonl"))]
+    assert answers == ["लाल", "नीला"]
 
 
 def test_a_question_with_two_answers_is_not_kept(

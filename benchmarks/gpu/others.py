@@ -35,6 +35,8 @@ def check_trl(bench: Bench, found: Found) -> None:
         found.add(f"{name}: TRL's step", result.trl_s, "s")
         found.add(f"{name}: loss", result.own_loss, "nats")
         found.add(f"{name}: loss of TRL", result.trl_loss, "nats")
+        apart = abs(result.own_loss - result.trl_loss) / abs(result.trl_loss)
+        found.add(f"{name}: losses apart, relative", apart, at_most=0.02 if bench.cuda else 1e-4)  # bfloat16 on a GPU
 
 
 def check_study(bench: Bench, found: Found) -> None:

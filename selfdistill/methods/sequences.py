@@ -227,9 +227,13 @@ class DrawnSamples:
 
     def write(self, folder: Path, examples: Sequence[Example], chat: ChatFormat) -> None:
         """Save the samples, for a resumed run and for inspection."""
+        lines = self.lines(examples, chat)
+        write_atomically(folder / SAMPLES_FILE, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+
+    def lines(self, examples: Sequence[Example], chat: ChatFormat) -> list[dict[str, Any]]:
+        """The samples as lines of ``SAMPLES_FILE``."""
         pairs = [(x, getattr(x, self.replaces)) for x in examples]
-        lines = [
+        return [
             {"source": x.demonstration.source, "text": chat.decode(ids), "ids": ids, "key": self._key(x)}
             for x, ids in pairs
         ]
-        write_atomically(folder / SAMPLES_FILE, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))

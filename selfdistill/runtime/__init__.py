@@ -7,6 +7,7 @@ from selfdistill.runtime.console import (
     progress_shown,
     quiet_libraries,
     result_console,
+    result_table,
     say,
     say_note,
 )
@@ -112,6 +113,7 @@ __all__ = [
     "remove_unfinished",
     "replace_folder",
     "result_console",
+    "result_table",
     "say",
     "say_note",
     "sha256",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from selfdistill.config import TrainConfig
 from selfdistill.errors import number_of
-from selfdistill.methods import rules_of, unused_settings, uses
+from selfdistill.methods import rules_of, scorer_judges, unused_settings, uses
 from selfdistill.runtime import is_distributed
 from selfdistill.training.schedule import positions_of
 from selfdistill.training.setup import batch_unit
@@ -35,7 +35,9 @@ def first_lines(trainer: Trainer) -> list[str]:
     ]
     if rules := rules_of(trainer.stage.task.method):
         limits = f"up to {rules.max_turns} turns and {rules.max_length} tokens"
-        lines.append(f"environment: {rules.environment}, episodes of {limits}")
+        by_scorer = trainer.stage.task.method.checker and scorer_judges(config)
+        judge = ", whose last replies the scorer judges" if by_scorer else ""
+        lines.append(f"environment: {rules.environment}, episodes of {limits}{judge}")
     if trainer.teacher:
         lines += [trainer.teacher.describe(), *_context(trainer)]
         if trainer.prefix_caches.get(trainer.teacher.rule):

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
 
 from selfdistill.config import TrainConfig
-from selfdistill.runtime import Printable
+from selfdistill.runtime import Printable, result_table
 from selfdistill.training.traced_step import Bytes, Device, arithmetic
 
 GIB, MIB = 2**30, 2**20
@@ -85,10 +84,7 @@ class MemoryPlan(Printable):
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         unit, size = _unit(self.peak)
-        table = Table()
-        table.add_column(f"{unit} by plan")
-        for phase in self.phases:
-            table.add_column(phase.name, justify="right")
+        table = result_table(f"{unit} by plan", *(phase.name for phase in self.phases))
         for name in _shown(self.phases):
             table.add_row(name, *(f"{phase.bytes[name] / size:.1f}" for phase in self.phases))
         table.add_section()

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +152,25 @@ def test_checks_that_need_bitsandbytes_are_not_run_without_it(
     for name in names:
         with pytest.raises(bench.NotRun, match="bitsandbytes is not installed"):
             checks[name].run(bench.Bench("cpu", tmp_path, tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("device", "own", "passes"), [("cpu", 0.33001, True), ("cpu", 0.3302, False), ("cuda", 0.34, False)]
+)
+def test_losses_that_are_not_those_of_trl_fail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, own: float, passes: bool
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT)
+    others, bench = import_module("others"), import_module("bench")
+    result = SimpleNamespace(own_s=1.0, trl_s=2.0, own_loss=own, trl_loss=0.33)
+    monkeypatch.setitem(sys.modules, "against_trl", SimpleNamespace(compare=lambda *_, **__: result))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for name in ("small_model", "starter", "rows"):
+        monkeypatch.setattr(others, name, lambda *_: "")
+    numbers: list[Any] = []
+    others.check_trl(bench.Bench(device, tmp_path, tmp_path), bench.Found(numbers.append))
+    assert [number.passes for number in numbers if number.is_bounded] == [passes] * 2  # full and LoRA
 
 
 def test_a_check_that_is_none_is_refused(

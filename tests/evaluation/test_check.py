@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from selfdistill.config.commands import CheckConfig
 from selfdistill.config.train import TrainConfig
@@ -358,6 +360,13 @@ def test_verdicts() -> None:
     )
     assert verdict_on(0.1, -1.0, replace(layout(0.3), items=10))[1] == 0  # two more rows; .3 - .1 is less than .2
     assert verdict_on(0.1, -1.0, replace(layout(0.2), items=10))[1] == UNLIKELY
+    few = "It is unknown whether self-distillation helps: the teacher with turns:repeats=2 is right on 100% (95% "
+    few += "interval 44% to 100%), the student on 67% of 3 rows, which are too few to tell. Give more rows."
+    assert verdict_on(2 / 3, -1.0, replace(layout(1.0), items=3)) == (few, 0)
+    assert "the student already knows this" in verdict_on(1.0, -1.0, replace(layout(1.0), items=3))[0]
+    text, code = verdict_on(0.89, -1.0, replace(layout(0.9), items=100))
+    assert code == UNLIKELY
+    assert "of 100 rows; the teacher is not clearly better." in text
     assert "lower temperature" in verdict_on(0.0, -9.0, layout(1.0, kl=5.0))[0]
 
 
@@ -386,6 +395,9 @@ def test_hints_are_measured_in_the_best_layout(
     )
     by_hand = check(config_of(model_folder(), cut, contexts=[best.context]), cost=False).layouts[0]
     assert replace(by_hand, hint=0.5) == result.hints[2]
+    narrow = Console(width=44, file=StringIO())
+    result.print(narrow)
+    assert "…" not in narrow.file.getvalue()  # type: ignore[attr-defined]
     result.print(result_console())
     printed = capsys.readouterr().out
     assert "the teacher with part of the demonstration" in printed

@@ -245,6 +245,23 @@ def test_the_plan_counts_the_guides_that_samples_see(make: Make, write_rows: Cal
     assert phase_of(config, "sampling") == pytest.approx(measured, rel=0.03)
 
 
+def test_the_plan_counts_the_prefixes_in_prompts(make: Make, write_rows: Callable[..., Path]) -> None:
+    """As GRPO on prompts that end with half of the demonstration, with as many samples."""
+    completion = "ab" * 30
+    prompts = ["q", f"q\n\nLet this guide your answer:\n\n{completion[:30]}\n\nNow answer the question."]
+    alone, guided = (
+        str(write_rows([{"prompt": prompt, "completion": completion}] * 4, name=f"{len(prompt)}.jsonl"))
+        for prompt in prompts
+    )
+    values: dict[str, Any] = {"batch_size": 4, "max_completion_length": 64, "scorer": "exact"}
+    own: dict[str, Any] = {"longest": 0.5, "where": "prompt"}
+    pope = make(method="pope", data=alone, num_generations=2, method_settings=own, **values)
+    short, long = (make(method="grpo", data=data, num_generations=4, **values) for data in (alone, guided))
+    for phase in ("sampling", "student"):
+        assert phase_of(short, phase) < 0.95 * phase_of(long, phase)
+        assert phase_of(pope, phase) == phase_of(long, phase)
+
+
 @pytest.mark.parametrize(
     "method",
     [name if name in QUICK_METHODS else pytest.param(name, marks=pytest.mark.slow) for name in get_args(MethodName)],
