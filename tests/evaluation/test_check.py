@@ -241,7 +241,8 @@ def test_a_step_that_needs_too_much_memory_loses_nothing_that_was_measured(
     result = check(config_of(model_folder(), write_rows(count=4), contexts=["turns:repeats=1"]))
     assert result.layouts[0].items == 4
     assert (result.seconds_per_step, result.memory_gib, result.memory_rows) == (None, None, None)
-    assert re.search(f"Cost of a step: unknown, because {reason}; selfdistill train --dry_run --memory", " ".join(repr(result).split()))
+    said = f"Cost of a step: unknown, because {reason}; selfdistill train --dry_run --memory"
+    assert re.search(said, " ".join(repr(result).split()))
 
 
 def test_an_error_of_a_pass_is_no_lack_of_memory(
