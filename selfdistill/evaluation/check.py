@@ -199,7 +199,8 @@ def _checked(
         raise UserError(f"no context layout could be evaluated: {reasons}")
     layouts.sort(key=lambda layout: (-(layout.accuracy or 0), -(layout.logp or 0), layout.context != UNMEASURED))
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
-    seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)
+    found = measure.cost(layouts[0].context) if cost else None
+    seconds, memory, memory_rows = found if isinstance(found, tuple) else (None, None, None)
     spill = measure.spill(layouts[0].context) if config.spill else None
     best = next((layout.context for layout in layouts if layout.context in can_hint), None)
     hints = [_hint(measure, best, share) for share in SHARES] if best else None
@@ -223,6 +224,7 @@ def _checked(
         seconds_per_step=seconds,
         memory_gib=memory,
         memory_rows=memory_rows,
+        cost_unknown=found if isinstance(found, str) else None,
         spill=spill,
         hints=hints,
         verdict=verdict,

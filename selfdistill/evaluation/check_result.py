@@ -91,6 +91,8 @@ class CheckResult(Printable):
     None as above."""
     memory_rows: int | None
     """``batch_size``, or the number of rows of the best layout if smaller; None as above."""
+    cost_unknown: str | None
+    """Why there are none of these three though they were requested; None otherwise."""
     spill: Spill | None
     """How a few steps on the task change the model on unrelated prompts; None if not requested."""
     hints: list[Layout] | None
@@ -273,6 +275,9 @@ def _closeness_line(result: CheckResult) -> str:
 
 
 def _cost_line(result: CheckResult) -> list[str]:
+    if result.cost_unknown:
+        advice = "selfdistill train --dry_run --memory names settings that fit"
+        return [f"Cost of a step: unknown, because {result.cost_unknown}; {advice}."]
     if result.seconds_per_step is None:
         return []
     return [

@@ -51,8 +51,9 @@ from selfdistill.model import (
     resolved_precision,
     sample,
     sample_seed,
+    tensor_bytes,
 )
-from selfdistill.runtime import clock, peak_memory, say_note
+from selfdistill.runtime import clock, free_memory, is_out_of_memory, peak_memory, say_note
 
 KEPT_BYTES, POSITIONS = 2**28, 8
 """Bytes for the prefix cache of the student's prompts, and again for the teacher's in one layout; number of leading
@@ -262,20 +263,35 @@ class Measure:
         with self._arithmetic():
             return teacher, self.accuracy_of(answers), kl_along(prompts, answers.ids, tuned, base, own=answers.is_own)
 
-    def cost(self, context: str) -> tuple[float, float, int]:
-        """Expected seconds per step, peak memory in GiB and the number of rows that it is for.
+    def cost(self, context: str) -> tuple[float, float, int] | str:
+        """Expected seconds per step, peak memory in GiB and the number of rows that it is for; or why they are unknown.
 
-        Measured with one forward and backward pass.
+        Measured with one forward and backward pass, unless full fine-tuning in float32 (16 bytes per weight) cannot fit
+        beside what is measured already.
         """
+        weights = sum(p.numel() for p in self.loaded.model.parameters()) * 4
+        free = free_memory(self.loaded.device)
+        has = None if free is None else free + tensor_bytes(self.loaded.model.parameters())
+        if has is not None and 4 * weights > has:
+            return f"full fine-tuning needs more than {4 * weights / 2**30:.1f} GiB, and there are {has / 2**30:.1f}"
+        try:
+            return self._measured_cost(context, weights)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return "one forward and backward pass ran out of memory"
+        finally:
+            self.loaded.model.zero_grad(set_to_none=True)
+
+    def _measured_cost(self, context: str, weights: int) -> tuple[float, float, int]:
+        """The same, for weights of this size in float32; leaves their gradients."""
         rows = self._shown(context)[: self.config.batch_size]
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
         model, device = self.loaded.model, self.loaded.device
         began = clock(device)
         task_loss(model, model, self.forward_pass, Divergence(), rows, ids, self._arithmetic).backward()
         scoring_s = clock(device) - began
-        model.zero_grad(set_to_none=True)
         seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
-        weights = sum(p.numel() for p in model.parameters()) * 4
         # Plus AdamW's two moments and the teacher's average.
         return seconds, (peak_memory(device) + 3 * weights) / 2**30, len(rows)
 

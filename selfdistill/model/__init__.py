@@ -8,7 +8,14 @@ from selfdistill.model.episode_sampling import TurnSampler
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
-from selfdistill.model.four_bits import can_be_in_4bit, dequantised, is_in_4bit, set_compute_dtype, weight_tensors
+from selfdistill.model.four_bits import (
+    can_be_in_4bit,
+    count_of,
+    dequantised,
+    is_in_4bit,
+    set_compute_dtype,
+    weight_tensors,
+)
 from selfdistill.model.fsdp import (
     distribute_like,
     full_tensor,
@@ -19,7 +26,7 @@ from selfdistill.model.fsdp import (
     shard,
     unsharded,
 )
-from selfdistill.model.head import unwrap
+from selfdistill.model.head import body_and_head, unwrap
 from selfdistill.model.loading import (
     LoadedModel,
     adopt,
@@ -74,11 +81,13 @@ __all__ = [
     "add_lora",
     "adopt",
     "alike_layers",
+    "body_and_head",
     "cache_dir",
     "cached_casts",
     "can_be_in_4bit",
     "checkpoint_activations",
     "close_engine",
+    "count_of",
     "dequantised",
     "describe_lora",
     "deterministic",

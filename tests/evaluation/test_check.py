@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
@@ -213,6 +214,46 @@ def test_the_best_context_for_training_costs_nothing_takes_the_scorer_and_says_w
     assert out == ""
     assert "GiB" not in err
     assert err.splitlines()[-1] == (f"note: self-distillation is unlikely to help; training anyway, with {best}")
+
+
+@pytest.mark.parametrize(
+    ("free", "error", "reason"),
+    [
+        (0, None, r"full fine-tuning needs more than 0\.0 GiB, and there are 0\.0"),
+        (2**40, torch.OutOfMemoryError("CUDA out of memory"), "one forward and backward pass ran out of memory"),
+    ],
+)
+def test_a_step_that_needs_too_much_memory_loses_nothing_that_was_measured(
+    model_folder: Callable[..., Path],
+    write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    error: Exception | None,
+    reason: str,
+) -> None:
+    def backward(*_: object, **__: object) -> None:
+        if error is None:
+            pytest.fail("measured the cost")
+        raise error
+
+    monkeypatch.setattr(measure, "free_memory", lambda _: free)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    result = check(config_of(model_folder(), write_rows(count=4), contexts=["turns:repeats=1"]))
+    assert result.layouts[0].items == 4
+    assert (result.seconds_per_step, result.memory_gib, result.memory_rows) == (None, None, None)
+    said = f"Cost of a step: unknown, because {reason}; selfdistill train --dry_run --memory"
+    assert re.search(said, " ".join(repr(result).split()))
+
+
+def test_an_error_of_a_pass_is_no_lack_of_memory(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backward(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with pytest.raises(RuntimeError, match="a bug"):
+        check(config_of(model_folder(), write_rows(count=4), contexts=["turns:repeats=1"]))
 
 
 def test_rows_that_do_not_fit_are_left_out_of_a_layout_or_of_all_and_counted(

@@ -699,6 +699,16 @@ def test_steps_that_are_left_out_are_said_and_too_many_in_a_row_stop_the_run(
     assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == ["4", "6"]
 
 
+def test_tokens_are_those_of_selected_completions_also_without_a_gradient(
+    settings: Callable[..., TrainConfig],
+) -> None:
+    metrics = Trainer(settings(method="grpo", scorer="exact", batch_size=2, num_generations=2)).step(0)
+    assert metrics["reward"] == metrics["grad_norm"] == 0
+    assert metrics["tokens"] == 4 * metrics["completion/length"] > 0
+    assert "selected" in METRICS["tokens"]
+    assert "without a gradient" in METRICS["tokens"]
+
+
 def test_a_resumed_run_remembers_how_many_steps_were_left_out(
     settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
