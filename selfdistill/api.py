@@ -299,10 +299,10 @@ def ask(
         question: one user turn.
         base: a second model to ask the same.
         progress: show bars and notes.
-        settings: the options of ``selfdistill ask``.
+        settings: the options of ``selfdistill ask``, such as ``image``.
 
     Raises:
-        UserError: a model cannot be loaded.
+        UserError: a model cannot be loaded, or the picture cannot be used or read by it.
     """
     with session(progress):
         places: dict[str, Any] = {"run": run, "base": base}

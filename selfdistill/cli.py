@@ -26,6 +26,7 @@ from selfdistill.runtime import (
     Printable,
     check_device,
     check_writable,
+    is_out_of_memory,
     is_rank0,
     result_console,
     say_note,
@@ -141,7 +142,7 @@ def _of_the_machine(error: Exception, command: str) -> tuple[str, int] | None:
             return f"another process of this run {what}; its checkpoints are intact, continue with --resume ({text})", 3
     if unrepeatable := re.match(r".* does not have a deterministic implementation", text):
         return f"setting 'deterministic': {unrepeatable[0]}; leave it out", 2
-    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|STATUS_ALLOC_FAILED", text):
+    if is_out_of_memory(error):
         advice, trains = _saving(command)
         if unused := re.search(r"([\d.]+ [MG]iB) is reserved by PyTorch but unallocated.* (PYTORCH_\S+=\S+)", text):
             advice += f"; {unused[1]} were reserved but not in use, so {unused[2]} in the environment may help"

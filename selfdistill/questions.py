@@ -28,10 +28,10 @@ from selfdistill.data import (
     Demonstration,
     Document,
     Message,
-    contains,
     includes,
     load_demonstrations,
     plain,
+    score,
     thought_and_said,
     words_of,
     write_demonstrations,
@@ -261,9 +261,9 @@ class _Maker:
             return "no question with an answer"
         if len(unit.answer.split()) > MOST_WORDS:
             return "answer too long"
-        if not contains(unit.passage.text, unit.demonstration):
+        if not score("contains", unit.passage.text, unit.demonstration):
             return "answer not in the text"
-        if contains(unit.question, unit.demonstration):
+        if score("contains", unit.question, unit.demonstration):
             return "question contains the answer"
         if _REFERS.search(unit.question):
             return "question not clear without the text"

@@ -19,12 +19,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from intervals import cell, interval_text
+
 from selfdistill.config.commands import EvalConfig, QuestionsConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.evaluation.evaluate import evaluate
-from selfdistill.evaluation.statistics import seeds_interval, share_interval
+from selfdistill.evaluation.statistics import share_interval
 from selfdistill.questions import make_questions
 from selfdistill.runtime.tracking import read_lines
 from selfdistill.training.train import train
@@ -93,16 +95,15 @@ def asked(name: str, model: str, folder: Path, **more: Any) -> dict[str, Any]:
     return result
 
 
-def cell(runs: list[list[bool]]) -> str:
+def share(runs: list[list[bool]]) -> str:
     shares = [sum(right) / len(right) for right in runs]
-    middle, low, high = seeds_interval(shares)
-    if len(runs) == 1:
-        low, high = share_interval(sum(runs[0]), len(runs[0]))
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    if len(runs) > 1:
+        return cell(shares)
+    return f"{shares[0]:.2f}{interval_text(*share_interval(sum(runs[0]), len(runs[0])))}"
 
 
 def line(name: str, runs: list[dict[str, list[bool]]]) -> str:
-    return f"| {name} | {' | '.join(cell([run[column] for run in runs]) for column in COLUMNS)} |"
+    return f"| {name} | {' | '.join(share([run[column] for run in runs]) for column in COLUMNS)} |"
 
 
 def in_questions(file: str) -> list[bool]:

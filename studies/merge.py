@@ -12,7 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from selfdistill.comparison.conclusions import Compared, mean_points, points_of, sentences, table
+from intervals import interval_text
+
+from selfdistill.comparison.conclusions import Compared, bases_of, mean_points, points_of, sentences, table
 from selfdistill.comparison.plots import Curve, trade_off
 
 KEYS = ("accuracy", "prior_accuracy", "kl_base")
@@ -29,20 +31,21 @@ def main(name: str, teacher: float, files: list[str]) -> None:
             found.setdefault(run.name, run)
     (budget,) = budgets
     runs = sorted(found.values(), key=lambda run: run.seed)  # stable: methods keep their order
-    starts = [{key: run.evaluations[0][key] for key in ("correct", "prior")} for run in runs]
-    assert all(start == starts[0] for start in starts), "runs of different bases or rows"
+    starts = [run.evaluations[0] for run in runs]
+    sizes = [{"": len(e["correct"])} | {name: len(p["correct"]) for name, p in e["prior"].items()} for e in starts]
+    assert all(size == sizes[0] for size in sizes), "runs of different rows"
     kept = {"budget": budget, "runs": [run.__dict__ for run in runs]}
     Path(f"{name}.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
-    curves = [Curve(label, mean_points(seeds), seeds) for label, seeds in points_of(runs).items()]
-    start = (runs[0].evaluations[0]["prior_accuracy"], runs[0].evaluations[0]["accuracy"])
+    points = points_of(runs)
+    curves = [Curve(label, mean_points(seeds), seeds) for label, seeds in points.items()]
     axes = ("prior abilities, share right", "new task, share right")
-    trade_off(curves, start, teacher, *axes, file=Path(f"{name}.svg"))
+    trade_off(curves, bases_of(points), teacher, *axes, file=Path(f"{name}.svg"))
     print(sentences(runs, budget), "\n")
     for row in table(runs):
         cells = []
         for key in KEYS:
             middle, low, high = row[key]
-            cells.append(f"{middle:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})"))
+            cells.append(f"{middle:.2f}{interval_text(low, high)}")
         print(f"| {row['method']} | {row['steps']} | {' | '.join(cells)} |")
 
 

@@ -9,19 +9,17 @@ from statistics import mean
 from string import ascii_uppercase
 from typing import Any
 
+from intervals import cell
 from study_file import Asked, place, runs_of
 
-from selfdistill.comparison.plots import Curve, trade_off
+from selfdistill.comparison.conclusions import mean_points
+from selfdistill.comparison.plots import Curve, Point, trade_off
 from selfdistill.errors import UserError
 from selfdistill.evaluation import seeds_interval
 
 Line = dict[str, Any]
-
-
-def cell(values: Sequence[float], most: float = 1.0) -> str:
-    """Mean over seeds and, from two seeds on, its Student's t interval, within what is possible."""
-    middle, low, high = seeds_interval(values)
-    return f"{middle:.3f}" + ("" if low is None or high is None else f" ({max(low, 0):.2f} to {min(high, most):.2f})")
+COMPARED = ("new", "prior", "covered", "uncovered")
+"""Columns whose paired differences are printed."""
 
 
 def scores(line: Line, number: int, covered: Sequence[str]) -> dict[str, float]:
@@ -42,8 +40,14 @@ def scores(line: Line, number: int, covered: Sequence[str]) -> dict[str, float]:
     return columns
 
 
+def point(line: Line, number: int) -> Point:
+    """The line's place in the figure at its evaluation ``number``: prior and new."""
+    found = scores(line, number, ())
+    return found["prior"], found["new"]
+
+
 def draw(runs: Sequence[Asked], lines: Sequence[Line], file: Path) -> str:
-    """Draw new against prior of each arm's final models, as means over seeds, into ``file``.
+    """Draw new against prior of each arm's final models, as means over seeds, into ``file``; and every base.
 
     Returns:
         The figure for a page.
@@ -51,7 +55,8 @@ def draw(runs: Sequence[Asked], lines: Sequence[Line], file: Path) -> str:
     Raises:
         UserError: the runs are not measured alike, or several studies have an arm of the same name.
     """
-    curves, base = [], None
+    curves: list[Curve] = []
+    bases: dict[Point, None] = {}
     for name in ("test", "prior"):
         if len(found := {run.settings[name] for run in runs}) > 1:
             values = ", ".join(map(str, found))
@@ -60,10 +65,13 @@ def draw(runs: Sequence[Asked], lines: Sequence[Line], file: Path) -> str:
         if len(names := list(dict.fromkeys(run.study.name for run in runs if run.arm == arm))) > 1:
             raise UserError(f"arm {arm!r} is in several studies, {' and '.join(names)}; draw one of them at a time")
         own = [line for run in runs if run.arm == arm for line in lines if run.is_of(line) and "failed" not in line]
-        if ends := [scores(line, -1 % len(line["evaluations"]), ()) for line in own]:
-            curves.append(Curve(arm, [(mean(end["prior"] for end in ends), mean(end["new"] for end in ends))]))
-        base = base or next(((start["prior"], start["new"]) for line in own if (start := scores(line, 0, ()))), None)
-    return trade_off(curves, base, None, "prior questions answered", "new task answered", file=file)
+        ends: dict[int, list[list[Point]]] = {}  # a seed may have been run on several machines
+        for line in own:
+            ends.setdefault(line["seed"], []).append([point(line, -1 % len(line["evaluations"]))])
+        if ends:
+            curves.append(Curve(arm, mean_points([mean_points(of_seed) for of_seed in ends.values()])))
+        bases |= dict.fromkeys(point(line, 0) for line in own)
+    return trade_off(curves, list(bases), None, "prior questions answered", "new task answered", file=file)
 
 
 class Places:
@@ -109,7 +117,7 @@ def rows(runs: Sequence[Asked], lines: Sequence[Line], places: Places) -> list[t
         cells = {"arm": name, "steps": str(points[0]["step"]), "seeds": str(len(group)) if number else ""}
         for column in found[0]:
             if values := [columns[column] for columns in found if column in columns]:
-                cells[column] = cell(values, math.inf if column == "KL" else 1.0)
+                cells[column] = cell(values, math.inf if column == "KL" else 1.0, 3)
         several = len(places.split(group)) > 1
         if number and not several:
             cells["minutes"] = f"{mean(point['seconds'] for point in points) / 60:.1f}"
@@ -136,16 +144,44 @@ def rows(runs: Sequence[Asked], lines: Sequence[Line], places: Places) -> list[t
     return made
 
 
+def differences(runs: Sequence[Asked], lines: Sequence[Line], covered: Sequence[str]) -> list[str]:
+    """Self-distillation minus each other method whose arm is otherwise like it (its rate aside), seed by seed.
+
+    Two lines are a pair if they have the same seed and place. A seed with several pairs counts once, and pairs of a
+    single seed are left out.
+    """
+    alike = {run.arm: {k: v for k, v in run.settings.items() if k not in ("method", "learning_rate")} for run in runs}
+    method = {run.arm: run.settings.get("method", "sdft") for run in runs}
+    pairs = [(a, b) for a in alike for b in alike if method[a] == "sdft" != method[b] and alike[a] == alike[b]]
+    ends = {(line["arm"], line["seed"], place(line)): scores(line, -1, covered) for line in lines}
+    said = []
+    for mine, other in pairs:
+        seeds: dict[int, list[dict[str, float]]] = {}
+        for (arm, seed, at), end in ends.items():
+            if arm == mine and (theirs := ends.get((other, seed, at))):
+                seeds.setdefault(seed, []).append({name: end[name] - theirs[name] for name in COMPARED if name in end})
+        if len(seeds) < 2:
+            continue
+        cells = []
+        for name in next(iter(seeds.values()))[0]:
+            middle, low, high = seeds_interval([mean(pair[name] for pair in of_seed) for of_seed in seeds.values()])
+            interval = "" if low == high else f" ({low:+.3f} to {high:+.3f})"
+            cells.append(f"{name} {middle:+.3f}{interval}")
+        said.append(f"- {mine} minus {other}, {len(seeds)} seeds: {', '.join(cells)}")
+    return said
+
+
 def table(runs: Sequence[Asked], lines: Sequence[Line]) -> list[str]:
     """The table of a study.
 
     Args:
         runs: the runs to show, all of one study.
-        lines: its results. Lines of other settings are left out, as are repeated lines of the same place.
+        lines: its results. Lines of other settings are left out, as are repeated lines of the same place and failures
+            that a later run made good.
     """
     study = runs[0].study
     first: dict[tuple[Any, ...], Line] = {}
-    for line in lines:
+    for line in sorted(lines, key=lambda line: "failed" in line):
         if any(run.is_of(line) for run in runs):
             first.setdefault((line["arm"], line["seed"], place(line)), line)
     own = list(first.values())
@@ -164,6 +200,7 @@ def table(runs: Sequence[Asked], lines: Sequence[Line]) -> list[str]:
             text.append(f"- **Means over several machines, precisions or versions**: {', '.join(mixed)}")
         elif len(places.describe()) > 1:
             text.append("- **Rows come from several machines, precisions or versions**: compare within one letter")
+        text += differences(runs, done, study.covered)
     text += [f"- failed: {line['arm']}, seed {line['seed']}: {line['failed']}" for line in own if "failed" in line]
     text += [f"- not yet run: {missing} of {len(runs)} runs"] if missing else []
     if other := sum(not any(run.is_of(line) for run in runs_of(study)) for line in lines):

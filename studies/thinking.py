@@ -10,15 +10,17 @@ of right answers is measured, and the tokens inside and outside the tags. Finish
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from pathlib import Path
 from typing import Any
 
+from intervals import cell
+
 from selfdistill.config.commands import EvalConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.evaluation.evaluate import evaluate
-from selfdistill.evaluation.statistics import seeds_interval
 from selfdistill.training.train import train
 
 MODEL = "smollm2-135m"
@@ -100,10 +102,7 @@ def main(folder: Path, seeds: list[int]) -> None:
     print(f"| | {' | '.join(SHOWN)} |")
     print("|---" * (len(SHOWN) + 1) + "|")
     for name, runs in found.items():
-        cells = []
-        for key in SHOWN:
-            middle, low, high = seeds_interval([run[key] for run in runs])
-            cells.append(f"{middle:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})"))
+        cells = [cell([run[key] for run in runs], 1.0 if key == "accuracy" else math.inf) for key in SHOWN]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

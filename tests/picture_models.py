@@ -16,7 +16,6 @@ import pytest
 import torch
 import transformers
 from conftest import ENDS, VOCABULARY, byte_tokenizer
-from PIL import Image, ImageDraw
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -269,18 +268,6 @@ _NO_TORCHVISION = pytest.mark.skipif(
 )
 ALL = [*FAMILIES, *(pytest.param(family, marks=_NO_TORCHVISION) for family in WITH_TORCHVISION)]
 """All families, for ``pytest.mark.parametrize``."""
-
-COLOURS = ("red", "green", "blue", "yellow")
-SHAPES = ("circle", "square")
-
-
-def drawn(colour: str, shape: str, size: tuple[int, int] = (32, 32)) -> Image.Image:
-    """A shape in a colour on white."""
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
-    box = (4, 4, size[0] - 5, size[1] - 5)
-    (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
-    return image
 
 
 def is_vision(name: str) -> bool:

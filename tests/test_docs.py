@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ENDS
+from picture_models import FAMILIES
 
 import selfdistill as sd
 from selfdistill.cli import main
@@ -24,7 +25,7 @@ from selfdistill.cli_parser import COMMANDS, SWITCHES, parse
 from selfdistill.config import TrainConfig
 from selfdistill.data.contexts import CONTEXTS, ONE_DEMONSTRATION, parse_context
 from selfdistill.data.demonstrations import COLUMNS, SCORER_NAMES
-from selfdistill.methods import METHODS
+from selfdistill.methods import METHODS, own_names, uses
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -33,6 +34,8 @@ for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
     PAGES[name] = (ROOT / name).read_text(encoding="utf-8")
 README = PAGES["README.md"]
 STARTER = "smollm2-135m"
+IMAGE_TEXT = "Qwen/Qwen2.5-VL-3B-Instruct"
+"""The model of commands with pictures; a tiny Idefics3 takes its place."""
 MOST_WORDS = 700
 REFUSED = {"check": 4, "learn add": 4}
 """Exit codes of a random model, which teaches nothing: ``check`` advises against it, ``learn`` does not accept it."""
@@ -61,8 +64,10 @@ def with_code(*languages: str) -> list[str]:
     return sorted(page for page in PAGES if any(block.language in languages for block in blocks(page)))
 
 
-def shortened(text: str, model: str) -> str:
-    text = re.sub(r"((?:max|eval)_steps[= ])\d+", r"\g<1>2", text.replace(STARTER, model))
+def shortened(text: str, models: dict[str, str]) -> str:
+    for name, folder in models.items():
+        text = text.replace(name, folder)
+    text = re.sub(r"((?:max|eval)_steps[= ])\d+", r"\g<1>2", text)
     return text.replace("--seeds 0,1 ", "--seeds 0 ").replace("seeds=(0, 1)", "seeds=(0,)")
 
 
@@ -75,15 +80,18 @@ def test_a_page_does_what_it_says(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model = str(model_folder(ends=ENDS, room=2048))
+    models = {STARTER: str(model_folder(ends=ENDS, room=4096))}
+    if IMAGE_TEXT in PAGES[page]:
+        models[IMAGE_TEXT] = str(tmp_path / "image-text")
+        next(family for family in FAMILIES if family.name == "idefics3").write(tmp_path / "image-text")
     names: dict[str, Any] = {}
     for block in blocks(page):
         if block.title:
             Path(block.title).write_text(block.text, encoding="utf-8")
         elif block.language == "python":
-            exec(compile(shortened(block.text, model), page, "exec"), names)
+            exec(compile(shortened(block.text, models), page, "exec"), names)
         elif block.language == "sh":
-            for words in commands(shortened(block.text, model)):
+            for words in commands(shortened(block.text, models)):
                 assert words[0] == "selfdistill"
                 what = "learn add" if words[1] == "learn" and "add" in words else words[1]
                 assert main(words[1:]) == REFUSED.get(what, 0), (words, capsys.readouterr().err)
@@ -209,10 +217,22 @@ def test_tables_name_what_there_is() -> None:
     assert columns == list(COLUMNS)
     scorers = [cell.strip("`") for cell in first_cells("docs/data.md", "## Scorers")]
     assert scorers == [*SCORER_NAMES, "code", "judge", "python:module.function"]
-    methods = [cell.strip("`") for cell in first_cells("docs/methods.md", "# Methods")]
+    methods = [cell.strip("`") for cell in first_cells("docs/methods.md", "## Loss and cost")]
     assert sorted(methods) == sorted(METHODS)
     settings = re.findall(r"`([\w]+)`", " ".join(first_cells("docs/methods.md", "## Settings of the loss")))
     assert set(settings) <= set(TrainConfig.model_fields)
+
+
+def test_the_settings_of_each_method_are_those_that_it_reads() -> None:
+    section = PAGES["docs/methods.md"].split("\n## Settings of each method\n")[1].split("\n## ")[0]
+    lines = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `") and "--" not in line]
+    rows = {name.strip(" `"): [re.findall(r"`(\w+)`", cell) for cell in cells] for name, *cells in lines}
+    assert set(METHODS) - set(rows) == {"sft", "dft", "cpt"}
+    for name, (options, own) in rows.items():
+        other = {"teacher_model": "other"} if "teacher_model" in options else {}
+        config = TrainConfig(model="m", data="d", output_dir="o", method=name, context="turns", **other)
+        assert all(uses(config, option) for option in options), name
+        assert sorted(own) == sorted(own_names(name)), name
 
 
 def test_the_components_are_those_of_the_package() -> None:

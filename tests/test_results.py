@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -39,3 +40,26 @@ def test_the_tables_of_studies_are_what_their_lines_say(monkeypatch: pytest.Monk
         rows = [line for line in lines if line.startswith(("|", "-"))]
         assert len(rows) > 3
         assert [line for line in rows if line not in text] == []
+
+
+def test_the_seconds_per_step_are_those_of_the_fastest_seeds() -> None:
+    """The table on the page of methods: of each arm's three runs, which one machine made, the fastest."""
+    text = (DOCS / "methods.md").read_text(encoding="utf-8")
+    table = re.search(
+        r"^\| 1 thread of an AMD EPYC \| routing.*\| tools.*\| facts.*\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE
+    )
+    assert table is not None
+    shown = [[float(cell) for cell in line.split("|")[2:-1]] for line in table[1].splitlines()]
+    arms = ("sft", "sdft", "sft+1/2", "sdft+1/2")
+    found: dict[str, list[float]] = {}
+    slowest = 0.0
+    for name in ("routing", "tools", "facts"):
+        lines = (DOCS / "comparisons" / "studies" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        runs = [run for run in map(json.loads, lines) if run["where"]["device"] == "AMD EPYC"]
+        for arm in arms:
+            seconds = [run["seconds"]["steps"] / run["settings"]["max_steps"] for run in runs if run["arm"] == arm]
+            assert len(seconds) == 3
+            found.setdefault(arm, []).append(round(min(seconds), 1))
+            slowest = max(slowest, max(seconds) / min(seconds))
+    assert [found[arm] for arm in arms] == shown
+    assert f"the slowest took up to {slowest:.1f} times as long" in " ".join(text.split())

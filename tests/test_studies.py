@@ -21,6 +21,12 @@ from selfdistill.runtime.tracking import read_lines
 STUDIES = Path(__file__).resolve().parents[1] / "studies"
 
 
+@pytest.fixture(autouse=True)
+def siblings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies import from each other, as they do when run as scripts."""
+    monkeypatch.syspath_prepend(STUDIES)
+
+
 def study(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, STUDIES / f"{name}.py")
     assert spec
@@ -94,7 +100,6 @@ def test_three_skills_in_a_row(
 def test_a_skill_as_a_stream(
     model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(STUDIES)
     stream = study("stream")
     monkeypatch.setattr(stream, "MODEL", model)
     monkeypatch.setattr(stream, "packaged", cut(tmp_path, 6))
@@ -124,8 +129,7 @@ def test_the_tables_of_the_sequences_are_what_was_measured() -> None:
         assert "\n".join(sequence.table(arm, runs[arm])) in text
 
 
-def test_the_table_of_the_stream_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(STUDIES)
+def test_the_table_of_the_stream_is_what_was_measured() -> None:
     docs, stream = STUDIES.parent / "docs", study("stream")
     found = json.loads((docs / "comparisons" / "stream.json").read_text(encoding="utf-8"))
     assert set(found) == {f"{arm}-0" for arm in stream.ARMS}
@@ -227,6 +231,20 @@ def test_comparisons_made_apart_are_merged(tmp_path: Path, capsys: pytest.Captur
     assert [run["seed"] for run in merged["runs"]] == [0, 0, 1, 1, 2, 2]
     assert "sdft forgot less than sft" in capsys.readouterr().out
     assert (tmp_path / "facts.svg").is_file()
+
+
+def test_runs_of_unlike_bases_are_merged_and_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = STUDIES.parent / "docs" / "comparisons" / "baselines.json"
+    study("merge").main(str(tmp_path / "baselines"), 0.97, [str(kept)])
+    said = capsys.readouterr().out
+    assert "The base did not give the same answers in all runs (new task 0.000, prior 0.867 or 0.878)" in said
+    assert "| dft | 80 | 0.07 | " in said  # three equal seeds
+
+
+def test_equal_seeds_of_the_documents_have_no_interval() -> None:
+    share = study("knowledge").share
+    assert share([[True, False]] * 3) == "0.50"
+    assert share([[True, False]]) == "0.50 (0.09 to 0.91)"
 
 
 def test_seeds_of_the_demo_make_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,7 @@ class Silent(Talk):
 
 
 class OnlyTools:
-    """A class whose methods are tools, without a reward."""
+    """A class whose methods are tools, without a reward: a scorer judges."""
 
     def reset(self) -> None:
         return None
@@ -101,6 +101,33 @@ class OnlyTools:
     def look(self) -> str:
         """Look."""
         return "nothing"
+
+
+def look_up(word: str) -> str:
+    """Look something up.
+
+    Args:
+        word: what to look up
+    """
+    return f"{word} is a word"
+
+
+def count(number: int = 1) -> int:
+    """Count one further.
+
+    Args:
+        number: from where
+    """
+    return number + 1
+
+
+FUNCTIONS = [look_up, count]
+"""An environment of functions, which does not judge."""
+
+
+def long_enough(reply: str, row: Mapping[str, Any]) -> bool:
+    """A scorer: long replies are right."""
+    return len(reply) > 4
 
 
 class Mute(Talk):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.comparison.compare_result import CompareResult
-from selfdistill.comparison.conclusions import Compared, mean_points, points_of, sentences, table
+from selfdistill.comparison.conclusions import Compared, bases_of, mean_points, points_of, sentences, table
 from selfdistill.comparison.kinds import first_run, kinds_of, runs_of
 from selfdistill.comparison.plots import Curve, trade_off
 from selfdistill.config import (
@@ -371,7 +371,9 @@ def _summary(
 def _draw(
     config: CompareConfig, done: list[Compared], evaluator: Evaluator, teacher: dict[str, Any] | None, file: Path
 ) -> None:
-    curves = [Curve(name, mean_points(seeds), seeds) for name, seeds in points_of(done).items()]
+    points = points_of(done)
+    curves = [Curve(name, mean_points(seeds), seeds) for name, seeds in points.items()]
     start = evaluator.base.get("prior_accuracy", 0.0), evaluator.base["accuracy"]
+    bases = list(dict.fromkeys([start, *bases_of(points)]))
     kept = "prior abilities, accuracy" if config.prior else "-KL(base||model), nats per token"
-    trade_off(curves, start, teacher["accuracy"] if teacher else None, kept, "new task, accuracy", file=file)
+    trade_off(curves, bases, teacher["accuracy"] if teacher else None, kept, "new task, accuracy", file=file)

@@ -8,10 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from selfdistill.comparison.conclusions import assumption
-from selfdistill.runtime import Printable
+from selfdistill.runtime import Printable, result_table
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,9 +48,7 @@ class CompareResult(Printable):
 
 def _print(result: dict[str, Any], console: Console) -> None:
     title = f"{result['data']}, evaluated on {result['base']['items']} items of {result['test']}"
-    shown = Table(title=escape(title))
-    for column in ("", "steps", "seeds", "new task", "prior", "KL", "minutes"):
-        shown.add_column(column, justify="right" if column else "left", overflow="fold")
+    shown = result_table("", "steps", "seeds", "new task", "prior", "KL", "minutes", title=title)
     base = result["base"]
     prior = f"{base['prior_accuracy']:.3f}" if "prior_accuracy" in base else ""
     shown.add_row("base", "0", "", f"{base['accuracy']:.3f}", prior, "0", "")

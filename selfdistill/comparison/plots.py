@@ -43,6 +43,8 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "grid.color": INK,
 }
+_LETTER_POINTS, _LINE_POINTS, _ROW_POINTS = 6, 45, 15
+"""Room in a legend for a letter of a name, for its line with the gaps, and between rows."""
 SMOOTHING = 20
 """The running mean covers 1/SMOOTHING of a curve."""
 
@@ -60,7 +62,7 @@ class Curve:
 
 def trade_off(
     curves: Sequence[Curve],
-    base: Point | None,
+    bases: Sequence[Point],
     teacher: float | None,
     x_label: str,
     y_label: str,
@@ -71,7 +73,8 @@ def trade_off(
 
     Args:
         curves: points are (prior score, new-task score); higher is better in both.
-        base: the point of the model before training, drawn as a star.
+        bases: the points of the model before training, drawn as stars; several if it scores differently on the
+            machines of the runs.
         teacher: the teacher's new-task score, drawn as a dashed horizontal line.
         x_label: label of the prior score, with its unit.
         y_label: label of the new-task score, with its unit.
@@ -83,17 +86,18 @@ def trade_off(
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(x_label, y_label, (4.9, 4.2))
         handles = _draw(axes, curves, marked=True)
-        front = pareto_front([point for curve in curves for point in curve.points] + ([base] if base else []))
+        front = pareto_front([point for curve in curves for point in curve.points] + [*bases])
         if len(front) > 1:
             wide: dict[str, Any] = {"alpha": 0.2, "linewidth": 9, "solid_capstyle": "round", "zorder": 1}
             (handles["Pareto front"],) = axes.plot(*_columns(front), color=INK, **wide)
         if teacher is not None:
             handles["teacher"] = axes.axhline(teacher, color=INK, linestyle=(0, (4, 3)), linewidth=1)
-        if base is not None:
-            (handles["base"],) = axes.plot(*base, color=INK, marker="*", markersize=13, linestyle="none", zorder=4)
+        if bases:
+            star: dict[str, Any] = {"marker": "*", "markersize": 13, "linestyle": "none", "zorder": 4}
+            (handles["base"],) = axes.plot(*_columns(bases), color=INK, **star)
         axes.margins(0.08)
         said = _described(f"{y_label} against {x_label}", curves)
-        said += f" Base at {_pair(base)}." if base else ""
+        said += f" Base at {' and '.join(map(_pair, bases))}." if bases else ""
         said += f" Teacher: {teacher:.3g}." if teacher is not None else ""
         said += f" Pareto front: {', '.join(map(_pair, front))}." if front else ""
         return _svg(figure, handles, said, file)
@@ -148,7 +152,7 @@ def _draw(axes: Axes, curves: Sequence[Curve], *, marked: bool) -> dict[str, Lin
     handles = {}
     for curve in curves:
         number = names.index(curve.name)
-        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
         for seed in curve.seeds:
             axes.plot(*_columns(seed), color=colour, linewidth=0.8, alpha=0.4)
         if curve.points:
@@ -181,12 +185,28 @@ def _pair(point: Point) -> str:
 _figures = itertools.count()
 
 
+def _legend(figure: Figure, handles: dict[str, Line2D]) -> None:
+    """Name the lines below the axes. Names that are wider than the figure lose their middle, and the figure grows by
+    the rows beyond the third, so that the axes keep their height."""
+    points = 72 * figure.get_figwidth()
+    names = [_shortened(name, math.floor((points - _LINE_POINTS) / _LETTER_POINTS)) for name in handles]
+    widest = _LETTER_POINTS * max(map(len, names)) + _LINE_POINTS
+    columns = max(1, min(3, math.floor(points / widest)))
+    rows = math.ceil(len(names) / columns)
+    figure.set_figheight(figure.get_figheight() + max(0, rows - 3) * _ROW_POINTS / 72)
+    figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns)
+
+
+def _shortened(name: str, letters: int) -> str:
+    """The name with ``...`` in its middle if it has more than this many letters."""
+    half = (letters - 3) // 2
+    return name if len(name) <= letters else f"{name[:half]}...{name[-half:]}"
+
+
 def _svg(figure: Figure, handles: dict[str, Line2D], label: str, file: Path | None) -> str:
     """The figure as an element in the page's font and colour, with ids unique on the page."""
     if len(handles) > 1:
-        points = 72 * figure.get_figwidth()
-        columns = max(1, min(3, math.floor(points / (6 * max(map(len, handles)) + 45))))  # letters, line and gaps
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
+        _legend(figure, handles)
     nobody = {"Date": None, "Creator": None, "Format": None, "Type": None}
     text = StringIO()
     figure.savefig(text, format="svg", facecolor="white", metadata=nobody)

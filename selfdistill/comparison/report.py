@@ -34,6 +34,8 @@ EPISODES = {
     "episode/invalid_calls": "invalid calls",
 }
 """Means over the episodes of an evaluation, by key."""
+SCALE = ("model", "test", "test_split", "prior", "scorer", "environment")
+"""Settings on which scores depend; a figure has runs that share them."""
 PROFILE = 24
 """Number of completion positions in the first-token profile."""
 
@@ -101,7 +103,8 @@ def _shown(part: Part) -> Json:
         "differing": differing,
         "common": common,
         "results": _results(part),
-        "trade_off": _trade_off(part),
+        "trade_off": None if (reason := _no_trade_off(part)) else _trade_off(part),
+        "no_trade_off": reason,
         "figures": figures(part.runs),
         "numbers": Table("The curves as numbers", NUMBERS_HEAD, numbers(part.runs)),
         "views": [_view(run) for run in _with_views(part)],
@@ -211,17 +214,31 @@ def _results(part: Part) -> list[Table]:
     return tables
 
 
-def _trade_off(part: Part) -> Json | None:
-    """The plot of new-task score against prior score, and the table of its Pareto front; None without prior scores."""
+def _no_trade_off(part: Part) -> str | None:
+    """Why there is no plot of new-task score against prior score; None if there is one."""
+    differ = [name for name in SCALE if any(_setting(run, name) != _setting(part.runs[0], name) for run in part.runs)]
+    if part.comparison is None and differ:
+        return f"runs that differ in {', '.join(differ)} have scores that cannot be compared"
+    return None if any(_points(run.evaluations) for run in part.runs) else "no run here has a prior score"
+
+
+def _setting(run: RunFolder, name: str) -> object:
+    return getattr(run.config, name)
+
+
+def _trade_off(part: Part) -> Json:
+    """The plot of new-task score against prior score, and the table of its Pareto front."""
     comparison = part.comparison or {}
-    befores = [comparison["base"]] if comparison else [line for run in part.runs for line in run.evaluations[:1]]
-    base = _points(befores[:1]).get(0)
+    befores = [line for run in part.runs for line in run.evaluations[:1]]
+    if comparison:
+        befores.insert(0, comparison["base"])
+    bases = list(dict.fromkeys(at[0] for line in befores if 0 in (at := _points([line]))))
     curves = []
     labels: dict[Point, list[str]] = {}
     for name in dict.fromkeys(run.curve for run in part.runs):
         seeds = [_points(run.evaluations) for run in part.runs if run.curve == name]
-        if comparison and base:
-            seeds = [{0: base} | seed for seed in seeds]
+        if comparison and bases:
+            seeds = [{0: bases[0]} | seed for seed in seeds]
         steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
         means = [(mean(seed[step][0] for seed in seeds), mean(seed[step][1] for seed in seeds)) for step in steps]
         single = [[seed[step] for step in sorted(seed)] for seed in seeds] if len(seeds) > 1 else []
@@ -230,11 +247,9 @@ def _trade_off(part: Part) -> Json | None:
             here, label = labels.setdefault(point, []), f"{name}, step {step}" if step else "base"
             if label not in here:
                 here.append(label)
-    if not any(curve.points for curve in curves):
-        return None
     teacher = comparison.get("teacher")
     x_label, y_label = "prior score (accuracy)", "new-task score (accuracy)"
-    figure = trade_off(curves, base, teacher and teacher["accuracy"], x_label, y_label)
+    figure = trade_off(curves, bases, teacher and teacher["accuracy"], x_label, y_label)
     front = pareto_front([point for curve in curves for point in curve.points])
     rows = [[", ".join(labels[point]), f"{point[0]:.2f}", f"{point[1]:.2f}"] for point in front]
     table = Table("Pareto front: no point is better in both scores", ["point", "prior score", "new-task score"], rows)
@@ -271,17 +286,21 @@ def _view(run: RunFolder) -> Json:
         for view in (view for view in run.views if view["step"] == step):
             row = rows.setdefault(view["row"], {key: view[key] for key in ("row", "prompt", "demonstration")})
             row.setdefault("replies", []).append({"heading": _heading(view), "turns": _turns(view)})
+    shown: Json = {"run": run.name, "rows": list(rows.values()), "profile": None}
+    if not all(_is_scored(view) for view in run.views):
+        return shown
     curves = [Curve(f"step {step}", _profile(run.views, step)) for step in steps]
     positions = range(1, 1 + max(len(curve.points) for curve in curves))
     values = [dict(curve.points) for curve in curves]
     table = [[str(at), *(number(value.get(at)) for value in values)] for at in positions]
     label = "KL(teacher||student), nats"
-    return {
-        "run": run.name,
-        "rows": list(rows.values()),
-        "profile": Markup(over(curves, "completion token", label)),
-        "profile_table": Table(f"First-token profile of {run.name}", ["token", *(c.name for c in curves)], table),
-    }
+    profile_table = Table(f"First-token profile of {run.name}", ["token", *(c.name for c in curves)], table)
+    return shown | {"profile": Markup(over(curves, "completion token", label)), "profile_table": profile_table}
+
+
+def _is_scored(view: Json) -> bool:
+    """Whether a teacher scored the tokens of a rollout."""
+    return all("logq" in token for token in view["tokens"])
 
 
 def _heading(view: Json) -> str:
@@ -322,11 +341,12 @@ def _profile(views: list[Json], step: int) -> list[Point]:
 
 
 def _token(token: Json) -> Json:
-    """A token with its implicit reward log q - log p and the strength of its colour."""
+    """A token with its implicit reward log q - log p and the strength of its colour, if a teacher scored it."""
+    shown: Json = {"text": visible(token["text"]), "lines": visible(token["text"]).replace("↵", "↵\n")}
+    if "logq" not in token:
+        return shown
     reward = token["logq"] - token["logp"]
-    return {
-        "text": visible(token["text"]),
-        "lines": visible(token["text"]).replace("↵", "↵\n"),
+    return shown | {
         "reward": f"{reward:+.2f}",
         "sign": "up" if reward >= 0 else "down",
         "strength": f"{min(abs(reward) / FULL_COLOUR, 1):.2f}",

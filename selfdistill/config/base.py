@@ -28,6 +28,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
 from selfdistill.data import CODE, FUNCTION, JUDGE, SCORER_NAMES, Turns
+from selfdistill.environments import name_of_functions
 from selfdistill.errors import UserError, closest
 
 
@@ -302,8 +303,8 @@ class EpisodeSettings(Settings):
 
     environment: str = "none"
     """Environment that answers the model until the episode ends, e.g. ``bundled:shop`` or
-    ``python:package.module.Class``. The model sees its tools. Methods that learn from the student's own samples learn
-    the whole episode, and evaluations play one per row (docs/agents.md)."""
+    ``python:package.module.Class``; in Python also a list of functions. The model sees its tools. Methods that learn
+    from the student's own samples learn the whole episode, and evaluations play one per row (docs/agents.md)."""
     max_turns: int = Field(default=8, ge=1)
     """Maximum number of replies per episode; then it is cut."""
     max_episode_length: int | None = Field(default=None, ge=1)
@@ -316,6 +317,13 @@ class EpisodeSettings(Settings):
     def _environment(cls, value: Any) -> Any:
         """None is ``none``."""
         return "none" if value is None else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _functions_by_name(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Functions are an environment with their names."""
+        given = values.get("environment")
+        return {**values, "environment": name_of_functions(given)} if isinstance(given, list | tuple) else values
 
 
 class TaskSettings(EpisodeSettings, ModelSettings):

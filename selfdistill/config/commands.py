@@ -114,7 +114,8 @@ class CheckConfig(TaskSettings):
     mixed_precision: Precision = "auto"
     """Precision of that training run, used for all measurements."""
     hints: bool = False
-    """Also measure the teacher with shares of the demonstration from 0 to 1, in the best layout."""
+    """Also measure the teacher with shares of the demonstration from 0 to 1, in the best layout; with ``spill`` also
+    what a few steps learn from each."""
     spill: bool = False
     """Also measure how far a few steps of SFT and of SDFT move the model on general prompts, or on your ``anchors``."""
     anchors: tuple[str, ...] = ("package",)
@@ -176,6 +177,8 @@ class AskConfig(Settings):
     """Run folder, model folder, hub id or ``smollm2-135m``."""
     question: str
     """The question: one user turn."""
+    image: str | None = None
+    """A picture file, shown before the question. Needs an image-text model with its processor's files."""
     base: str | None = None
     """A second model that gets the same question, shown beside the first."""
     max_completion_length: int = Field(default=256, ge=1)

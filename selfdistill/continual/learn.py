@@ -19,7 +19,7 @@ from selfdistill.continual.retention import transfer
 from selfdistill.continual.stream import OF_CHUNKS
 from selfdistill.data import Rows
 from selfdistill.errors import RERUN, UserError, number_of
-from selfdistill.runtime import Printable, folder_lock, say_note
+from selfdistill.runtime import Printable, folder_lock, result_table, say_note
 from selfdistill.training import export
 
 NOT_ACCEPTED = 4
@@ -171,10 +171,10 @@ def _print_retention(state: str, found: dict[str, Any], console: Console) -> Non
     at_a_time = max((console.width - 2 * _SKILL_WIDTH) // (_SKILL_WIDTH + 3), 1)  # 3: its padding and border
     for start in range(0, max(len(columns), 1), at_a_time):
         shown = columns[start : start + at_a_time]
-        table = Table(title=None if start else escape(f"Retention of each skill in {state}"))
-        table.add_column("after", overflow="fold")
-        for name, _ in shown:
-            table.add_column(name, justify="right", overflow="fold", min_width=_SKILL_WIDTH)
+        title = None if start else f"Retention of each skill in {state}"
+        table = result_table("after", *(name for name, _ in shown), title=title)
+        for column in table.columns[1:]:
+            column.min_width = _SKILL_WIDTH
         for name, *scores in zip(["base", *found["skills"]], *(scores for _, scores in shown), strict=True):
             table.add_row(escape(name), *("" if score is None else f"{score:.3f}" for score in scores))
         console.print(table)
@@ -216,16 +216,14 @@ _COSTS: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
 def _print_memory(memory: list[dict[str, Any]], console: Console) -> None:
     """Print the number of prompts kept per skill and the cost of learning it; columns without a number above 0 are
     left out."""
-    table = Table(title="Prompts of each skill that later ones rehearse, and the cost of learning it")
-    table.add_column("skill", overflow="fold")
-    table.add_column("prompts kept", justify="right", overflow="fold")
-    columns = [[str(line["remembered"]) for line in memory]]
+    columns = {"prompts kept": [str(line["remembered"]) for line in memory]}
     for title, (form, number) in _COSTS.items():
         numbers = [number(line["training"]) if line["training"] else None for line in memory]
         if any(numbers):
-            table.add_column(title, justify="right", overflow="fold")
-            columns.append(["" if found is None else f"{found:{form}}" for found in numbers])
-    for line, *cells in zip(memory, *columns, strict=True):
+            columns[title] = ["" if found is None else f"{found:{form}}" for found in numbers]
+    title = "Prompts of each skill that later ones rehearse, and the cost of learning it"
+    table = result_table("skill", *columns, title=title)
+    for line, *cells in zip(memory, *columns.values(), strict=True):
         table.add_row(escape(line["skill"]), *cells)
     console.print(table)
     if len(columns) > 2:

@@ -9,6 +9,7 @@ from selfdistill.config import LearnConfig
 from selfdistill.data import Demonstration, Lacks, Rows, doubt_about, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers, unscored
+from selfdistill.methods import scorer_judges
 from selfdistill.runtime import say_note
 
 
@@ -47,7 +48,7 @@ def split_rows(config: LearnConfig, lacks: Lacks, in_memory: Mapping[str, Rows])
         splits["test"] = load_demonstrations(
             test, split=config.test_split, turns=config.turns, note=say_note, lacks=scored, name="test"
         )
-    if config.environment == "none":  # here, where the rows still name the user's file
+    if scorer_judges(config):  # here, where the rows still name the user's file
         check_answers(splits["test"], config.scorer)
         if doubt := doubt_about(splits["test"], config.scorer):
             say_note(doubt, topic="scorer")

@@ -10,6 +10,7 @@ from selfdistill.data.bundled import (
 )
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, thought_and_said
 from selfdistill.data.columns import COLUMNS
+from selfdistill.data.comparisons import Verdict, reference
 from selfdistill.data.contexts import Context, Document, context_spec, must_show_one, parse_context
 from selfdistill.data.demonstrations import (
     CODE,
@@ -42,6 +43,7 @@ from selfdistill.data.images import (
     PictureTokens,
     PromptIds,
     pictures_in,
+    read_picture,
     shown_text,
 )
 from selfdistill.data.messages import (
@@ -71,21 +73,19 @@ from selfdistill.data.rows import (
 )
 from selfdistill.data.scorers import (
     JUDGE,
-    Verdict,
     as_verdict,
     by_tests,
     check_scorer,
-    contains,
     default_scorer,
     doubt_about,
     is_scorable,
     nothing_to_score,
-    reference,
     score,
     scored_text,
     verdict,
     verdicts,
 )
+from selfdistill.data.shapes import draw_shapes
 from selfdistill.data.sources import Note, located
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.words import WORD, includes, plain, words_of
@@ -134,11 +134,11 @@ __all__ = [
     "by_tests",
     "check_rows",
     "check_scorer",
-    "contains",
     "context_of",
     "context_spec",
     "default_scorer",
     "doubt_about",
+    "draw_shapes",
     "drift_prompts",
     "encode",
     "encode_prompts",
@@ -169,6 +169,7 @@ __all__ = [
     "pictures_in",
     "plain",
     "read_jsonl",
+    "read_picture",
     "reference",
     "repeated_key",
     "reply_spans",

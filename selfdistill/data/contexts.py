@@ -334,11 +334,11 @@ ONE_DEMONSTRATION = [name for name, kind in CONTEXTS.items() if kind.one_demonst
 """Names of the contexts that show one demonstration, and so can show a part of it."""
 
 
-def parse_context(spec: str) -> Context:
-    """Parse ``name:option=value,option=value``.
+def parse_context(spec: str, *, episodes: bool = False) -> Context:
+    """Parse ``name:option=value,option=value``; ``episodes``: whole episodes are sampled, as in an environment.
 
     Raises:
-        UserError: unknown name or option, or invalid value; the message lists the valid ones.
+        UserError: unknown name or option, or invalid value; the message lists the valid ones. Or it shows one reply.
     """
     name, _, options = spec.partition(":")
     if name not in CONTEXTS:
@@ -352,6 +352,9 @@ def parse_context(spec: str) -> Context:
             has = f"its options are {', '.join(known)}" if known else "it has none"
             raise UserError(f"context {spec!r}: {name} has no option {key!r}; {has}{closest(key, known)}")
         values[key] = _convert(spec, key, value, known[key])
+    if episodes and values.get("show") == "turn":
+        why = "it shows the one reply that is sampled, but in an environment whole episodes are; leave out show=turn"
+        raise UserError(f"context {spec!r}: {why}")
     return CONTEXTS[name](**values)
 
 

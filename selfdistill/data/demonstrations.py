@@ -119,7 +119,7 @@ class Demonstration:
 
 
 SCORER_NAMES = ("exact", "contains", "choice", "regex", "tool_call")
-"""Valid values of the column ``scorer``; :mod:`selfdistill.data.scorers` has one function for each."""
+"""Valid values of the column ``scorer``; :mod:`selfdistill.data.comparisons` has one function for each."""
 
 CODE = "code"
 """The setting with which replies are run against the tests in ``answer``; not a valid value of the column."""

@@ -35,6 +35,8 @@ class Example:
     given: tuple[tuple[int, int], ...] = ()
     """Half-open spans of ``completion_ids``, in order, that are not the model's: what tools or users said. They are
     read and never a target."""
+    later_ids: tuple[list[int], ...] = ()
+    """Completions that take the place of ``completion_ids`` later in the run, in order; an empty one is none."""
 
     @property
     def is_own(self) -> list[bool]:

@@ -130,6 +130,18 @@ def pictures_of(row: Mapping[str, Any], folder: str, problems: list[str]) -> tup
     return tuple(found)
 
 
+def read_picture(path: str) -> Picture:
+    """The picture in a file of the setting ``image``; a relative path starts in the working directory.
+
+    Raises:
+        UserError: there is no such file, or it cannot be used.
+    """
+    try:
+        return _picture(path, "")
+    except _BadPicture as error:
+        raise UserError(f"setting 'image': {error}") from None
+
+
 def _picture(value: Any, folder: str) -> Picture:
     if isinstance(value, Picture):
         return value
@@ -144,12 +156,17 @@ def _picture(value: Any, folder: str) -> Picture:
         raise _BadPicture(f"found {quoted(path)}, expected a file: pictures are not downloaded; save it first")
     if data is None and isinstance(path, str) and path.strip():
         path, data = _read(path, folder)
-        _checked(data, quoted(path))
+        _checked(data, _named(path))
         return Picture(hashlib.sha256(data).hexdigest(), path)
     if not isinstance(data, bytes):
         raise _BadPicture(f"found {describe_value(value)}, expected {_WANT}")
-    _checked(data, "the picture" if path is None else quoted(str(path)))
+    _checked(data, "the picture" if path is None else _named(str(path)))
     return Picture(hashlib.sha256(data).hexdigest(), data=data)
+
+
+def _named(path: str) -> str:
+    """A path in full, because its end tells files apart; a text too long for a path, such as base64, is shortened."""
+    return repr(path) if len(path) <= 300 else quoted(path)
 
 
 def _as_file(image: Image.Image) -> bytes:
@@ -169,9 +186,9 @@ def _read(path: str, folder: str) -> tuple[str, bytes]:
     try:
         return place, Path(place).read_bytes()
     except FileNotFoundError:
-        raise _BadPicture(f"{quoted(path)} does not exist (looked in {os.path.abspath(folder)})") from None
+        raise _BadPicture(f"{_named(path)} does not exist (looked in {os.path.abspath(folder)})") from None
     except OSError as error:
-        raise _BadPicture(f"{quoted(path)} cannot be read ({error.strerror})") from None
+        raise _BadPicture(f"{_named(path)} cannot be read ({error.strerror})") from None
 
 
 def _checked(data: bytes, name: str) -> None:

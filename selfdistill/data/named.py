@@ -15,13 +15,14 @@ FUNCTION = re.compile(r"python:(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\.(?P<func
 """Name of an object of the user's: ``python:package.module.function``."""
 
 
-def named(name: str, use: str, kind: str) -> Any:
+def named(name: str, use: str, kind: str, *, lists: bool = False) -> Any:
     """The callable that ``name`` names, imported from the current folder or the environment.
 
     Args:
         name: ``python:package.module.name``.
         use: what it is used as, such as ``scorer``; for messages.
         kind: what it is, such as ``function``; for messages.
+        lists: whether it may also be a list or a tuple, whose items the caller checks.
 
     Raises:
         UserError: another form of name, a module of the standard library, one that cannot be imported, or one
@@ -44,8 +45,12 @@ def named(name: str, use: str, kind: str) -> Any:
     finally:
         sys.path.remove(here)
     found = getattr(module, match["function"], None)
-    if not callable(found):
-        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        hint = closest(match["function"], known)
+
+    def is_one(value: Any) -> bool:
+        return callable(value) or (lists and isinstance(value, list | tuple))
+
+    if not is_one(found):
+        known = [name for name, value in vars(module).items() if is_one(value) and not name.startswith("_")]
+        hint = closest(match["function"], known, "; expected one, or a list of functions" if lists else "")
         raise UserError(f"{use} {name!r}: {module.__file__} has no {kind} {match['function']!r}{hint}")
     return found

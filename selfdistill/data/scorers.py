@@ -1,7 +1,7 @@
-"""Scorers: how good a reply is, by comparison with the row's ``answer``, else its completion.
+"""Scorers: how good a reply is, by comparison (:mod:`.comparisons`) with the row's ``answer``, else its completion.
 
-Thoughts (``<think>...</think>``) are compared on neither side. A wrong or malformed reply scores False. An answer that
-the scorer cannot use is a :class:`UserError`. The command's setting, but never a row of the data, may also name a
+Thoughts (``<think>...</think>``) are compared on neither side. A malformed reply is wrong. An answer that the scorer
+cannot use is a :class:`UserError`. The command's setting, but never a row of the data, may also name a
 user-defined function, ``code``, which runs what the model writes, or the judge of :mod:`selfdistill.evaluation.judge`.
 """
 
@@ -10,31 +10,20 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import json
-import re
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from selfdistill.data.chat_format import ChatFormat, thought_and_said
-from selfdistill.data.choices import chosen_letter, letter_of
 from selfdistill.data.code_tests import run_tests
+from selfdistill.data.comparisons import COMPARISONS, Verdict, answers_in, as_text, reference, said, unusable
 from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, Lacks
 from selfdistill.data.messages import said_in
 from selfdistill.data.named import FUNCTION, named
-from selfdistill.data.rows import RowError, from_text, one_line
-from selfdistill.data.thinking import split_thinking
-from selfdistill.data.tool_calls import Calls, calls_in, calls_of, same_calls
-from selfdistill.data.words import includes, same_text, words_of
+from selfdistill.data.rows import RowError, one_line
 from selfdistill.errors import UserError
 
 JUDGE = "judge"
 """The setting with which another model grades replies; not a scorer that :func:`score` accepts."""
-
-_ITEM = r"""(?:'[^']*'|"[^"]*"|[\d.eE+-]+|None|True|False)"""
-_PYTHON_LIST = re.compile(rf"""\s*\[\s*(?:['"].*['"]|(?=.*['"])(?:{_ITEM}\s*,\s*)*{_ITEM})\s*\]\s*""", re.DOTALL)
-"""A list with a text: only texts, also malformed, or texts, numbers and constants."""
 
 
 def scored_text(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int], row: Demonstration, scorer: str) -> str:
@@ -43,16 +32,6 @@ def scored_text(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int], row
     if scorer != "tool_call" or not chat.writes_calls:
         return said
     return said_in(chat.message_of(ids, prompt, row.template_options))
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a scorer says of a reply."""
-
-    reward: float
-    """From 0 to 1. The reply is correct if it is 1."""
-    feedback: str = ""
-    """What the reply's author may learn from, such as the output of a failed test; may be empty."""
 
 
 def verdict(name: str, reply: str, demonstration: Demonstration) -> Verdict:
@@ -78,8 +57,7 @@ def verdict(name: str, reply: str, demonstration: Demonstration) -> Verdict:
         return _by_function(name, reply, demonstration)
     if name not in SCORER_NAMES:
         raise UserError(f"unknown scorer '{name}', expected one of {', '.join(SCORER_NAMES)}")
-    found = _SCORERS[name](reply, demonstration)
-    return found if isinstance(found, Verdict) else Verdict(float(found))
+    return COMPARISONS[name](reply, demonstration)
 
 
 def verdicts(given: Sequence[tuple[str, str, Demonstration]]) -> list[Verdict]:
@@ -105,7 +83,7 @@ def by_tests(given: Sequence[tuple[str, Demonstration]]) -> list[Verdict | RowEr
     results = run_tests([given[place][0] for place, _ in runnable], [one for _, one in runnable])
     for (place, _), result in zip(runnable, results, strict=True):
         verdict = Verdict(float(result.passed), result.feedback)
-        found[place] = _unusable(CODE, given[place][1], result.unusable) if result.unusable else verdict
+        found[place] = unusable(CODE, given[place][1], result.unusable) if result.unusable else verdict
     return found
 
 
@@ -113,7 +91,7 @@ def _tests_of(row: Demonstration) -> list[str] | RowError:
     if row.answer is None:
         return RowError(row.source, f"scorer '{CODE}' needs tests; add the column 'answer'")
     try:
-        return [_text(test, CODE, row) for test in _answers(reference(CODE, row), CODE, row)]
+        return [as_text(test, CODE, row) for test in answers_in(reference(CODE, row), CODE, row)]
     except RowError as error:
         return error
 
@@ -141,28 +119,6 @@ def nothing_to_score(setting: str | None) -> Lacks:
         return None if is_scorable(demonstration, setting) else problem
 
     return lacks
-
-
-def reference(scorer: str, demonstration: Demonstration) -> Any:
-    """What a scorer, or the judge, compares replies with: the answer, else the completion without its thoughts.
-
-    Raises:
-        UserError: the row has neither, or its completion holds nothing but thoughts.
-    """
-    if demonstration.answer is not None:
-        expected = demonstration.answer
-    else:
-        expected = said(demonstration)
-        if demonstration.completion.strip() and not expected.strip():
-            raise _unusable(scorer, demonstration, "it holds only thoughts; add the column 'answer'")
-    if expected == [] or (isinstance(expected, str) and not expected.strip()):
-        raise RowError(demonstration.source, f"scorer '{scorer}' needs an answer or a completion")
-    return expected
-
-
-def said(demonstration: Demonstration) -> str:
-    """The completion without its thoughts, as replies are scored."""
-    return split_thinking(demonstration.completion)[1]
 
 
 def doubt_about(demonstrations: Sequence[Demonstration], setting: str | None) -> str | None:
@@ -198,107 +154,6 @@ def _accepts(name: str, row: Demonstration) -> bool:
         return score(name, said(row), row)
     except UserError:
         return False
-
-
-def exact(reply: str, demonstration: Demonstration) -> bool:
-    """The reply equals the answer: the same text, white space and Unicode's spellings aside, or the same number.
-
-    Case, punctuation and accents count. 72, 72.0 and 7.2e1 are one number, 50 and 50% are two.
-    """
-    return same_text(reply, _text(reference("exact", demonstration), "exact", demonstration))
-
-
-def contains(reply: str, demonstration: Demonstration) -> bool:
-    """The reply contains the answer, or any answer of a list, as consecutive whole words (:func:`words_of`).
-
-    Case, punctuation and white space do not matter, and numbers are compared by value. In scripts without spaces
-    every character is a word. A sign of the answer (``#``, ``$``, ``/``) must be in the reply; one that only the reply
-    has does not matter unless it makes another word: ``50%``, ``-5``, ``1/2`` and ``C++`` do not contain 50, 5, 1 or C.
-    """
-    expected = _answers(reference("contains", demonstration), "contains", demonstration)
-    words = words_of(reply)
-    found = False
-    for answer in expected:
-        wanted = words_of(_text(answer, "contains", demonstration))
-        if not wanted:
-            raise _unusable("contains", demonstration, "it has no letters, digits or symbols")
-        found |= includes(words, wanted)
-    return found
-
-
-def _answers(expected: Any, scorer: str, demonstration: Demonstration) -> list[Any]:
-    """The answers of a list, or of the JSON text of one with a text, as tables keep it; else the one answer."""
-    if isinstance(expected, list):
-        return expected
-    if not isinstance(demonstration.answer, str):
-        return [expected]
-    answers = from_text(expected)
-    if isinstance(answers, list):
-        return answers if any(isinstance(answer, str) for answer in answers) else [expected]
-    if _PYTHON_LIST.fullmatch(expected):
-        raise _unusable(scorer, demonstration, "it is the text of a Python list, expected a list or its JSON text")
-    return [expected]
-
-
-def choice(reply: str, demonstration: Demonstration) -> bool:
-    """The option that the reply chooses (:func:`~selfdistill.data.choices.chosen_letter`) is the answer, a letter.
-
-    The answer may also be an option with its letter, as in ``(B) Paris``. Without an answer, the correct option is the
-    one that the completion chooses.
-    """
-    expected = reference("choice", demonstration)
-    if demonstration.answer is None:
-        letter = chosen_letter(expected)
-    else:
-        letter = letter_of(_text(expected, "choice", demonstration))
-    if letter is None:
-        raise _unusable("choice", demonstration, "it has no letter from A to Z; write the option's letter, such as A")
-    return chosen_letter(reply) == letter
-
-
-def regex(reply: str, demonstration: Demonstration) -> bool:
-    """The answer, a Python ``re`` pattern, matches somewhere in the reply.
-
-    Requires an answer, because a completion is not a pattern.
-    """
-    if demonstration.answer is None:
-        raise RowError(demonstration.source, "scorer 'regex' needs a pattern; add the column 'answer'")
-    try:
-        return re.search(_text(reference("regex", demonstration), "regex", demonstration), reply) is not None
-    except re.error as error:
-        raise _unusable("regex", demonstration, f"invalid pattern: {error}") from error
-
-
-def tool_call(reply: str, demonstration: Demonstration) -> bool:
-    """The reply calls the answer's tools with the answer's arguments.
-
-    A call is a line ``Action: name`` followed by ``Action Input:`` and a JSON object; a malformed call makes the reply
-    wrong. The answer is a list of [name, arguments] or its JSON text; the arguments are an object or its JSON text.
-    Names must be equal as a multiset. Arguments are merged over all calls: for each argument name the multiset of
-    values must be equal, so the order of calls does not matter. A JSON number is equal to a number, or a text, of its
-    value: 3, 3.0 and "3". Two texts are compared as texts. Without an answer, the expected calls are those of the
-    completion.
-    """
-    wanted: Calls | None
-    if demonstration.answer is None:
-        if not (wanted := calls_in(reference("tool_call", demonstration))):
-            raise _unusable("tool_call", demonstration, "it has no Action and Action Input lines")
-    else:
-        try:
-            wanted = calls_of(demonstration.answer)
-        except ValueError as error:
-            raise _unusable("tool_call", demonstration, str(error)) from error
-    calls = calls_in(reply)
-    return calls is not None and same_calls(calls, wanted)
-
-
-_SCORERS: dict[str, Callable[[str, Demonstration], bool | Verdict]] = {
-    "exact": exact,
-    "contains": contains,
-    "choice": choice,
-    "regex": regex,
-    "tool_call": tool_call,
-}
 
 
 def _by_function(name: str, reply: str, demonstration: Demonstration) -> Verdict:
@@ -347,33 +202,3 @@ def check_scorer(setting: str | None) -> None:
     """
     if setting is not None and FUNCTION.fullmatch(setting):
         _function(setting)
-
-
-def _text(expected: Any, scorer: str, demonstration: Demonstration) -> str:
-    if isinstance(expected, int | float) and not isinstance(expected, bool):
-        try:
-            return str(expected)
-        except ValueError:
-            raise _too_long(demonstration) from None
-    if not isinstance(expected, str):
-        raise _unusable(scorer, demonstration, "it is not text or a number")
-    return expected
-
-
-def _unusable(scorer: str, demonstration: Demonstration, reason: str) -> RowError:
-    column = "completion" if demonstration.answer is None else "answer"
-    value = getattr(demonstration, column)
-    try:
-        shown = json.dumps(value, ensure_ascii=False, default=str)
-    except ValueError:
-        return _too_long(demonstration)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    before = f"scorer '{scorer}' cannot use {column} "
-    return RowError(demonstration.source, before, shown, f": {reason}")
-
-
-def _too_long(demonstration: Demonstration) -> RowError:
-    """For numbers that Python does not write as text, because that would take quadratic time."""
-    limit = sys.get_int_max_str_digits()
-    problem = f"column 'answer': found a number of more than {limit:,} digits, expected fewer; write it as text"
-    return RowError(demonstration.source, problem)

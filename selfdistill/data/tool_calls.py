@@ -7,9 +7,10 @@ import operator
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from selfdistill.data.differences import cut, side_by_side
 from selfdistill.data.rows import join_surrogates, one_line
 from selfdistill.data.text_ids import mapped
 from selfdistill.data.words import plain, spelled
@@ -24,9 +25,10 @@ class InvalidCall(Exception):
 
 @dataclass(frozen=True)
 class _Number:
-    """A JSON number; the text is the same for the same value."""
+    """A JSON number; the value is the same text for the same number."""
 
     value: str
+    written: str = field(compare=False)
 
 
 def decoded(text: str, at: int) -> tuple[Any, int]:
@@ -108,15 +110,40 @@ def calls_of(answer: Any) -> Calls:
     return calls
 
 
-def same_calls(calls: Calls, wanted: Calls) -> bool:
-    """Whether the names, and over all calls each argument's values, are the same multisets.
+def first_difference(calls: Calls | None, wanted: Calls) -> str:
+    """What is wrong with the calls of a reply (:func:`calls_in`), in a line; empty if they are the same as the wanted.
 
-    A number is the same as a number, or a text, of its value. Two texts are compared as texts: "3.10" is not "3.1".
+    They are the same if the names, and over all calls each argument's values, are the same multisets. A number is the
+    same as a number, or a text, of its value. Two texts are compared as texts: "3.10" is not "3.1".
     """
+    if calls is None:
+        return side_by_side(_first(wanted, []) or "no call", "a call that cannot be read")
     if Counter(name for name, _ in calls) != Counter(name for name, _ in wanted):
-        return False
+        expected = _first(wanted, calls) or ("no further call" if wanted else "no call")
+        return side_by_side(expected, _first(calls, wanted) or ("no such call" if calls else "no call"))
     values, others = _by_argument(calls), _by_argument(wanted)
-    return values.keys() == others.keys() and all(_same_multiset(values[name], others[name]) for name in values)
+    for name in [*others, *(name for name in values if name not in others)]:
+        left, lacking = _unmatched(values[name], others[name])
+        if left or lacking:
+            shown = (_written(side[0]) if side else "nothing" for side in (lacking, left))
+            return f"argument '{cut(name)}': {side_by_side(*shown)}"
+    return ""
+
+
+def _first(calls: Calls, others: Calls) -> str:
+    """The first call whose name occurs more often than among the others; of such calls, one that is not among them."""
+    more = Counter(name for name, _ in calls) - Counter(name for name, _ in others)
+    left = sorted((call for call in calls if call[0] in more), key=others.__contains__)
+    return f"{left[0][0]} {_written(left[0][1])}" if left else ""
+
+
+def _written(value: Any) -> str:
+    """A value in normal form as JSON."""
+    if isinstance(value, dict):
+        return "{" + ", ".join([f"{_written(key)}: {_written(part)}" for key, part in value.items()]) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join([_written(part) for part in value]) + "]"
+    return value.written if isinstance(value, _Number) else json.dumps(value, ensure_ascii=False)
 
 
 def _by_argument(calls: Calls) -> dict[str, list[Any]]:
@@ -127,14 +154,13 @@ def _by_argument(calls: Calls) -> dict[str, list[Any]]:
     return values
 
 
-def _same_multiset(values: Sequence[Any], wanted: Sequence[Any]) -> bool:
-    if len(values) != len(wanted):
-        return False
-    rest = list(values)
+def _unmatched(values: Sequence[Any], wanted: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The values that are the same as none of the wanted, and the wanted that are the same as none of the values."""
+    left, lacking = list(values), list(wanted)
     # Equal ones first: with "3" and 3 on both sides, the text must match the text, because no other text is equal.
     for same in (operator.eq, _same):
-        wanted = [value for value in wanted if not _take(rest, value, same)]
-    return not wanted
+        lacking = [value for value in lacking if not _take(left, value, same)]
+    return left, lacking
 
 
 def _take(rest: list[Any], value: Any, same: Callable[[Any, Any], bool]) -> bool:
@@ -173,5 +199,6 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, list):
         return [_comparable(part) for part in value]
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return _Number(spelled(json.dumps(value)))
+        text = json.dumps(value)
+        return _Number(spelled(text), text)
     return plain(value if isinstance(value, str) else json.dumps(value))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from selfdistill.data import named
-from selfdistill.environments.forms import ToolClass, form_of, has_reward
+from selfdistill.environments.forms import Functions, ToolClass, form_of, has_reward
 from selfdistill.environments.hosted import Hosted
 from selfdistill.environments.protocol import Environment, EnvironmentFactory
 from selfdistill.environments.shop import Shop
@@ -17,6 +17,10 @@ from selfdistill.errors import UserError
 
 _BUNDLED: dict[str, type] = {"bundled:shop": Shop}
 """Environments that ship with the package."""
+_GIVEN: dict[str, tuple[tuple[Callable[..., Any], ...], EnvironmentFactory]] = {}
+"""Functions that a caller in this process gave as an environment, by its name."""
+IN_PYTHON = "functions:"
+"""Beginning of such a name."""
 
 
 def make_environment(name: str) -> EnvironmentFactory:
@@ -28,17 +32,27 @@ def make_environment(name: str) -> EnvironmentFactory:
         name: ``bundled:shop``, or ``python:package.module.Class``, which is imported from the current folder or the
             installed packages. The class, or a function that returns an object, takes no arguments. The object
             implements the protocol :class:`Environment` or has another form of :mod:`selfdistill.environments.forms`,
-            or is an environment of ``verifiers``.
+            or is an environment of ``verifiers``. In place of a class, a list or tuple of functions, which are the
+            tools. Or a name that :func:`name_of_functions` returned.
 
     Raises:
         UserError: there is no such environment, it cannot be created, it has no known form, or a tool has no schema.
     """
+    if name in _GIVEN:
+        return _GIVEN[name][1]
+    if name.startswith(IN_PYTHON):
+        raise UserError(
+            f"environment {name!r}: its functions were given in Python, in another process; give them again as "
+            "environment=[...], or put the list into a module and name it python:package.module.name"
+        )
     if name in _BUNDLED:
         return EnvironmentFactory(functools.partial(_made, name, _BUNDLED[name], ToolClass))
     if not name.startswith("python:"):
         known = ", ".join(_BUNDLED)
         raise UserError(f"unknown environment {name!r}, expected {known} or python:package.module.Class")
-    make = named(name, "environment", "class")
+    make = named(name, "environment", "class", lists=True)
+    if isinstance(make, list | tuple):
+        return _of_functions(f"environment {name!r}", make)
     shared = loaded(name, make)
     if shared is not None:
         VerifiersEpisode(Hosted(name, lambda: shared)).close()
@@ -51,6 +65,41 @@ def make_environment(name: str) -> EnvironmentFactory:
     finally:
         first.close()
     return EnvironmentFactory(functools.partial(_made, name, make, form), judges)
+
+
+def name_of_functions(functions: Sequence[Callable[..., Any]]) -> str:
+    """The name of an environment whose tools are these functions, for :func:`make_environment` in this process.
+
+    Equal names of functions give an equal name, which then means the functions given last.
+
+    Raises:
+        UserError: there are none, an item is no function or has no schema, or two have the same name.
+    """
+    given = tuple(functions)
+    factory = _of_functions("setting 'environment'", given)
+    name = IN_PYTHON + ",".join(tool["function"]["name"] for tool in factory().tools)
+    if name not in _GIVEN or _GIVEN[name][0] != given:
+        _GIVEN[name] = given, factory
+    return name
+
+
+def _of_functions(where: str, functions: Sequence[Any]) -> EnvironmentFactory:
+    """Creates environments with these tools; ``where`` begins messages.
+
+    Raises:
+        UserError: there are none, an item is no function or has no schema, or two have the same name.
+    """
+    if not functions:
+        raise UserError(f"{where}: found an empty list, expected functions that the model may call")
+    for number, function in enumerate(functions):
+        if not callable(function) or inspect.isclass(function):
+            found = " ".join(repr(function).split())[:60]
+            raise UserError(f"{where}: item {number} is {found}, expected a function that the model may call")
+    try:
+        Functions(functions)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return EnvironmentFactory(functools.partial(Functions, functions), judges=False)
 
 
 def _made(name: str, make: Callable[[], Any], form: Callable[[Hosted], Environment]) -> Environment:

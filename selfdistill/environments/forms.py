@@ -1,11 +1,11 @@
-"""Three forms of user classes: the protocol itself, TRL's classes of tools, and Gymnasium's ``step(text)``."""
+"""Forms of what users write: the protocol itself, TRL's classes of tools, Gymnasium's ``step(text)``, functions."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -174,6 +174,36 @@ class StepClass:
             return observation, float(reward or 0.0), done
         except (TypeError, ValueError):
             raise self._host.mistake(f"step returned the reward {reward!r:.60}, expected a number") from None
+
+
+class Functions:
+    """Functions as tools, which all episodes share. The episode is done when the model replies without a call.
+
+    It has no reward.
+
+    Args:
+        functions: what the model may call.
+
+    Raises:
+        UserError: a function has no schema, or two have the same name.
+    """
+
+    def __init__(self, functions: Sequence[Callable[..., Any]]) -> None:
+        self._runner = ToolRunner(functions)
+        self.tools = self._runner.schemas
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        """No messages."""
+        return []
+
+    def step(self, message: Message) -> Step:
+        """Run the message's calls; without calls, the episode is done."""
+        observations, invalid = self._runner.answer(message)
+        return Step(observations, not observations, invalid_calls=invalid)
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._runner.close()
 
 
 def tool_names(kind: type) -> list[str]:

@@ -56,7 +56,7 @@ class EnvironmentFactory:
 
     make: Callable[[], Environment]
     judges: bool = True
-    """Whether episodes may have rewards; False if it is known in advance that they have none."""
+    """Whether episodes may have rewards; False if it is known in advance that they have none. A scorer then judges."""
 
     def __call__(self) -> Environment:
         """Create the environment of one episode."""

@@ -12,6 +12,7 @@ from selfdistill.data import (
     ChatFormat,
     Demonstration,
     RowError,
+    Verdict,
     by_reason,
     by_tests,
     check_scorer,
@@ -157,23 +158,30 @@ def answer(
     names = [default_scorer(row, scorer) for row in demonstrations]
     ids = [rollout.ids for rollout in done]
     given = [scored_text(chat, *reply) for reply in zip(prompts, ids, demonstrations, names, strict=True)]
-    correct, lenient = _grade(demonstrations, given, names, judge) if scored else ([], None)
+    found, lenient = grade(demonstrations, given, names, judge) if scored else ([], None)
+    correct = [verdict.reward == 1 for verdict in found]
     thinking = [len(chat.encode_text(thought)) for thought, _ in parts]
     return Answers(replies, correct, lenient, ids, thinking, sum(r.truncated for r in done))
 
 
-def _grade(
+def grade(
     demonstrations: Sequence[Demonstration], replies: Sequence[str], names: Sequence[str], judge: Judge | None
-) -> tuple[list[bool], list[bool] | None]:
-    """Whether each reply is correct, and whether it is by the lenient standard; the latter is None without a judge."""
+) -> tuple[list[Verdict], list[bool] | None]:
+    """The verdict on each reply, and whether it is correct by the lenient standard; the latter is None without a judge.
+
+    Args:
+        demonstrations: what the replies are scored against.
+        replies: their texts as their scorers compare them.
+        names: the scorer of each.
+        judge: required if a scorer is ``judge``.
+    """
     given = list(zip(names, replies, demonstrations, strict=True))
     compared = iter(verdicts([one for one in given if one[0] != JUDGE]))
     judged = [(row, reply) for name, reply, row in given if name == JUDGE]
     if not judged:
-        return [found.reward == 1 for found in compared], None
+        return list(compared), None
     assert judge is not None, "the settings reject a judge without an address"
     judgements = iter(judge.grades([row for row, _ in judged], [reply for _, reply in judged]))
-    found = [next(judgements) if name == JUDGE else next(compared).reward == 1 for name in names]
-    return [verdict in (True, "strict") for verdict in found], [
-        verdict in (True, "strict", "lenient") for verdict in found
-    ]
+    found = [next(judgements) if name == JUDGE else next(compared) for name in names]
+    strict = [one if isinstance(one, Verdict) else Verdict(float(one == "strict")) for one in found]
+    return strict, [one.reward == 1 if isinstance(one, Verdict) else one in ("strict", "lenient") for one in found]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from selfdistill.config import OF_BOTH, CheckConfig, TrainConfig
@@ -27,10 +28,10 @@ from selfdistill.data import (
     turns_of,
 )
 from selfdistill.errors import EngineFailed, UserError
-from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, verdict_on
+from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, Layout, verdict_on
 from selfdistill.evaluation.measure import Measure
 from selfdistill.evaluation.spill import read_anchors
-from selfdistill.methods import refuse_silent, shows_parts, stages_of
+from selfdistill.methods import scorer_judges, shows_parts, stages_of
 from selfdistill.model import (
     LoadedModel,
     load_for_training,
@@ -149,6 +150,12 @@ def _lacks(specs: Sequence[str]) -> Lacks:
     return lacks
 
 
+def _hint(measure: Measure, context: str, share: float) -> Layout:
+    """The teacher that sees this share of the demonstration, and with ``spill`` what a few steps learn from it."""
+    found = measure.layout(context, share)
+    return replace(found, trial=measure.trial(context, share)) if measure.config.spill else found
+
+
 def _checked(
     config: CheckConfig,
     rows: list[Demonstration],
@@ -158,11 +165,9 @@ def _checked(
 ) -> CheckResult:
     began = time.monotonic()
     specs = config.contexts or [*LAYOUTS, *(DOCUMENT_LAYOUTS if any(row.document for row in rows) else ())]
-    contexts = [parse_context(spec) for spec in specs]
     plays = config.environment != "none"
-    if plays:
-        refuse_silent(config.environment, "so success cannot be measured")
-    else:
+    contexts = [parse_context(spec, episodes=plays) for spec in specs]
+    if scorer_judges(config):
         check_scorer(config.scorer)
     has_parts = not plays and not any(no_part(turn) for row in rows for turn in turns_of(row, "last"))
     if config.hints and not has_parts:
@@ -194,10 +199,11 @@ def _checked(
         raise UserError(f"no context layout could be evaluated: {reasons}")
     layouts.sort(key=lambda layout: (-(layout.accuracy or 0), -(layout.logp or 0), layout.context != UNMEASURED))
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
-    seconds, memory, memory_rows = measure.cost(layouts[0].context) if cost else (None, None, None)
+    found = measure.cost(layouts[0].context) if cost else None
+    seconds, memory, memory_rows = found if isinstance(found, tuple) else (None, None, None)
     spill = measure.spill(layouts[0].context) if config.spill else None
     best = next((layout.context for layout in layouts if layout.context in can_hint), None)
-    hints = [measure.layout(best, share) for share in SHARES] if best else None
+    hints = [_hint(measure, best, share) for share in SHARES] if best else None
     verdict, exit_code = verdict_on(*measure.student_on(layouts[0].context), layouts[0])
     return CheckResult(
         model=config.model,
@@ -218,6 +224,7 @@ def _checked(
         seconds_per_step=seconds,
         memory_gib=memory,
         memory_rows=memory_rows,
+        cost_unknown=found if isinstance(found, str) else None,
         spill=spill,
         hints=hints,
         verdict=verdict,

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from selfdistill.evaluation.spill import Spill
+from selfdistill.evaluation.spill import STEPS, Spill, Trial
 from selfdistill.evaluation.statistics import share_interval
-from selfdistill.runtime import Printable
+from selfdistill.runtime import Printable, result_table
 
 UNLIKELY = 4
 """Exit code when self-distillation is unlikely to help."""
@@ -46,6 +46,8 @@ class Layout:
     """Mean number of invalid calls in an episode; None as above."""
     hint: float = 1.0
     """Share of the demonstration that the teacher sees."""
+    trial: Trial | None = None
+    """What a few steps of SDFT with this hint learn; None unless ``hints`` and ``spill`` are measured."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,6 +91,8 @@ class CheckResult(Printable):
     None as above."""
     memory_rows: int | None
     """``batch_size``, or the number of rows of the best layout if smaller; None as above."""
+    cost_unknown: str | None
+    """Why there are none of these three though they were requested; None otherwise."""
     spill: Spill | None
     """How a few steps on the task change the model on unrelated prompts; None if not requested."""
     hints: list[Layout] | None
@@ -142,7 +146,11 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
                 "temperature or a higher learning rate helps it start."
             )
         return text, 0
-    reason = "the teacher is not clearly better" if best.accuracy < KNOWN else "the student already knows this"
+    if student_accuracy < KNOWN <= best.accuracy and items * (1 - KNOWN) < 2:
+        text = f"It is unknown whether self-distillation helps: {scores} of {items} rows, which are too few to tell."
+        return f"{text} Give more rows.", 0
+    known = student_accuracy >= KNOWN
+    reason = "the student already knows this" if known else "the teacher is not clearly better"
     text = f"Self-distillation is unlikely to help: {scores} of {items} rows; {reason}."
     if best.accuracy < KNOWN and best.truncated > 0.5:
         text += (
@@ -160,13 +168,9 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
 
 
 def _print(result: CheckResult, console: Console) -> None:
-    table = Table(title=escape(f"{result.model} on {result.items} rows of {result.data}"))
-    table.add_column("context", overflow="fold")
-    columns = ["right", "log p(demo)", "KL", "tokens", "cut", "prompt"]
-    if result.student_turns is not None:
-        columns += ["turns", "invalid calls"]
-    for column in columns:
-        table.add_column(column, justify="right")
+    episodes = () if result.student_turns is None else ("turns", "invalid calls")
+    title = f"{result.model} on {result.items} rows of {result.data}"
+    table = result_table("context", "right", "log p(demo)", "KL", "tokens", "cut", "prompt", *episodes, title=title)
     table.add_row(
         "none (the student)",
         _number(result.student_accuracy),
@@ -206,6 +210,7 @@ def _print(result: CheckResult, console: Console) -> None:
         f"KL of {result.best.context} at completion tokens 1, 2, ...: {profile}",
         _closeness_line(result),
         *_cost_line(result),
+        *_trials_line(result),
         *([f"Spill: {result.spill.sentence()}."] if result.spill else []),
         *_order_line(result),
         result.verdict,
@@ -222,13 +227,25 @@ def _choice(result: CheckResult) -> str:
 
 
 def _hints_table(hints: list[Layout]) -> Table:
-    table = Table(title=escape(f"the teacher with part of the demonstration, {hints[0].context}"))
-    for column in ("hint", "right", "log p(demo)", "KL", "prompt"):
-        table.add_column(column, justify="right")
+    title = f"the teacher with part of the demonstration, {hints[0].context}"
+    learnt = ["gain", "moved"] if any(layout.trial for layout in hints) else []
+    table = result_table("hint", "right", "log p(demo)", "KL", "prompt", *learnt, title=title)
     for layout in hints:
-        numbers = (_number(layout.accuracy), _number(layout.logp), f"{layout.kl:.2f}", f"{layout.prompt_length:.0f}")
+        numbers = [_number(layout.accuracy), _number(layout.logp), f"{layout.kl:.2f}", f"{layout.prompt_length:.0f}"]
+        if layout.trial:
+            numbers += [f"{layout.trial.gain:+.2f}", f"{layout.trial.moved:.3f}"]
         table.add_row(f"{layout.hint:g}", *numbers)
     return table
+
+
+def _trials_line(result: CheckResult) -> list[str]:
+    """What the last columns of the hints' table are."""
+    if result.spill is None or not any(layout.trial for layout in result.hints or ()):
+        return []
+    return [
+        f"gain and moved: what {STEPS} steps of SDFT with each hint gain on the demonstrations, and how far they move "
+        f"{result.spill.prompts}, in nats per token."
+    ]
 
 
 def _counts(turns: float | None, invalid_calls: float | None) -> list[str]:
@@ -258,6 +275,9 @@ def _closeness_line(result: CheckResult) -> str:
 
 
 def _cost_line(result: CheckResult) -> list[str]:
+    if result.cost_unknown:
+        advice = "selfdistill train --dry_run --memory names settings that fit"
+        return [f"Cost of a step: unknown, because {result.cost_unknown}; {advice}."]
     if result.seconds_per_step is None:
         return []
     return [

@@ -16,14 +16,25 @@ from selfdistill.data import (
     Message,
     Verdict,
     check_scorer,
+    default_scorer,
     encode,
     nothing_to_score,
     thought_and_said,
 )
 from selfdistill.errors import UserError
-from selfdistill.evaluation.answers import Answers
+from selfdistill.evaluation.answers import Answers, grade
+from selfdistill.evaluation.judge import Judge
 from selfdistill.evaluation.statistics import mean_interval
-from selfdistill.methods import Completion, EpisodeRules, begun, episode_rules, limits_of, play, refuse_silent
+from selfdistill.methods import (
+    Completion,
+    EpisodeRules,
+    begun,
+    episode_rules,
+    limits_of,
+    play,
+    scorer_judges,
+    text_to_score,
+)
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time
 from selfdistill.runtime import ProgressBar
 
@@ -32,13 +43,12 @@ def unscored(config: TaskSettings) -> Lacks:
     """A function that says why a row cannot be evaluated; an environment can judge any row.
 
     Raises:
-        UserError: there is no such environment, or it cannot judge; or the scorer cannot be used.
+        UserError: there is no such environment, or the scorer cannot be used.
     """
-    if config.environment == "none":
-        check_scorer(config.scorer)
-        return nothing_to_score(config.scorer)
-    refuse_silent(config.environment, "so success cannot be measured")
-    return lambda row: None
+    if not scorer_judges(config):
+        return lambda row: None
+    check_scorer(config.scorer)
+    return nothing_to_score(config.scorer)
 
 
 def rows_of(config: TaskSettings, rows: Sequence[Demonstration]) -> list[Demonstration]:
@@ -78,6 +88,10 @@ class EpisodePlayer:
     rules: EpisodeRules
     batch_size: int
     """Episodes per batch; an engine forms its own batches."""
+    by_scorer: bool = False
+    """Whether a scorer judges the last replies, because the environment has no rewards."""
+    scorer: str | None = None
+    """Scorer for rows that name none."""
 
     def __call__(
         self,
@@ -87,6 +101,9 @@ class EpisodePlayer:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
         what: str | None = None,
+        judge: Judge | None = None,
+        *,
+        scored: bool = True,
     ) -> Answers:
         """Play one episode per example.
 
@@ -97,6 +114,8 @@ class EpisodePlayer:
             sampling: how each reply is sampled.
             seeds: one per example, for sampling.
             what: label of the progress bar; None: silent.
+            judge: required if a scorer is ``judge``.
+            scored: whether success is asked for; if not, ``correct`` is empty.
 
         Returns:
             The episodes. An episode is correct if its reward is 1.
@@ -115,15 +134,32 @@ class EpisodePlayer:
                 part, own = [seen[i] for i in batch], [seeds[i] for i in batch]
                 played |= zip(batch, play(loaded, self.chat, part, sampling, self.rules, own), strict=True)
                 reporter.advance(number + 1)
-        episodes = [played[i] for i in range(len(seen))]
+        episodes, lenient = [played[i] for i in range(len(seen))], None
+        if self.by_scorer and scored:
+            episodes, lenient = self._scored(episodes, judge)
         return Answers(
             replies=[episode.messages[-1]["content"] for episode in episodes],
-            correct=[self._verdict(episode).reward == 1 for episode in episodes],
-            lenient=None,
+            correct=[self._verdict(episode).reward == 1 for episode in episodes] if scored else [],
+            lenient=lenient,
             ids=[episode.ids for episode in episodes],
             thinking=[self._thinking(episode) for episode in episodes],
             truncated=sum(episode.truncated for episode in episodes),
             episodes=episodes,
+        )
+
+    def _scored(
+        self, episodes: Sequence[Completion], judge: Judge | None
+    ) -> tuple[list[Completion], list[bool] | None]:
+        """The episodes with the scorers' verdicts, also by the lenient standard. One that was cut has failed."""
+        whole = [episode for episode in episodes if episode.verdict is None]
+        rows = [episode.example.demonstration for episode in whole]
+        names = [default_scorer(row, self.scorer) for row in rows]
+        texts = [text_to_score(episode, self.chat, name) for episode, name in zip(whole, names, strict=True)]
+        found, lenient = grade(rows, texts, names, judge)
+        verdicts, right = iter(found), iter(lenient or ())
+        return (
+            [replace(one, verdict=next(verdicts)) if one.verdict is None else one for one in episodes],
+            None if lenient is None else [one.verdict is None and next(right) for one in episodes],
         )
 
     def _verdict(self, episode: Completion) -> Verdict:
@@ -151,7 +187,7 @@ def player_of(config: TaskSettings, chat: ChatFormat, batch_size: int) -> Episod
         UserError: there is no such environment.
     """
     rules = episode_rules(config)
-    return None if rules is None else EpisodePlayer(chat, rules, batch_size)
+    return None if rules is None else EpisodePlayer(chat, rules, batch_size, scorer_judges(config), config.scorer)
 
 
 def episode_scores(answers: Answers) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from selfdistill.evaluation.statistics import smallest_difference
-from selfdistill.runtime import Printable
+from selfdistill.runtime import Printable, result_table
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,10 +65,8 @@ class EvalResult(Printable):
 
 def _print(model: str, data: str, result: dict[str, Any], console: Console) -> None:
     base, tests = result.get("base"), result.get("paired", {})
-    table = Table(title=escape(f"{model} on {data}"))
-    table.add_column("measured", overflow="fold")
-    for column in ("items", "model", *(("base", "difference", "p") if base else ())):
-        table.add_column(column, justify="right", overflow="fold")
+    columns = ("base", "difference", "p") if base else ()
+    table = result_table("measured", "items", "model", *columns, title=f"{model} on {data}")
 
     def score(name: str, items: int, mine: dict[str, Any], keys: tuple[str, str], theirs: Any, test: Any) -> None:
         value, interval = keys

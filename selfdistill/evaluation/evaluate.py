@@ -39,6 +39,7 @@ from selfdistill.evaluation.judge import Judge, judge_of
 from selfdistill.evaluation.lmeval import lm_eval_abilities
 from selfdistill.evaluation.priors import EncodedPrior, encode_priors, load_prior, prior_abilities
 from selfdistill.evaluation.statistics import difference_interval, mean_interval, paired, pass_at_k, share_interval
+from selfdistill.methods import scorer_judges
 from selfdistill.model import (
     ForwardPass,
     LoadedModel,
@@ -125,11 +126,13 @@ class EvaluationSet:
 
     def _check_scorers(self) -> None:
         """Refuse answers that scorers cannot use, and print notes about the scorers."""
-        scorer = self.config.scorer
-        if self._player:
+        scorer, world = self.config.scorer, self.config.environment
+        if not scorer_judges(self.config):
             if scorer:
-                say(f"note: the environment {self.config.environment} judges, so scorer {scorer} is ignored")
+                say(f"note: the environment {world} judges, so scorer {scorer} is ignored")
             return
+        if self._player:
+            say_note(f"the environment {world} has no reward, so the scorer judges the last reply")
         check_answers(self.demonstrations, scorer)
         if scorer and all(row.scorer for row in self.demonstrations):
             say(f"note: every row has its own scorer, so scorer {scorer} is ignored")
@@ -139,7 +142,7 @@ class EvaluationSet:
     @property
     def scorers(self) -> list[str]:
         """Names of the scorers in use, or of the environment."""
-        if self._player:
+        if not scorer_judges(self.config):
             return [self.config.environment]
         return sorted({default_scorer(row, self.config.scorer) for row in self.demonstrations})
 
@@ -164,7 +167,7 @@ class EvaluationSet:
         rows = [row for row in self.rows for _ in range(count)]
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
         if self._player:
-            return self._player(loaded, rows, prompts, sampling, seeds, what)
+            return self._player(loaded, rows, prompts, sampling, seeds, what, judge)
         return answer(
             loaded,
             prompts,
@@ -279,7 +282,7 @@ def evaluate(
         check_writable(config.replies, f"replies {config.replies!r}")
     data = config.data if rows is None else rows
     scored = unscored(config)
-    shown = parse_context(config.context).lacks if config.context else None
+    shown = parse_context(config.context, episodes=config.environment != "none").lacks if config.context else None
 
     def lacks(row: Demonstration) -> str | None:
         return scored(row) or (shown(row) if shown else None)

@@ -26,6 +26,7 @@ from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.priors import load_prior
 from selfdistill.evaluation.statistics import share_interval
+from selfdistill.methods import scorer_judges
 from selfdistill.model import ForwardPass, LoadedModel, training_precision, use_engine
 from selfdistill.runtime import say, say_note
 
@@ -54,7 +55,7 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lac
         rows = load_demonstrations(
             config.test, split=config.test_split, turns=config.turns, note=noted(config.test), lacks=unscored(config)
         )
-    if config.environment == "none":
+    if scorer_judges(config):
         check_answers(rows, config.scorer)
     if config.prior is not None:
         load_prior(config.prior)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,24 +33,27 @@ from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.spill import (
     Anchors,
     Spill,
+    Trial,
+    Trials,
     TrialSettings,
     drawn_anchors,
-    measure_spill,
     named_anchors,
     task_loss,
 )
 from selfdistill.loss import CrossEntropy, Divergence
-from selfdistill.methods import Completion
+from selfdistill.methods import Completion, scorer_judges
 from selfdistill.model import (
     ForwardPass,
     LoadedModel,
     PrefixCache,
     Sampling,
+    refuse_float16,
     resolved_precision,
     sample,
     sample_seed,
+    tensor_bytes,
 )
-from selfdistill.runtime import clock, peak_memory, say_note
+from selfdistill.runtime import clock, free_memory, is_out_of_memory, peak_memory, say_note
 
 KEPT_BYTES, POSITIONS = 2**28, 8
 """Bytes for the prefix cache of the student's prompts, and again for the teacher's in one layout; number of leading
@@ -85,7 +88,8 @@ class Measure:
         self.general = drawn_anchors(config, anchors, loaded, self.chat)
         """The prompts on which ``spill`` measures."""
         self.general_named = named_anchors(anchors, len(self.general))
-        scorable = [row for row in self.pool if self.player or is_scorable(row, config.scorer)]
+        by_scorer = scorer_judges(config)
+        scorable = [row for row in self.pool if not by_scorer or is_scorable(row, config.scorer)]
         self.scored = bool(scorable)
         """Whether replies are scored; if not, teacher and student are compared by their distributions alone."""
         asked = scorable or self.pool
@@ -93,11 +97,11 @@ class Measure:
         self.rows = self._encode(sorted(chosen, key=lambda d: d.row), None)
         self.dropped = len(chosen) - len(self.rows)
         measured = [row.demonstration for row in self.rows]
-        if self.scored and not self.player:
+        if self.scored and by_scorer:
             check_answers(measured, config.scorer)
         for note in notes_on(self.rows, self.chat):
             say_note(note)
-        if not self.player and (doubt := doubt_about(measured, config.scorer)):
+        if by_scorer and (doubt := doubt_about(measured, config.scorer)):
             say_note(doubt, topic="scorer")
         self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
@@ -108,6 +112,7 @@ class Measure:
         rollouts = self._rollouts()
         self.rollout_s = (clock(loaded.device) - began) / len(self.rows)
         self.teacher_said: dict[str, Answers] = {}  # by layout
+        self.tried: dict[tuple[str, float], Trial] = {}  # by layout and share of the demonstration
         self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
 
     def _encode(self, rows: Sequence[Demonstration], context: str | None, hint: float = 1) -> list[Example]:
@@ -129,13 +134,21 @@ class Measure:
             )
         return kept
 
+    def _shown(self, context: str, hint: float = 1) -> list[Example]:
+        """The rows that fit a layout, whose teacher sees the share ``hint`` of the demonstration.
+
+        All shares have the same rows: those that fit with all of it.
+        """
+        rows = self._encode([row.demonstration for row in self.rows], context)
+        return rows if hint == 1 else self._encode([row.demonstration for row in rows], context, hint)
+
     def accuracy_of(self, answers: Answers) -> float | None:
         """The share of correct replies; None if they are not scored."""
         return answers.accuracy if self.scored else None
 
     def student_on(self, context: str) -> tuple[float | None, float | None]:
         """The student's accuracy and mean log-probability of the demonstrations, on the rows that fit a layout."""
-        fits = {row.demonstration.row for row in self._encode([row.demonstration for row in self.rows], context)}
+        fits = {row.demonstration.row for row in self._shown(context)}
         if len(fits) == len(self.rows):
             return self.accuracy_of(self.student), self.student_logp
         rows = [row for row in self.rows if row.demonstration.row in fits]
@@ -153,7 +166,8 @@ class Measure:
         with self._arithmetic():
             if self.player:
                 policy = Sampling(self.config.max_completion_length, temperature=0)
-                return self.player(loaded or self.loaded, rows, prompts, policy)
+                judge = judge_of(self.config)
+                return self.player(loaded or self.loaded, rows, prompts, policy, judge=judge, scored=self.scored)
             return answer(
                 loaded or self.loaded,
                 prompts,
@@ -172,7 +186,8 @@ class Measure:
         prompts = [row.student_ids for row in self.rows]
         with self._arithmetic():
             if self.player:
-                return list(self.player(self.loaded, self.rows, prompts, self._sampling(), seeds).episodes)
+                played = self.player(self.loaded, self.rows, prompts, self._sampling(), seeds, scored=False)
+                return list(played.episodes)
             rollouts = sample(self.loaded, prompts, self._sampling(), seeds)
         return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(self.rows, rollouts, strict=True)]
 
@@ -197,7 +212,7 @@ class Measure:
         Raises:
             UserError: the layout does not fit the data or the window.
         """
-        rows = self._encode([row.demonstration for row in self.rows], context, hint)
+        rows = self._shown(context, hint)
         prompts = [row.teacher_ids or [] for row in rows]
         kept = self.forward_pass.keep(prompts, KEPT_BYTES)
         answers = self._answer(prompts, rows)
@@ -237,7 +252,7 @@ class Measure:
 
         Each KL is along the first model's own greedy replies, in nats per token.
         """
-        rows = self._encode([row.demonstration for row in self.rows], context)
+        rows = self._shown(context)
         prompts, base = [row.student_ids for row in rows], self.loaded
         said, seen = self.teacher_said[context], [row.teacher_ids or [] for row in rows]
         with self._arithmetic():
@@ -248,34 +263,76 @@ class Measure:
         with self._arithmetic():
             return teacher, self.accuracy_of(answers), kl_along(prompts, answers.ids, tuned, base, own=answers.is_own)
 
-    def cost(self, context: str) -> tuple[float, float, int]:
-        """Expected seconds per step, peak memory in GiB and the number of rows that it is for.
+    def cost(self, context: str) -> tuple[float, float, int] | str:
+        """Expected seconds per step, peak memory in GiB and the number of rows that it is for; or why they are unknown.
 
-        Measured with one forward and backward pass.
+        Measured with one forward and backward pass, unless full fine-tuning in float32 (16 bytes per weight) cannot fit
+        beside what is measured already.
         """
-        rows = self._encode([row.demonstration for row in self.rows], context)[: self.config.batch_size]
+        weights = sum(p.numel() for p in self.loaded.model.parameters()) * 4
+        free = free_memory(self.loaded.device)
+        has = None if free is None else free + tensor_bytes(self.loaded.model.parameters())
+        if has is not None and 4 * weights > has:
+            return f"full fine-tuning needs more than {4 * weights / 2**30:.1f} GiB, and there are {has / 2**30:.1f}"
+        try:
+            return self._measured_cost(context, weights)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return "one forward and backward pass ran out of memory"
+        finally:
+            self.loaded.model.zero_grad(set_to_none=True)
+
+    def _measured_cost(self, context: str, weights: int) -> tuple[float, float, int]:
+        """The same, for weights of this size in float32; leaves their gradients."""
+        rows = self._shown(context)[: self.config.batch_size]
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
         model, device = self.loaded.model, self.loaded.device
         began = clock(device)
         task_loss(model, model, self.forward_pass, Divergence(), rows, ids, self._arithmetic).backward()
         scoring_s = clock(device) - began
-        model.zero_grad(set_to_none=True)
         seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
-        weights = sum(p.numel() for p in model.parameters()) * 4
         # Plus AdamW's two moments and the teacher's average.
         return seconds, (peak_memory(device) + 3 * weights) / 2**30, len(rows)
 
     def spill(self, context: str) -> Spill:
         """How far a few steps of SFT, and of SDFT with this context, move the model on the anchors."""
+        if untried := self._untried(context):
+            return Spill(untried=untried)
+        sft = self._trials(CrossEntropy(), self._learnable(context))
+        return Spill(sft=sft, sdft=self.trial(context), prompts=self.general_named)
+
+    def trial(self, context: str, hint: float = 1) -> Trial | None:
+        """The effect of a few steps of SDFT whose teacher sees the share ``hint``; None where spill is not measured."""
+        if self._untried(context):
+            return None
+        if (context, hint) not in self.tried:
+            self.tried[context, hint] = self._trials(Divergence(), self._learnable(context, hint))
+        return self.tried[context, hint]
+
+    def _untried(self, context: str) -> str | None:
+        """Why no steps can be taken with a layout; None if they can."""
         if self.player:
-            return Spill(untried="its steps need single replies, and this data has episodes")
+            return "its steps need single replies, and this data has episodes"
         if not self.general:
-            return Spill(untried="there are no anchors to measure on (setting 'anchors')")
-        rows = self._encode([row.demonstration for row in self.rows], context)
+            return "there are no anchors to measure on (setting 'anchors')"
+        if not self._learnable(context):
+            return "no row has a completion to measure the gain on"
+        try:
+            refuse_float16(self.loaded.model, self.loaded.name)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _learnable(self, context: str, hint: float = 1) -> list[Example]:
+        """The rows of a layout that have a completion."""
+        return [row for row in self._shown(context, hint) if row.completion_ids]
+
+    @cached_property
+    def _trials(self) -> Trials:
         rate = self.config.learning_rate or LEARNING_RATE
         settings = TrialSettings(rate, self._sampling(), self.config.seed, self._arithmetic)
-        found = measure_spill(self.loaded, self.forward_pass, rows, self.general, self.chat, settings)
-        return found if found.untried else replace(found, prompts=self.general_named)
+        return Trials(self.loaded, self.forward_pass, self.general, self.chat, settings)
 
     def _sampling(self) -> Sampling:
         """The student's policy."""

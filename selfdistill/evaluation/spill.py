@@ -33,7 +33,7 @@ from selfdistill.data import (
     encode,
     is_packaged,
 )
-from selfdistill.errors import UserError, number_of
+from selfdistill.errors import number_of
 from selfdistill.evaluation.distances import Distance, mean_loss, summed_loss
 from selfdistill.loss import CrossEntropy, Divergence
 from selfdistill.model import (
@@ -42,7 +42,6 @@ from selfdistill.model import (
     Sampling,
     freeze_vision,
     make_optimizer,
-    refuse_float16,
     sample,
     sample_seed,
 )
@@ -164,48 +163,44 @@ def named_anchors(anchors: Anchors, count: int) -> str:
     return f"{number_of(count, 'prompt')} of {', '.join(Path(source).name for source in anchors)}"
 
 
-def measure_spill(
-    loaded: LoadedModel,
-    forward_pass: ForwardPass,
-    rows: Sequence[Example],
-    anchors: Sequence[Demonstration],
-    chat: ChatFormat,
-    settings: TrialSettings,
-) -> Spill:
-    """Take a few steps of SFT and of SDFT, each on a copy of the model.
+class Trials:
+    """Takes a few steps of a method, each time on a copy of the model, and measures their effect.
 
     Needs the memory of a training run in addition to the model's.
 
     Args:
-        loaded: the model, which is also SDFT's teacher; it is not changed.
+        loaded: the model, which is also SDFT's teacher; it is not changed. Its weights are not float16.
         forward_pass: runs the model.
-        rows: rows of the task, with the teacher's prompts. Those without a completion are left out.
         anchors: prompts to measure on.
         chat: encodes them.
         settings: settings of the steps.
-
-    Returns:
-        Both trials, or the reason why no step was taken.
     """
-    rows = [row for row in rows if row.completion_ids]
-    if not rows:
-        return Spill(untried="no row has a completion to measure the gain on")
-    try:
-        refuse_float16(loaded.model, loaded.name)
-    except UserError as error:
-        return Spill(untried=str(error))
-    prompts, demos = [row.student_ids for row in rows], [row.completion_ids for row in rows]
-    distance = Distance(loaded, forward_pass, chat, anchors, _TOKENS)
-    before = mean_loss(loaded, prompts, demos)
 
-    def trial(loss: CrossEntropy | Divergence) -> Trial:
-        student = replace(loaded, model=copy.deepcopy(loaded.model))
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        forward_pass: ForwardPass,
+        anchors: Sequence[Demonstration],
+        chat: ChatFormat,
+        settings: TrialSettings,
+    ) -> None:
+        self._loaded, self._forward_pass, self._settings = loaded, forward_pass, settings
+        self._distance = Distance(loaded, forward_pass, chat, anchors, _TOKENS)
+
+    def __call__(self, loss: CrossEntropy | Divergence, rows: Sequence[Example]) -> Trial:
+        """The effect of SFT, or with a divergence of SDFT.
+
+        Args:
+            loss: of the steps.
+            rows: rows of the task, each with a completion; for SDFT also with the teacher's prompt.
+        """
+        student = replace(self._loaded, model=copy.deepcopy(self._loaded.model))
         if student.pictures is not None:
             freeze_vision(student.model)  # as in a run
-        _train(student, loaded, forward_pass, loss, rows, settings)
-        return Trial(before - mean_loss(student, prompts, demos), distance.of(student.model))
-
-    return Spill(sft=trial(CrossEntropy()), sdft=trial(Divergence()))
+        _train(student, self._loaded, self._forward_pass, loss, rows, self._settings)
+        prompts, demos = [row.student_ids for row in rows], [row.completion_ids for row in rows]
+        before, after = (mean_loss(model, prompts, demos) for model in (self._loaded, student))
+        return Trial(before - after, self._distance.of(student.model))
 
 
 def _train(

@@ -1,6 +1,6 @@
 """From logits to loss and gradient, in pure PyTorch."""
 
-from selfdistill.loss.chunked import CHUNK_TOKENS, Head, Weighting, chunk_tokens, chunked_loss
+from selfdistill.loss.chunked import CHUNK_TOKENS, Head, Weighting, chunk_tokens, chunked_loss, plain_weight
 from selfdistill.loss.divergence import CrossEntropy, Divergence, Pair, forward_kl
 from selfdistill.loss.log_probs import pick
 from selfdistill.loss.target import ProximalTarget, Target
@@ -30,6 +30,7 @@ __all__ = [
     "group_advantages",
     "importance_weights",
     "pick",
+    "plain_weight",
     "token_weights",
     "top_k_entropy",
 ]

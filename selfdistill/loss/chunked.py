@@ -132,7 +132,7 @@ class _Chunks:
         tiny = torch.finfo(weights_N.dtype).tiny
         self.scale = torch.cat([weights_N.detach().abs(), weights_N.new_full((1,), tiny)]).amax()
         self.scaled_N = weights_N.detach() / self.scale
-        self.weight_VD = _plain_weight(self.head, teacher_head)
+        self.weight_VD = plain_weight(self.head, teacher_head)
 
     def run(self, size: int, base: tuple[Tensor, Head] | None, weighting: Weighting | None) -> dict[str, Tensor]:
         """Add every chunk to ``gradients``; returns the statistics of all tokens."""
@@ -203,7 +203,7 @@ def _rounded_factors(enabled: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _plain_weight(head: Head, teacher_head: Head | None) -> Tensor | None:
+def plain_weight(head: Head, teacher_head: Head | None = None) -> Tensor | None:
     """The weight of a head that is a single float32 matrix product; None for any other head.
 
     The product accumulates its gradient in place. With autograd, each chunk would first allocate another tensor of the

@@ -20,11 +20,12 @@ from selfdistill.config import MethodName, MethodSettings, TrainConfig
 from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
-from selfdistill.methods.checking import verdicts_on
+from selfdistill.methods.checking import text_to_score, verdicts_on
 from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
+from selfdistill.methods.prefixes import GuidedSamples
 from selfdistill.methods.samples_file import SamplesFile
 from selfdistill.methods.sequences import Completion, DatasetCompletions
 from selfdistill.methods.slots import (
@@ -39,7 +40,7 @@ from selfdistill.methods.slots import (
     own_names,
     whose,
 )
-from selfdistill.methods.worlds import begun, limits_of, refuse_silent
+from selfdistill.methods.worlds import begun, limits_of, scorer_judges
 
 __all__ = [
     "FROZEN",
@@ -52,6 +53,7 @@ __all__ = [
     "EpisodeRules",
     "EpisodeSamples",
     "GuidedAfterFailure",
+    "GuidedSamples",
     "Method",
     "Part",
     "Parts",
@@ -66,10 +68,11 @@ __all__ = [
     "limits_of",
     "own_names",
     "play",
-    "refuse_silent",
     "rules_of",
+    "scorer_judges",
     "shows_parts",
     "stages_of",
+    "text_to_score",
     "unused_settings",
     "uses",
     "verdicts_on",

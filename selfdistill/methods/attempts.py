@@ -19,7 +19,7 @@ from selfdistill.data import (
     with_feedback,
 )
 from selfdistill.errors import UserError
-from selfdistill.methods.grpo import ScoredExamples
+from selfdistill.methods.examples import ScoredExamples
 from selfdistill.methods.sequences import Completion
 
 Shown = Literal["sibling", "feedback", "either", "both"]
@@ -53,7 +53,7 @@ class AttemptContexts:
 
     @cached_property
     def _layout(self) -> Context:
-        return parse_context(self.context)
+        return parse_context(self.context, episodes=self.episodes)
 
     def __call__(
         self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder

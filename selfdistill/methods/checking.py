@@ -1,13 +1,47 @@
-"""Verdicts on samples: each sample is checked once, by one rank."""
+"""Verdicts on samples: the scorer's, and how each sample is checked once, by one rank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from selfdistill.data import ChatFormat, Verdict
+from selfdistill.data import ChatFormat, Verdict, default_scorer, scored_text, verdicts
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Checker
 from selfdistill.runtime import gathered, rank_slice
+
+
+@dataclass(frozen=True)
+class ScorerChecker:
+    """The verdict of the row's scorer on the reply, or the last reply of an episode."""
+
+    scorer: str | None
+
+    def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
+        given = []
+        for completion in completions:
+            row = completion.example.demonstration
+            name = default_scorer(row, self.scorer)
+            given.append((name, text_to_score(completion, chat, name), row))
+        return verdicts(given)
+
+
+def text_to_score(completion: Completion, chat: ChatFormat, scorer: str) -> str:
+    """What a scorer compares: the reply with its given beginning, of an episode the last; ``tool_call`` all replies."""
+    example = completion.example
+    spans = completion.reply_spans if completion.turns > 1 else [(0, len(completion.ids))]
+    if scorer != "tool_call":
+        spans = spans[-1:]
+    return "\n".join(
+        scored_text(
+            chat,
+            [*example.student_ids, *completion.ids[:start]],
+            completion.ids[start:end],
+            example.demonstration,
+            scorer,
+        )
+        for start, end in spans
+    )
 
 
 def verdicts_on(checker: Checker, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:

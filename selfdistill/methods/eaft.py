@@ -5,8 +5,8 @@
 H_20 is the entropy of the 20 most likely tokens, renormalised. SFT with each token weighted by the student's own
 uncertainty: where the student is sure of another token than the demonstration's, it is left alone.
 
-Differences: none known. The authors' code has a power of the weight, 1 by default, which is not offered, and divides by
-3.0, nearly ln 20.
+Differences: the authors' code divides by 3.0, nearly ln 20, and has a power of the weight, 1 by default, which is not
+offered.
 """
 
 from __future__ import annotations

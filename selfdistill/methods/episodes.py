@@ -19,7 +19,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import ColdStart, Completion, DatasetCompletions, StudentSamples
 from selfdistill.methods.slots import Method
-from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of, refuse_silent
+from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of, scorer_judges
 from selfdistill.model import LoadedModel, Rollout, Sampling, TurnSampler, sample_seed
 from selfdistill.runtime import gathered, rank_slice, say_note
 
@@ -243,7 +243,7 @@ class EpisodeSamples(StudentSamples):
 
 @dataclass(frozen=True)
 class NoVerdicts:
-    """The checker of episodes: only the environment judges them, so an episode without its verdict is an error."""
+    """The checker where only the environment judges, so an episode without its verdict is an error."""
 
     environment: str
 
@@ -275,8 +275,7 @@ def with_environment(config: TrainConfig, stages: tuple[Method, ...]) -> tuple[M
     evaluations.
 
     Raises:
-        UserError: the method samples, but not complete replies of the student; or there is no such environment, or the
-            method learns from rewards that it cannot give.
+        UserError: the method samples, but not complete replies of the student; or there is no such environment.
     """
     rules = episode_rules(config)
     if rules is None:
@@ -303,12 +302,10 @@ def _in_environment(config: TrainConfig, method: Method, rules: EpisodeRules) ->
             f"setting 'environment': {config.method} does not learn from whole episodes of the student alone, found "
             f"{rules.environment!r}; use a method that does, such as sdft or grpo, or leave it out"
         )
-    if method.checker:
-        refuse_silent(rules.environment, f"which {config.method} learns from")
     played = EpisodeSamples(samples.sampling, samples.num_generations, samples.seed, rules, config=config)
     return replace(
         method,
         sequence=replace(method.sequence, samples=played) if isinstance(method.sequence, ColdStart) else played,
-        checker=method.checker and NoVerdicts(rules.environment),
+        checker=method.checker and (method.checker if scorer_judges(config) else NoVerdicts(rules.environment)),
         also=tuple((name, _in_environment(config, other, rules)) for name, other in method.also),
     )

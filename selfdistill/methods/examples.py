@@ -23,12 +23,13 @@ from selfdistill.data import (
     is_packaged,
     no_part,
     notes_on,
+    nothing_to_score,
     nothing_to_show,
     parse_context,
     turns_of,
 )
 from selfdistill.errors import UserError, number_of
-from selfdistill.methods.worlds import begun, limits_of
+from selfdistill.methods.worlds import begun, limits_of, scorer_judges
 from selfdistill.model import LoadedModel
 
 
@@ -121,7 +122,20 @@ class DemonstrationExamples:
         """The problem of a row that has nothing for the context to show; None without a context."""
         if self.context is None:
             return None
-        return nothing_to_show if self.context == "auto" else parse_context(self.context).lacks
+        if self.context == "auto":
+            return nothing_to_show
+        return parse_context(self.context, episodes=self.config.environment != "none").lacks
+
+
+@dataclass(frozen=True)
+class ScoredExamples(DemonstrationExamples):
+    """Demonstrations with an answer to the last turn, which a scorer compares the samples with."""
+
+    replies: Replies = "last"
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        unscored = nothing_to_score(self.config.scorer) if scorer_judges(self.config) else None
+        return (unscored and unscored(demonstration)) or super().lacks(demonstration)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@ from typing import Any
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ContextEncoder, Demonstration, Example, Verdict, with_guide
-from selfdistill.methods.checking import verdicts_on
-from selfdistill.methods.grpo import GroupAdvantages, ScoredExamples, ScorerChecker
+from selfdistill.methods.checking import ScorerChecker, verdicts_on
+from selfdistill.methods.examples import ScoredExamples
+from selfdistill.methods.grpo import GroupAdvantages
+from selfdistill.methods.samples_file import Sample, SamplesFile
 from selfdistill.methods.sequences import Completion, DrawnSamples
+from selfdistill.methods.slots import Method, Schedule, State
 from selfdistill.model import LoadedModel, load_matching, sample, sample_seed
 
 
@@ -114,11 +117,48 @@ class OthersSuccesses(DrawnSamples):
 
 
 @dataclass(frozen=True)
+class SuccessesInOrder(OthersSuccesses):
+    """The same of several models: those of the first as completions, those of the others as ``later_ids``."""
+
+    later: tuple[OthersSuccesses, ...] = field(kw_only=True)
+
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], file: SamplesFile) -> list[Example]:
+        first = super().__call__(loaded, examples, file)
+        drawn = [found(loaded, examples, file) for found in self.later]
+        later = zip(*drawn, strict=True)
+        return [replace(x, later_ids=tuple(y.completion_ids for y in own)) for x, own in zip(first, later, strict=True)]
+
+    def samples(self, examples: Sequence[Example]) -> list[Sample]:
+        made = super().samples(examples)
+        for number, found in enumerate(self.later):
+            made += found.samples([replace(x, completion_ids=x.later_ids[number]) for x in examples])
+        return made
+
+
+@dataclass(frozen=True)
+class ModelInTurn(Schedule):
+    """The number, from 0, of the model whose samples rescue a group: each in order, for an equal part of the steps."""
+
+    models: int
+
+    def value(self, state: State, step: int, steps: int) -> float:
+        return min(self.models - 1, step * self.models // steps)
+
+    def applied(self, method: Method, value: float) -> Method:
+        """See :class:`selfdistill.methods.slots.Controller`."""
+        assert isinstance(method.select, RescuedAdvantages)
+        return replace(method, select=replace(method.select, model=int(value)))
+
+
+@dataclass(frozen=True)
 class RescuedAdvantages(GroupAdvantages):
     """Group advantages, where the last sample of a group without a right one is the example's completion, if any.
 
     It has a reward of 1.
     """
+
+    model: int = 0
+    """0: ``completion_ids``; n: the n-th of ``later_ids``."""
 
     def __call__(
         self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
@@ -126,6 +166,6 @@ class RescuedAdvantages(GroupAdvantages):
         learnt, judged = list(samples), list(verdicts)
         for last in (first + self.group - 1 for first in failed_groups(verdicts, self.group)):
             example = samples[last].example
-            if example.completion_ids:
-                learnt[last], judged[last] = Completion(example, example.completion_ids, None, False), Verdict(1.0)
+            if ids := (example.completion_ids, *example.later_ids)[self.model]:
+                learnt[last], judged[last] = Completion(example, ids, None, False), Verdict(1.0)
         return super().__call__(learnt, judged, encode)

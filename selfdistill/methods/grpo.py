@@ -2,9 +2,11 @@
 
     x -> y_1..y_G ~ p(.|x);   A_i = (r_i - mean r) / (std r + 1e-4);   L = -mean_i A_i mean_t log p(y_it | x, y_i<t)
 
-r is the scorer's reward: 1 for a reply that it accepts, mostly 0 for others. Each batch of samples is used for one
-update, TRL's default. So the ratio of new to old probability is 1, clipping never applies, and the gradient equals that
-of the clipped objective. There is no teacher and no KL penalty, and the demonstration is not used.
+r is the scorer's reward: 1 for a reply that it accepts, mostly 0 for others. There is no teacher, and the demonstration
+is not used.
+
+Differences: each batch of samples is used for one update, TRL's default. So the ratio of new to old probability is 1,
+clipping never applies, and the gradient equals that of the clipped objective. There is no KL penalty.
 """
 
 from __future__ import annotations
@@ -13,22 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import (
-    JUDGE,
-    ChatFormat,
-    ContextEncoder,
-    Demonstration,
-    Example,
-    Replies,
-    Verdict,
-    default_scorer,
-    nothing_to_score,
-    scored_text,
-    verdicts,
-)
+from selfdistill.data import JUDGE, ContextEncoder, Example, Verdict
 from selfdistill.errors import UserError
 from selfdistill.loss import CrossEntropy, group_advantages
-from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.checking import ScorerChecker
+from selfdistill.methods.examples import ScoredExamples
 from selfdistill.methods.sequences import Completion, StudentSamples
 from selfdistill.methods.slots import Method, engine_cap, sampling_of
 
@@ -58,33 +49,6 @@ def grpo(config: TrainConfig) -> tuple[Method, ...]:
             importance_cap=engine_cap(config),
         ),
     )
-
-
-@dataclass(frozen=True)
-class ScoredExamples(DemonstrationExamples):
-    """Demonstrations with an answer to the last turn, which a scorer compares the samples with."""
-
-    replies: Replies = "last"
-
-    def lacks(self, demonstration: Demonstration) -> str | None:
-        unscored = nothing_to_score(self.config.scorer) if self.config.environment == "none" else None
-        return (unscored and unscored(demonstration)) or super().lacks(demonstration)
-
-
-@dataclass(frozen=True)
-class ScorerChecker:
-    """The verdict of the row's scorer on the reply."""
-
-    scorer: str | None
-
-    def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
-        given = []
-        for completion in completions:
-            row = completion.example.demonstration
-            name = default_scorer(row, self.scorer)
-            text = scored_text(chat, completion.example.student_ids, completion.ids, row, name)
-            given.append((name, text, row))
-        return verdicts(given)
 
 
 @dataclass(frozen=True)

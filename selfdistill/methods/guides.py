@@ -10,9 +10,9 @@ from typing import Literal
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, ContextEncoder, Demonstration, Example, first_ten, with_guide
-from selfdistill.methods.checking import verdicts_on
+from selfdistill.methods.checking import ScorerChecker, verdicts_on
+from selfdistill.methods.examples import ScoredExamples
 from selfdistill.methods.failures import failed_groups
-from selfdistill.methods.grpo import ScoredExamples, ScorerChecker
 from selfdistill.methods.sequences import Completion, StudentSamples
 from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
 
@@ -72,9 +72,11 @@ class GuidedExamples(ScoredExamples):
 
 @dataclass(frozen=True)
 class GuidedAfterFailure:
-    """Groups of student samples. Where none is right, samples with a guide replace the last ``replaced``.  The guide is
-    the smallest number of first actions of the demonstration, at the end of the prompt, with which a sample is right. A
-    binary search finds it, with ``replaced`` samples per try. If no number helps, the group is unchanged.
+    """Groups of student samples. Where none is right, samples with a guide replace the last ``replaced``.
+
+    The guide is the smallest number of first actions of the demonstration, at the end of the prompt, with which a
+    sample is right. A binary search finds it, with ``replaced`` samples per try. If no number helps, the group is
+    unchanged.
     """
 
     sampling: Sampling

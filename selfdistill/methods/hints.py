@@ -19,11 +19,10 @@ from selfdistill.data import (
     parse_context,
 )
 from selfdistill.errors import UserError, number_of
-from selfdistill.methods.checking import verdicts_on
-from selfdistill.methods.examples import DemonstrationExamples
-from selfdistill.methods.grpo import ScoredExamples, ScorerChecker
+from selfdistill.methods.checking import ScorerChecker, verdicts_on
+from selfdistill.methods.examples import DemonstrationExamples, ScoredExamples
 from selfdistill.methods.sequences import Completion, DrawnSamples
-from selfdistill.methods.slots import Method, State
+from selfdistill.methods.slots import Method, Schedule, State
 from selfdistill.model import LoadedModel, Sampling, sample
 
 
@@ -60,21 +59,14 @@ class HintController:
 
 
 @dataclass(frozen=True)
-class HintSchedule(HintController):
+class HintSchedule(HintController, Schedule):
     """The share goes linearly from ``first`` at the first step to ``last`` at the last, and remembers nothing."""
 
     first: float
     last: float
 
-    @property
-    def start(self) -> State:
-        return {}
-
     def value(self, state: State, step: int, steps: int) -> float:
         return self.first + (self.last - self.first) * min(1.0, step / max(1, steps - 1))
-
-    def update(self, state: State, metrics: dict[str, Any], step: int, steps: int) -> State:
-        return state
 
 
 @dataclass(frozen=True)

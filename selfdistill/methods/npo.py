@@ -7,21 +7,23 @@ enough for its samples to be likely under the student, and solves more. A prompt
 model is unchanged.
 
 Differences: the authors take the checkpoint 20 to 70 steps ahead of each step, and choose the distance by pass rate
-over the variance of importance weights. Here it is one model for the whole run, and its samples are drawn once, before
-the first step, so that it need not stay in memory. So run the plain method first, give a checkpoint of it, and stop or
-repeat when the student has come as far. We did not find how they weight z, which comes from another policy; here it
-counts as the student's own. The number of tries is a setting.
+over the variance of importance weights. Here it is one model for the whole run, or with ``later`` several in order,
+each for an equal part of the steps; the distance is the user's. Their samples are drawn once, before the first step, so
+that none need stay in memory. So run the plain method first, and give models of it after more and more steps. We did
+not find how the authors weight z, which comes from another policy; here it counts as the student's own. The number of
+tries is a setting.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from pydantic import Field
 
 from selfdistill.config import Settings, TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.methods.failures import OthersSuccesses, RescuedAdvantages
+from selfdistill.methods.failures import ModelInTurn, OthersSuccesses, RescuedAdvantages, SuccessesInOrder
 from selfdistill.methods.grpo import grpo
 from selfdistill.methods.slots import Method, own_settings, sampling_of
 
@@ -31,14 +33,19 @@ class NpoSettings(Settings):
 
     tries: int = Field(default=8, ge=1)
     """Maximum samples of the later model per prompt, until one is right."""
+    later: tuple[str, ...] = ()
+    """Models after ``teacher_model``, in order: the run moves on to them, each for an equal part of its steps."""
 
 
 def npo(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO, with a sample of another model where all of the student's fail."""
-    own, (rewarded,), later = own_settings(config, NpoSettings), grpo(config), config.teacher_model
-    if later is None:
+    own, (rewarded,), first = own_settings(config, NpoSettings), grpo(config), config.teacher_model
+    if first is None:
         raise UserError("setting 'teacher_model': npo needs a later checkpoint, to learn from its right samples")
-    found = OthersSuccesses(
-        sampling_of(config), config.seed, config.batch_size, model=later, tries=own.tries, config=config
-    )
-    return (replace(rewarded, fixed=found, select=RescuedAdvantages(rewarded.sequence.per_example)),)
+    how: dict[str, Any] = {"sampling": sampling_of(config), "seed": config.seed, "batch_size": config.batch_size}
+    how |= {"tries": own.tries, "config": config}
+    method = replace(rewarded, select=RescuedAdvantages(rewarded.sequence.per_example))
+    if not own.later:
+        return (replace(method, fixed=OthersSuccesses(model=first, **how)),)
+    found = SuccessesInOrder(model=first, later=tuple(OthersSuccesses(model=x, **how) for x in own.later), **how)
+    return (replace(method, fixed=found, controller=ModelInTurn(1 + len(own.later))),)

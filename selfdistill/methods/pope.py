@@ -7,7 +7,8 @@ quarter of it. The search runs once, before the first step. Each group has its o
 is never solved alone is learnt from its prefix. A reply has at most max_completion_length tokens including
 its prefix: a sample after a prefix has at most 3/4 of them, a sample of the prompt alone has all.
 
-Differences: the authors put h into the prompt, with the request to build on it. Here it begins the reply, so the loss
+Differences: the authors put h into the prompt, with the request to build on it; ``where: prompt`` does so. Then z is a
+whole reply, which may repeat h, and its loss is under the prompt with h. By default h begins the reply, so the loss
 sees the prompt alone, and models need not follow that request. They train only on hard prompts, which none of many
 samples solves. Here all rows are learnt, and the prefix of an easy one is empty; choose hard rows in the data. We did
 not find which lengths they tried: here four, and the longest if no sample is right.
@@ -20,8 +21,9 @@ from dataclasses import replace
 from pydantic import Field
 
 from selfdistill.config import Settings, TrainConfig
-from selfdistill.methods.grpo import ScoredExamples, grpo
-from selfdistill.methods.prefixes import GuidedSamples, ShortestPrefixes
+from selfdistill.methods.examples import ScoredExamples
+from selfdistill.methods.grpo import grpo
+from selfdistill.methods.prefixes import GuidedSamples, ShortestPrefixes, Where
 from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.slots import Method, own_settings
 
@@ -35,6 +37,8 @@ class PopeSettings(Settings):
     """Number of lengths that are tried, in equal steps, after the empty prefix."""
     tries: int = Field(default=8, ge=1)
     """Samples after each prefix in the search before the first step."""
+    where: Where = "reply"
+    """Where the prefix is: it begins the ``reply``, or is at the end of the ``prompt``."""
 
 
 def pope(config: TrainConfig) -> tuple[Method, ...]:
@@ -47,7 +51,7 @@ def pope(config: TrainConfig) -> tuple[Method, ...]:
         replace(
             rewarded,
             examples=ScoredExamples(config, completion_must_fit=True),
-            sequence=GuidedSamples(sampling, group, config.seed, own.longest),
+            sequence=GuidedSamples(sampling, group, config.seed, own.longest, own.where, config=config),
             fixed=search,
         ),
     )

@@ -1,4 +1,4 @@
-"""Sequences that begin with a part of the demonstration: the student continues a given prefix."""
+"""Samples that get a part of the demonstration: the student continues it as its reply, or sees it in the prompt."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ContextEncoder, Example, Verdict
-from selfdistill.methods.checking import verdicts_on
-from selfdistill.methods.grpo import ScorerChecker
+from selfdistill.data import ContextEncoder, Example, Verdict, with_guide
+from selfdistill.errors import UserError
+from selfdistill.methods.checking import ScorerChecker, verdicts_on
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
+
+Where = Literal["reply", "prompt"]
+"""Where a prefix of the demonstration is: it begins the reply, or is at the end of the prompt."""
 
 
 def continued(
@@ -50,9 +53,39 @@ def _beginning(prefix: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return ((0, len(prefix)),) if prefix else ()
 
 
+def prompted(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    prefixes: Sequence[list[int]],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    config: TrainConfig,
+) -> list[Completion]:
+    """The student's replies to prompts that end with the text of the given tokens; the loss sees these prompts.
+
+    Raises:
+        UserError: such a prompt is too long, or the chat template cannot show it.
+    """
+    chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+    encode = ContextEncoder(chat, config.max_prompt_length, config.max_completion_length, loaded.window)
+    shown = [_prompted(x, prefix, encode) for x, prefix in zip(examples, prefixes, strict=True)]
+    if encode.unfit:
+        raise UserError(f"{encode.unfit[0]}, with a prefix of the demonstration; lower 'longest', or use where: reply")
+    rollouts = sample(loaded, [x.student_ids for x in shown], sampling, seeds)
+    return [Completion(x, r.ids, r.logps, r.truncated) for x, r in zip(shown, rollouts, strict=True)]
+
+
+def _prompted(example: Example, prefix: Sequence[int], encode: ContextEncoder) -> Example:
+    """The example with the text of these tokens at the end of its prompt; as it is if there is none, or it is unfit."""
+    text = encode.chat.decode(prefix).rstrip("\N{REPLACEMENT CHARACTER}")  # a token may end within a character
+    row = example.demonstration
+    ids = encode(row, with_guide(row.prompt, text)) if text else None
+    return example if ids is None else replace(example, student_ids=ids)
+
+
 @dataclass(frozen=True)
 class GuidedSamples:
-    """For each example a group of samples of the prompt alone, then one whose replies begin with its completion."""
+    """For each example a group of samples of the prompt alone, then one that gets its completion as a prefix."""
 
     sampling: Sampling
     """Prefix and sample together have at most its number of tokens."""
@@ -60,6 +93,8 @@ class GuidedSamples:
     seed: int
     longest: float
     """Share of the completion that a prefix may have."""
+    where: Where
+    config: TrainConfig = field(kw_only=True, compare=False)
 
     @property
     def per_example(self) -> int:
@@ -76,7 +111,16 @@ class GuidedSamples:
             prefixes += [[]] * self.group + [example.completion_ids] * self.group
             seeds += [sample_seed(self.seed, step, row, seen[row] + number) for number in range(self.per_example)]
             seen[row] += self.per_example
-        return continued(loaded, expanded, prefixes, self.sampling, self.longest, seeds)
+        return _helped(self, loaded, expanded, prefixes, seeds)
+
+    def longest_example(self, example: Example, encode: ContextEncoder) -> Example:
+        """The example with about the longest prompt that it is sampled with; for memory plans."""
+        if self.where == "reply":
+            return example
+        whole = replace(encode, max_prompt_length=None, window=None)
+        ids = example.completion_ids[:-1]
+        shown = _prompted(example, ids[: int(len(ids) * self.longest)], whole)
+        return replace(shown, student_ids=shown.student_ids[: encode.limit])
 
 
 @dataclass(frozen=True)
@@ -164,7 +208,7 @@ class GivenPrefixes:
 
 @dataclass(frozen=True)
 class ShortestPrefixes(DrawnSamples):
-    """Replaces each completion, before the first step, by its shortest prefix after which a sample is right.
+    """Replaces each completion, before the first step, by its shortest prefix with which a sample is right.
 
     It tries ``lengths`` equal steps from 0 up to ``longest`` of the completion. If no sample is right,
     the prefix has the maximum length.
@@ -175,7 +219,8 @@ class ShortestPrefixes(DrawnSamples):
     lengths: int = 4
     """Number of lengths above 0 that are tried."""
     tries: int = 8
-    """Samples after each prefix."""
+    """Samples with each prefix."""
+    where: Where = "reply"
     config: TrainConfig = field(kw_only=True, compare=False)
     what = "shortest prefixes"
 
@@ -195,7 +240,7 @@ class ShortestPrefixes(DrawnSamples):
             prefixes = [self._prefix(examples[i], number) for i in open_]
             rows = [examples[i].demonstration.row for i in open_]
             seeds = [sample_seed(self.seed, -1 - number, row, n % self.tries) for n, row in enumerate(rows)]
-            made = continued(loaded, [examples[i] for i in open_], prefixes, self.sampling, self.longest, seeds)
+            made = _helped(self, loaded, [examples[i] for i in open_], prefixes, seeds)
             verdicts = verdicts_on(check, made, chat)
             for i, verdict in zip(open_, verdicts, strict=True):
                 if verdict.reward == 1:
@@ -210,4 +255,18 @@ class ShortestPrefixes(DrawnSamples):
     def depends_on(self, example: Example) -> list[Any]:
         row = example.demonstration
         own = [row.completion, self.longest, self.lengths, self.tries, self.config.scorer, row.scorer, row.answer]
+        own += [self.where] if self.where == "prompt" else []  # folders of earlier versions have none
         return [*super().depends_on(example), *own]
+
+
+def _helped(
+    how: GuidedSamples | ShortestPrefixes,
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    prefixes: Sequence[list[int]],
+    seeds: Sequence[int],
+) -> list[Completion]:
+    """The student's samples with the prefixes where they belong."""
+    if how.where == "prompt":
+        return prompted(loaded, examples, prefixes, how.sampling, seeds, how.config)
+    return continued(loaded, examples, prefixes, how.sampling, how.longest, seeds)

@@ -11,7 +11,7 @@ Differences: the authors choose among several right samples by position, as here
 thoughts, in the words of ``context``. Feedback is shown only on samples with a reward below 1; ``either``, the authors'
 default, shows it where no other sample is right. We did not find their a, so there is no default. They use reverse KL
 for code. With an engine, a sample has one truncated importance weight in place of one per token. GRPO's loss counts all
-samples, D's mean only those with c_i.
+samples, D's mean only those with c_i. Feedback of the built-in scorers names the expected answer.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from selfdistill.data import Example, Message, Verdict, own_tokens, reply_spans
 from selfdistill.errors import RESUME, EngineFailed, RunStopped
-from selfdistill.methods.samples_file import SamplesFile
+from selfdistill.methods.samples_file import Sample, SamplesFile
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time, sample, sample_seed
 from selfdistill.runtime import ProgressBar, StopRequests, all_gather
 
@@ -263,4 +263,8 @@ class DrawnSamples:
 
     def write(self, file: SamplesFile, examples: Sequence[Example]) -> None:
         """Save the samples, for a resumed run and for inspection."""
-        file.write([(self._key(x), x, getattr(x, self.replaces)) for x in examples])
+        file.write(self.samples(examples))
+
+    def samples(self, examples: Sequence[Example]) -> list[Sample]:
+        """The samples with their keys, as the file has them."""
+        return [(self._key(x), x, getattr(x, self.replaces)) for x in examples]

@@ -78,6 +78,19 @@ class Controller(Protocol):
         ...
 
 
+class Schedule:
+    """What a controller has that remembers nothing: its number depends on the step alone."""
+
+    @property
+    def start(self) -> State:
+        """See :class:`Controller`."""
+        return {}
+
+    def update(self, state: State, metrics: dict[str, Any], step: int, steps: int) -> State:
+        """See :class:`Controller`."""
+        return state
+
+
 OwnSettings = TypeVar("OwnSettings", bound=Settings)
 
 

@@ -3,11 +3,12 @@
     L = -mean_t 1[ log p_b(d_t) <= log p_0(d_t) ] log p(d_t | x, d_<t)
 
 p_0 is the model before training. p_b is ``teacher_model``: an SFT run on the same data, ended at its lowest accuracy.
-The tokens that SFT learns first are assumed to be harmful, and are left out. Training restarts from p_0.  Differences:
-based on notes, not on the authors' code. They find p_b among the checkpoints of the SFT run. Here you name it, because
-a run's stages continue from one another and keep no other weights. With ``max_steps``, ``warmup_steps`` 0 and a
-constant rate, a short SFT run is a checkpoint of a longer one. The mean is over all tokens of a demonstration, with 0
-for those left out.
+The tokens that SFT learns first are assumed to be harmful, and are left out. Training restarts from p_0.
+
+Differences: based on notes, not on the authors' code. They find p_b among the checkpoints of the SFT run. Here you name
+it, because a run's stages continue from one another and keep no other weights. With ``max_steps``, ``warmup_steps`` 0
+and a constant rate, a short SFT run is a checkpoint of a longer one. The mean is over all tokens of a demonstration,
+with 0 for those left out.
 """
 
 from __future__ import annotations

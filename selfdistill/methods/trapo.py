@@ -24,7 +24,8 @@ from torch import Tensor
 from selfdistill.config import Settings, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.loss import Pair, pick
-from selfdistill.methods.grpo import GroupAdvantages, ScoredExamples, grpo
+from selfdistill.methods.examples import ScoredExamples
+from selfdistill.methods.grpo import GroupAdvantages, grpo
 from selfdistill.methods.prefixes import GivenPrefixes, MicroGroups
 from selfdistill.methods.slots import Method, own_settings, sampling_of
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from selfdistill.config import TaskSettings
 from selfdistill.data import Demonstration, Message, Replies, as_row, first_ten, one_line
-from selfdistill.environments import Environment, EnvironmentFactory, Step, make_environment
+from selfdistill.environments import IN_PYTHON, Environment, EnvironmentFactory, Step, make_environment
 from selfdistill.errors import UserError
 
 Result = TypeVar("Result")
@@ -20,22 +20,25 @@ Result = TypeVar("Result")
 THREADS = 32
 """Maximum environments that answer at the same time."""
 
-environment_of: Callable[[str], EnvironmentFactory] = functools.cache(make_environment)
-"""The factory of the environments of a name, looked up once."""
+_looked_up: Callable[[str], EnvironmentFactory] = functools.cache(make_environment)
 
 
-def refuse_silent(name: str, use: str) -> None:
-    """Refuse an environment that cannot judge.
-
-    Args:
-        name: of the environment.
-        use: what its rewards are for; ends "it has no reward, ".
+def environment_of(name: str) -> EnvironmentFactory:
+    """The factory of the environments of a name. A user's module is looked up once.
 
     Raises:
-        UserError: there is no such environment, or it is a class of tools that has no reward.
+        UserError: there is no such environment.
     """
-    if not environment_of(name).judges:
-        raise UserError(f"environment {name!r}: it has no reward, {use}; add an attribute or a method reward")
+    return make_environment(name) if name.startswith(IN_PYTHON) else _looked_up(name)
+
+
+def scorer_judges(config: TaskSettings) -> bool:
+    """Whether the scorer judges: without an environment the replies, and the last reply in one that has no rewards.
+
+    Raises:
+        UserError: there is no such environment.
+    """
+    return config.environment == "none" or not environment_of(config.environment).judges
 
 
 def limits_of(config: TaskSettings, replies: Replies = "last") -> dict[str, Any]:
@@ -71,16 +74,20 @@ class EpisodeRow(Demonstration):
 
 
 def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
-    """The rows with the environment's tools and first messages.  An environment begins every episode of a row the same
-    way, so this is done once per row. Rows that have already begun begin again.  Raises: UserError: an environment
-    fails, or rows have pictures, which episodes do not support.
+    """The rows with the environment's tools and first messages.
+
+    An environment begins every episode of a row the same way, so this is done once per row. Rows that have already
+    begun begin again.
+
+    Raises:
+        UserError: an environment fails, or rows have pictures, which episodes do not support.
     """
     if seen := [row.source for row in rows if row.images]:
         raise UserError(
             f"setting 'environment': {len(seen)} of {len(rows)} rows have pictures, but episodes support only text "
             f"({first_ten(seen)}); leave out the pictures or the environment"
         )
-    known = _firsts(name)
+    known = _firsts(environment_of(name))
     rows = [row.unbegun if isinstance(row, EpisodeRow) else row for row in rows]
     blank = [_episode_row(row, [], ()) for row in rows]
     keys = [json.dumps(row.columns, default=str) for row in blank]
@@ -94,7 +101,7 @@ def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
 
 
 @functools.cache
-def _firsts(name: str) -> dict[str, tuple[tuple[Message, ...], list[dict[str, Any]]]]:
+def _firsts(factory: EnvironmentFactory) -> dict[str, tuple[tuple[Message, ...], list[dict[str, Any]]]]:
     """The environment's first messages and tools, by the row's columns."""
     return {}
 

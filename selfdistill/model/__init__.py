@@ -8,7 +8,14 @@ from selfdistill.model.episode_sampling import TurnSampler
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
-from selfdistill.model.four_bits import can_be_in_4bit, dequantised, is_in_4bit, set_compute_dtype, weight_tensors
+from selfdistill.model.four_bits import (
+    can_be_in_4bit,
+    count_of,
+    dequantised,
+    is_in_4bit,
+    set_compute_dtype,
+    weight_tensors,
+)
 from selfdistill.model.fsdp import (
     distribute_like,
     full_tensor,
@@ -19,21 +26,22 @@ from selfdistill.model.fsdp import (
     shard,
     unsharded,
 )
-from selfdistill.model.head import unwrap
+from selfdistill.model.head import body_and_head, unwrap
 from selfdistill.model.loading import (
     LoadedModel,
-    add_lora,
     adopt,
     checkpoint_activations,
     load_for_training,
     load_matching,
     load_model,
     matched,
+    set_recomputing,
     start_fingerprint,
     switched_back,
     to_best_device,
     weights_fingerprint,
 )
+from selfdistill.model.lora import add_lora, describe_lora
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import PictureInputs, freeze_vision, is_image_text
 from selfdistill.model.precision import (
@@ -73,12 +81,15 @@ __all__ = [
     "add_lora",
     "adopt",
     "alike_layers",
+    "body_and_head",
     "cache_dir",
     "cached_casts",
     "can_be_in_4bit",
     "checkpoint_activations",
     "close_engine",
+    "count_of",
     "dequantised",
+    "describe_lora",
     "deterministic",
     "distribute_like",
     "engine_for",
@@ -113,6 +124,7 @@ __all__ = [
     "sample_at_its_longest",
     "sample_seed",
     "set_compute_dtype",
+    "set_recomputing",
     "shard",
     "staging_bytes",
     "start_fingerprint",

@@ -122,24 +122,60 @@ def other_lora(loaded: LoadedModel) -> Iterator[None]:
 def hub_tensors(loaded: LoadedModel, *, merge: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Name and full tensor of every weight, as the model's files would have them; tied weights once.
 
-    Checks the model immediately, and computes each tensor lazily.
+    Checks the model immediately, and computes each tensor lazily. Only tensors that the files hold in another form,
+    such as experts one by one, are converted all at once, at the end.
 
     Sharded weights are gathered one by one, and all ranks must iterate. Active LoRA adapters are merged in float32:
     W + s B A. With ``merge=False`` these are the weights of the base, W.
 
     Raises:
-        UserError: the adapter does more than LoRA on linear layers.
+        UserError: the adapter does more than LoRA on linear layers and experts.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
+    parts = _checked_parts(loaded)
     causal = unwrap(loaded.model)
-    parts = dict(_parts(causal, loaded.name))
-    # Converting back, as from experts in one tensor to single ones, needs all tensors at once.
-    renamed = revert_weight_conversion(causal, {name: weight.to("meta") for name, (weight, _) in parts.items()})
-    weights = ((name, _whole(weight, layer if merge else None)) for name, (weight, layer) in parts.items())
-    if renamed.keys() == parts.keys():
-        return weights
-    return iter(revert_weight_conversion(causal, dict(weights)).items())
+
+    def whole(name: str) -> Tensor:
+        weight, layer = parts[name]
+        return _whole(weight, layer if merge else None)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        shapes = {
+            name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, (weight, _) in parts.items()
+        }
+        names = {id(shape): name for name, shape in shapes.items()}
+        hubs = revert_weight_conversion(causal, shapes)
+        # Renaming keeps a tensor, and converting makes another, which may have the same name and shape.
+        kept = {hub_name: names[id(shape)] for hub_name, shape in hubs.items() if id(shape) in names}
+        for hub_name, name in kept.items():
+            yield hub_name, whole(name)
+        left = parts.keys() - kept.values()
+        if left:
+            given = {name: whole(name) if name in left else shape for name, shape in shapes.items()}
+            converted = revert_weight_conversion(causal, given)
+            yield from ((name, weight) for name, weight in converted.items() if name not in kept)
+
+    return tensors()
+
+
+def check_adapter(loaded: LoadedModel) -> None:
+    """Refuse adapters that an engine cannot get.
+
+    Raises:
+        UserError: the adapter does more than LoRA on linear layers and experts.
+    """
+    _checked_parts(loaded)
+
+
+def _checked_parts(loaded: LoadedModel) -> dict[str, tuple[Tensor, Any]]:
+    return dict(_parts(unwrap(loaded.model), loaded.name))
+
+
+def is_adapter_for_engines(loaded: LoadedModel) -> bool:
+    """Whether engines can load the student's adapter as one: it is active, and adapts linear layers only."""
+    layers = _lora_layers(loaded.model).values()
+    return adapter_rank(loaded) > 0 and not any(hasattr(layer, "parameter_name") for layer in layers)
 
 
 def adapter_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
@@ -178,12 +214,16 @@ def _parts(causal: nn.Module, name: str) -> Iterator[tuple[str, tuple[Tensor, An
     for path, weight in (*causal.named_parameters(), *_saved_buffers(causal)):
         if _LORA in path:
             continue
-        layer = wrapped.get(path.rpartition(".")[0].removesuffix(_BASE)) if _BASE in path else None
-        if layer is not None:
+        owner, _, own = path.rpartition(".")
+        around, merge = [], None
+        while owner.endswith(_BASE):  # each adapter of a tensor of experts is around the one before
+            owner = owner.removesuffix(_BASE)
+            around += [wrapped[owner]] if owner in wrapped else []
+        for layer in around:
             _check_lora(layer, name)
-        elif any(part in path for part in _OTHER_KINDS):
+            merge = layer if getattr(layer, "parameter_name", "weight") == own else merge
+        if not around and any(part in path for part in _OTHER_KINDS):
             raise _unsupported(name)
-        merge = layer if path.endswith(f"{_BASE}.weight") else None
         yield path.replace(_BASE, ""), (weight.detach(), merge)
 
 
@@ -200,21 +240,22 @@ def _saved_buffers(causal: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_lora(layer: Any, name: str) -> None:
-    """Refuse adapters that are not W + s B A.
+    """Refuse adapters that are not W + s B A, of a linear layer or of each expert in a tensor.
 
     Raises:
         UserError: names the model.
     """
-    from peft.tuners.lora import Linear
+    from peft.tuners.lora import Linear, ParamWrapper
 
-    if not isinstance(layer, Linear) or layer.lora_variant or any(layer.lora_bias.values()) or layer.merged:
+    plain = isinstance(layer, (Linear, ParamWrapper))
+    if not plain or layer.lora_variant or any(layer.lora_bias.values()) or layer.merged:
         raise _unsupported(name)
 
 
 def _unsupported(name: str) -> UserError:
     return UserError(
-        f"model {name!r}: an engine gets LoRA on linear layers merged, and this adapter is of another kind; merge it "
-        "first (selfdistill export --merge), or leave engine out"
+        f"model {name!r}: an engine gets LoRA on linear layers and experts merged, and this adapter is of another "
+        "kind; merge it first (selfdistill export --merge), or leave engine out"
     )
 
 
@@ -224,7 +265,10 @@ def _whole(weight: Tensor, layer: Any) -> Tensor:
     whole = full_tensor(weight)
     active = [] if layer is None or layer.disable_adapters else layer.active_adapters
     for adapter in (name for name in active if name in layer.lora_A):
-        down, up = (full_tensor(part[adapter].weight.detach()).float() for part in (layer.lora_A, layer.lora_B))
-        update = layer.scaling[adapter] * (up @ down)
+        if hasattr(layer, "parameter_name"):
+            update = full_tensor(layer.get_delta_weight(adapter))
+        else:
+            down, up = (full_tensor(part[adapter].weight.detach()).float() for part in (layer.lora_A, layer.lora_B))
+            update = layer.scaling[adapter] * (up @ down)
         whole = whole.float() + (update.T if layer.fan_in_fan_out else update)
     return whole

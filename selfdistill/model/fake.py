@@ -33,7 +33,8 @@ from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.files import local_folder, resolve
 from selfdistill.model.four_bits import add_scales, pack_weights, replace_layers, weight_tensors
 from selfdistill.model.head import unwrap
-from selfdistill.model.loading import LoadedModel, add_lora, describe, load_tokenizer
+from selfdistill.model.loading import LoadedModel, describe, load_tokenizer
+from selfdistill.model.lora import add_lora
 from selfdistill.model.pictures import PictureInputs, pictures_for
 from selfdistill.model.prefix_cache import in_attention_dtype
 from selfdistill.model.quantisation import loading_options

@@ -118,7 +118,7 @@ class ForwardPass:
         held = kept.kept(body, config, contexts) if kept and not pictured else []
         if kept and held:
             cache, filled_B = kept.cache(body, config, [contexts[row] for row in held])
-            passes.append((held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B)))
+            passes.append((held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B, self._window)))
         left = sorted(set(range(len(contexts))) - set(held))
         # Train mode means gradient checkpointing (see Trainer).
         whole = self._sharded or (torch.is_grad_enabled() and (model.training or self._compiled is not None))
@@ -133,12 +133,12 @@ class ForwardPass:
             cache = DynamicCache(config=config)
             beginning = torch.tensor([contexts[rows[0]][:length]], device=device)
             with _attention(model, beginning):
-                _last_hidden(body, cache, None, beginning)
+                _last_hidden(body, cache, None, None, beginning)
             cache.batch_repeat_interleave(len(rows))
-            passes.append((rows, [length] * len(rows), partial(_last_hidden, body, cache, None)))
+            passes.append((rows, [length] * len(rows), partial(_last_hidden, body, cache, None, None)))
         alone = sorted(set(left) - {row for rows, *_ in passes for row in rows})
         if alone:
-            passes.append((alone, [0] * len(alone), partial(_last_hidden, body, None, None)))
+            passes.append((alone, [0] * len(alone), partial(_last_hidden, body, None, None, None)))
         by_row: dict[int, Tensor] = {}
         for rows, lengths, forward in passes:
             chosen = [completions[row] for row in rows]
@@ -190,7 +190,12 @@ def _logits(model: Any, ids_BL: Tensor, **seen: Tensor) -> Tensor:
 
 
 def _last_hidden(
-    body: Any, cache: DynamicCache | None, filled_B: Tensor | None, ids_BL: Tensor, **seen: Tensor
+    body: Any,
+    cache: DynamicCache | None,
+    filled_B: Tensor | None,
+    window: int | None,
+    ids_BL: Tensor,
+    **seen: Tensor,
 ) -> Tensor:
     """Hidden states.
 
@@ -198,6 +203,7 @@ def _last_hidden(
         body: the model without its head.
         cache: states of the tokens before; None: there are none.
         filled_B: the number of valid cache positions per sequence; None: all.
+        window: the model's, beyond which padding gets no positions; None if it has none.
         ids_BL: token ids.
         seen: inputs for the pictures.
     """
@@ -207,6 +213,8 @@ def _last_hidden(
         mask_BL = torch.arange(width, device=filled_B.device) >= width - filled_B[:, None]
         own_BL = torch.ones_like(ids_BL, dtype=torch.bool)
         position_BL = filled_B[:, None] + torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        if window is not None:  # learnt positions end there, and rotary ones may change beyond
+            position_BL = position_BL.clamp(max=window - 1)
         places = {"attention_mask": torch.cat([mask_BL, own_BL], dim=1).long(), "position_ids": position_BL}
     return body(
         input_ids=ids_BL, past_key_values=cache, use_cache=cache is not None, **places, **seen

@@ -85,6 +85,12 @@ def weight_tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers(), *scales(model).values()]
 
 
+def count_of(weight: Tensor) -> int:
+    """How many numbers a weight has; the codes of a quantised one are two per byte."""
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else int(state.shape.numel())
+
+
 def plain(weight: Tensor) -> Tensor:
     """A weight as an ordinary tensor; for a quantised weight its codes, two per byte."""
     return weight.detach().as_subclass(Tensor) if hasattr(weight, "quant_state") else weight.detach()

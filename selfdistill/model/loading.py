@@ -24,8 +24,7 @@ from selfdistill.model.device import best_device, has_gpu
 from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
 from selfdistill.model.four_bits import plain, scales
-from selfdistill.model.pictures import PictureInputs, beside_language, divided, has_own_positions, pictures_for
-from selfdistill.model.quantisation import import_before_peft
+from selfdistill.model.pictures import PictureInputs, divided, has_own_positions, pictures_for
 from selfdistill.model.sampled import Sampled
 from selfdistill.model.weights import check_vocabulary, embedding_rows, first_line, load_causal
 from selfdistill.runtime import library_warnings
@@ -273,12 +272,34 @@ def describe(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | No
             "the tokenizer has no chat template; using a plain-text layout (User:, Assistant:), where a reply ends at "
             "the next turn"
         )
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    window = _window(model, notes)
     # The model remembers the positions of its last prompt with pictures; continuing another pass would use them.
     never = False if pictures is not None and has_own_positions(model) else None
     return LoadedModel(
         model, tokenizer, name, tuple(ends), pad, window, notes, pictures=pictures, continues_cache=never
     )
+
+
+def _window(model: Any, notes: list[str]) -> int | None:
+    """Maximum number of tokens of prompt plus completion; adds a note where it is shorter than ``config.json`` says.
+
+    LongRoPE has one set of frequencies up to a length and another beyond. transformers chooses by the longest row of a
+    batch, and cached keys keep the frequencies of their pass. So a row's results would depend on its batch, and samples
+    would differ from their scores. Within the first set everything is exact.
+    """
+    text = model.config.get_text_config()
+    window: int | None = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):  # some models have one per kind of layer
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            first = part.get("original_max_position_embeddings")
+            if first is not None and window is not None and first < window:
+                notes.append(
+                    f"prompt plus completion may have {first} of the model's {window} tokens: with more, LongRoPE "
+                    "changes the frequencies of all positions in a batch"
+                )
+                window = first
+    return window
 
 
 def to_best_device(loaded: LoadedModel) -> LoadedModel:
@@ -296,40 +317,21 @@ def load_for_training(
     )
 
 
-def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> None:
-    """Add a LoRA adapter named ``default`` to all linear layers except the head, and freeze the base weights.
-
-    In an image-text model, only the language model gets an adapter. Its weights are float32 whatever the model's data
-    type (PEFT's ``autocast_adapter_dtype``).
-
-    Args:
-        loaded: the model; changed in place.
-        rank: the adapter's rank.
-        alpha: the adapter's update is scaled by ``alpha / rank``; default: 2 ``rank``.
-        seed: seed of the initial weights.
-    """
-    import_before_peft()
-    from peft import LoraConfig, get_peft_model
-
-    scale: Any = alpha or 2 * rank  # PEFT's annotation says int, but it only divides by the rank
-    others = None if loaded.pictures is None else beside_language(loaded.model)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=scale,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        exclude_modules=others,
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**64)  # a generator takes no more bits
-        loaded.model = get_peft_model(loaded.model, config)
-    loaded.model.eval()
-
-
 def checkpoint_activations(model: Any) -> None:
-    """Let the model's layers recompute their activations in the backward pass, in train mode."""
+    """Let the model's layers recompute their activations in the backward pass, after :func:`set_recomputing`."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def set_recomputing(model: Any, recompute: bool) -> None:
+    """Start or stop recomputing activations in a model after :func:`checkpoint_activations`.
+
+    transformers recomputes in train mode. So the model and its layers that recompute are in train mode, and all other
+    modules stay in eval mode: in train mode the routers of some mixtures of experts add noise.
+    """
+    model.eval()
+    if recompute:
+        for module in model.modules():
+            module.training = module is model or hasattr(module, "gradient_checkpointing")
 
 
 @contextmanager

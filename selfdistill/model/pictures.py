@@ -11,10 +11,13 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoProcessor, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -25,7 +28,8 @@ from selfdistill.model.files import local_folder
 
 KEPT_BYTES = 2**28
 """Maximum bytes of cached processed pictures; others are decoded and processed again."""
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""One of them is with every model that reads pictures."""
 _TYPES = ("token_type_ids", "mm_token_type_ids")
 """Argument names for the mask of picture tokens."""
 _OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", *_TYPES)
@@ -33,11 +37,35 @@ _OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", *_TYPES)
 _OFFSETS = "text_replacement_offsets"
 
 
+def has_image_text_architecture(config: PretrainedConfig) -> bool:
+    """Whether ``config.json`` names an image-text model, which reads pictures only with the files of its processor."""
+    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return kind is not None and kind in (config.architectures or [])
+
+
 def reads_pictures(config: PretrainedConfig, folder: Path | None) -> bool:
     """Whether a model is an image-text model with the files of its processor."""
-    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
-    is_kind = kind is not None and kind in (config.architectures or [])
-    return is_kind and folder is not None and any((folder / name).is_file() for name in _PROCESSOR_FILES)
+    return has_image_text_architecture(config) and folder is not None and _has_processor(folder)
+
+
+def _has_processor(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in PROCESSOR_FILES)
+
+
+def fetch_processor_files(path: str) -> None:
+    """Download the files by which :func:`reads_pictures` decides, unless they are here or the hub is not reached.
+
+    Without them a model of the hub would be of another class on its first use than later.
+
+    Args:
+        path: folder or hub id of a model with an image-text architecture.
+    """
+    folder = local_folder(path)
+    if Path(path).is_dir() or (folder is not None and _has_processor(folder)):
+        return
+    for name in PROCESSOR_FILES:
+        with suppress(EntryNotFoundError):  # also raised if the hub is not reached
+            hf_hub_download(path, name)
 
 
 def is_image_text(folder: Path) -> bool:

@@ -257,16 +257,22 @@ def _averaged(weight: Tensor) -> Tensor:
     return weight.float()
 
 
-def _parts_of(weight: Tensor) -> tuple[Tensor, ...]:
-    """A weight, or this rank's shard of it, cut by rows; each part is a view."""
+def _parts_of(weight: Tensor, shares: int = 1) -> tuple[Tensor, ...]:
+    """A weight, or this rank's shard of it, or the largest of ``shares`` shards, cut by rows; each part is a view."""
     rows = torch.atleast_1d(local_tensor(weight))
+    rows = rows[: -(-len(rows) // shares)]
     return rows.split(max(1, PART_NUMBERS * len(rows) // max(1, rows.numel())))
 
 
-def staging_bytes(weights: Iterable[Tensor]) -> int:
-    """Bytes of the largest part that is moved of these weights, if they are smaller than float32."""
-    parts = (part for weight in weights if weight.dtype != torch.float32 for part in _parts_of(weight.detach()))
-    return max((part.nbytes for part in parts), default=0)
+def staging_bytes(weights: Iterable[Tensor], shares: int = 1) -> int:
+    """Bytes of the largest part that is moved of these weights, if they are smaller than float32.
+
+    Args:
+        weights: the student's.
+        shares: number of ranks among which they will be sharded.
+    """
+    smaller = (weight.detach() for weight in weights if weight.dtype != torch.float32)
+    return max((part.nbytes for weight in smaller for part in _parts_of(weight, shares)), default=0)
 
 
 def _students_name(name: str) -> str:

@@ -48,6 +48,14 @@ _ENVIRONMENT = {
 }
 
 
+def longest_sequence(loaded: LoadedModel) -> int:
+    """vLLM's ``max_model_len``: -1, as much of the window as fits into the cache; or the window, if it is shorter than
+    ``config.json`` says, because vLLM chooses LongRoPE's frequencies by this number.
+    """
+    stated = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    return -1 if loaded.window is None or loaded.window == stated else loaded.window
+
+
 class VllmEngine(VllmSampling):
     """vLLM in this process; see :class:`VllmSampling`. Settings: memory and time limit.
 
@@ -121,7 +129,7 @@ class VllmEngine(VllmSampling):
                 model=folder,
                 load_format="dummy",
                 dtype=str(self._dtype).removeprefix("torch."),
-                max_model_len=-1,  # as much of the window as fits into the cache
+                max_model_len=longest_sequence(loaded),
                 kv_cache_memory_bytes=cache_bytes,
                 enforce_eager=self._on_cpu,
                 enable_prefix_caching=True,

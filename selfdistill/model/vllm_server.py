@@ -23,7 +23,14 @@ import torch
 from selfdistill.config import EngineSettings
 from selfdistill.errors import EngineFailed
 from selfdistill.model.engine_checks import agreement_gap, disagreement, probe
-from selfdistill.model.engine_weights import adapter_rank, hub_tensors, other_lora, weights_digest
+from selfdistill.model.engine_weights import (
+    adapter_rank,
+    check_adapter,
+    hub_tensors,
+    is_adapter_for_engines,
+    other_lora,
+    weights_digest,
+)
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Rollout, Sampling
 from selfdistill.model.vllm_client import ServerProblem, VllmClient
@@ -134,7 +141,8 @@ class VllmServers(VllmSampling):
     def _synchronise(self, loaded: LoadedModel) -> str:
         """Send the model's weights to servers that have different ones; returns the label of these weights."""
         began = time.monotonic()
-        as_adapter = 0 < adapter_rank(loaded) <= min(facts.adapter_rank for facts in self._facts)
+        most = min(facts.adapter_rank for facts in self._facts)
+        as_adapter = is_adapter_for_engines(loaded) and adapter_rank(loaded) <= most
         digest = weights_digest(loaded)
         label = f"{digest.base}-{digest.lora}" if digest.lora and not as_adapter else digest.base
         lacking = self._from_rank0(
@@ -180,7 +188,7 @@ class VllmServers(VllmSampling):
 
     def _send_adapter(self, loaded: LoadedModel, digest: str) -> None:
         """Load LoRA's weights under a new name, because blocks of the prefix cache are stored by name."""
-        hub_tensors(loaded)  # refuses other adapters
+        check_adapter(loaded)
         folder = self._together(lambda: self._files.write_adapter(loaded))
         (name,) = self._from_rank0(lambda: [f"{folder.parent.name}-{folder.name}"])
         body = {"lora_name": name, "lora_path": str(folder)}

@@ -18,7 +18,12 @@ from transformers.utils import find_adapter_config_file
 from selfdistill.errors import UserError
 from selfdistill.model.files import local_folder
 from selfdistill.model.four_bits import four_bit_options, set_compute_dtype
-from selfdistill.model.pictures import reads_pictures
+from selfdistill.model.pictures import (
+    PROCESSOR_FILES,
+    fetch_processor_files,
+    has_image_text_architecture,
+    reads_pictures,
+)
 from selfdistill.model.quantisation import loading_options, refuse_scales
 from selfdistill.model.starter import STARTER_MODELS
 from selfdistill.model.unchanged_process import environment_variable
@@ -99,6 +104,9 @@ def causal_config(path: str, name: str) -> PretrainedConfig:
         UserError: the file cannot be read, or belongs to no causal language model; or there is an adapter.
     """
     config = _config(path, name)
+    needs_processor = has_image_text_architecture(config)
+    if needs_processor:
+        fetch_processor_files(path)
     if reads_pictures(config, local_folder(path)):
         return config
     architectures = config.architectures or []
@@ -106,6 +114,11 @@ def causal_config(path: str, name: str) -> PretrainedConfig:
         architectures and not any("CausalLM" in a or "LMHead" in a or "Conditional" in a for a in architectures)
     ):
         found = ", ".join(architectures) or config.model_type
+        if needs_processor:
+            raise UserError(
+                f"model {name!r}: {found} is an image-text model, and the files of its processor are missing "
+                f"({' or '.join(PROCESSOR_FILES)}); download the whole model"
+            )
         raise UserError(f"model {name!r}: {found} is not a causal language model; use one")
     return config
 

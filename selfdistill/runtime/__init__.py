@@ -7,6 +7,7 @@ from selfdistill.runtime.console import (
     progress_shown,
     quiet_libraries,
     result_console,
+    result_table,
     say,
     say_note,
 )
@@ -21,6 +22,7 @@ from selfdistill.runtime.distributed import (
     gathered,
     is_distributed,
     is_rank0,
+    local_world_size,
     rank_slice,
     world_size,
 )
@@ -43,7 +45,15 @@ from selfdistill.runtime.files import (
     write_own,
 )
 from selfdistill.runtime.gpus import GPUS, THIS, Gpu, check_device
-from selfdistill.runtime.resources import clock, free_bytes, free_memory, peak_memory, size_in_bytes
+from selfdistill.runtime.resources import (
+    clock,
+    free_bytes,
+    free_memory,
+    is_out_of_memory,
+    own_share,
+    peak_memory,
+    size_in_bytes,
+)
 from selfdistill.runtime.signals import StopRequests
 from selfdistill.runtime.tracking import (
     METRICS,
@@ -86,8 +96,11 @@ __all__ = [
     "fsync",
     "gathered",
     "is_distributed",
+    "is_out_of_memory",
     "is_rank0",
     "library_warnings",
+    "local_world_size",
+    "own_share",
     "peak_memory",
     "progress_shown",
     "public_name",
@@ -100,6 +113,7 @@ __all__ = [
     "remove_unfinished",
     "replace_folder",
     "result_console",
+    "result_table",
     "say",
     "say_note",
     "sha256",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -32,6 +33,18 @@ _noted: ContextVar[set[str] | None] = ContextVar("noted", default=None)
 def result_console() -> Console:
     """Console for results on standard output; 120 columns wide in a file or pipe, so table rows do not wrap."""
     return Console(width=None if sys.stdout.isatty() else 120, emoji=False)
+
+
+def result_table(*columns: str, title: str | None = None) -> Table:
+    """A table of results whose first column is to the left and whose others, numbers, are to the right.
+
+    Where the console is too narrow, cells continue on further lines, so that no text is lost. Neither the title nor
+    the columns are markup.
+    """
+    table = Table(title=None if title is None else escape_markup(title))
+    for number, column in enumerate(columns):
+        table.add_column(escape_markup(column), justify="right" if number else "left", overflow="fold")
+    return table
 
 
 class _ProgressConsole(Console):

@@ -56,6 +56,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def local_world_size() -> int:
+    """Number of processes that the launcher started on this machine; 1 if it does not tell."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 @cache
 def _meeting(_world: ProcessGroup) -> ProcessGroup:
     """The run's processes, as the group in which they wait for each other."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from selfdistill.errors import UserError
+from selfdistill.runtime.distributed import local_world_size
 
 if TYPE_CHECKING:  # importing torch takes a second
     import torch
@@ -44,6 +45,21 @@ def free_memory(device: torch.device) -> int | None:
         trim(0)
     free = int(psutil.virtual_memory().available)
     return min([free, *cgroup_memory()])
+
+
+def own_share(free: int | None, device: torch.device) -> int | None:
+    """Of the device's free bytes those for this process: its processes share a machine's memory, and none shares a GPU.
+
+    None if they are unknown.
+    """
+    return free if free is None or device.type != "cpu" else free // local_world_size()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine has too little memory."""
+    return isinstance(error, MemoryError) or bool(
+        re.search("out of memory|allocate memory|STATUS_ALLOC_FAILED", str(error))
+    )
 
 
 _VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"

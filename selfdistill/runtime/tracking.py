@@ -49,7 +49,8 @@ METRICS = {
     "engine/gap_max": "the largest of these differences",
     "learning_rate": "learning rate of this step",
     "grad_norm": "global gradient norm before clipping",
-    "tokens": "completion tokens trained on so far, by all parts",
+    "tokens": "tokens of the completions selected so far, once for each part; also those without a gradient, such as "
+    "skipped ones",
     "skipped": "why the step was skipped, and its rows; only if it was",
     "rollout/tokens_per_second": "tokens sampled from the student in this step, learnt or not, per second, without "
     "``time/sync_s``, checks and environments; only if it samples",

@@ -33,6 +33,7 @@ from selfdistill.model import (
     cached_casts,
     is_sharded,
     root_unsharded,
+    set_recomputing,
 )
 from selfdistill.runtime import all_gather, all_reduce_gradients, all_reduce_sum, world_size
 from selfdistill.training.checkpoint import trained_parameters
@@ -224,8 +225,7 @@ class BatchGradient:
         """The micro-batch's differentiable loss, its per-token statistics (n,), its importance weights (b,) and gap."""
         device, factor_b, importance_b, gap = self.loaded.device, micro.factor_b, None, SamplerGap()
         has_weight_N = micro.has_weight_N(device)
-        # Train mode only enables gradient checkpointing: dropout is disabled.
-        self.loaded.model.train(bool(self.config.gradient_checkpointing))
+        set_recomputing(self.loaded.model, bool(self.config.gradient_checkpointing))
         with self.accelerator.autocast():
             output = self.forward_pass(self.loaded.model, micro.prompts, micro.ids)
             tokens_N = torch.tensor([token for ids in micro.ids for token in ids], device=device)

@@ -47,7 +47,7 @@ class Position:
     step: int
     """Optimizer steps done."""
     tokens: int
-    """Completion tokens trained on so far."""
+    """The metric ``tokens``."""
     data: str
     """Fingerprint of the encoded examples; see :func:`selfdistill.training.setup.data_fingerprint`."""
     skipped: int = 0

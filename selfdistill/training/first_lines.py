@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from selfdistill.config import TrainConfig
 from selfdistill.errors import number_of
-from selfdistill.methods import rules_of, unused_settings, uses
+from selfdistill.methods import rules_of, scorer_judges, unused_settings, uses
+from selfdistill.model import describe_lora
 from selfdistill.runtime import is_distributed
 from selfdistill.training.schedule import positions_of
 from selfdistill.training.setup import batch_unit
@@ -33,9 +34,13 @@ def first_lines(trainer: Trainer) -> list[str]:
         + (" in 4 bits" if config.load_in_4bit else "")
         + (" with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""),
     ]
+    if config.lora_rank:
+        lines.append(describe_lora(trainer.loaded))
     if rules := rules_of(trainer.stage.task.method):
         limits = f"up to {rules.max_turns} turns and {rules.max_length} tokens"
-        lines.append(f"environment: {rules.environment}, episodes of {limits}")
+        by_scorer = trainer.stage.task.method.checker and scorer_judges(config)
+        judge = ", whose last replies the scorer judges" if by_scorer else ""
+        lines.append(f"environment: {rules.environment}, episodes of {limits}{judge}")
     if trainer.teacher:
         lines += [trainer.teacher.describe(), *_context(trainer)]
         if trainer.prefix_caches.get(trainer.teacher.rule):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -15,7 +14,7 @@ from selfdistill.config import OPEN, TrainConfig
 from selfdistill.data import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel, can_be_in_4bit
-from selfdistill.runtime import Printable, all_gather, free_memory
+from selfdistill.runtime import Printable, all_gather, free_memory, local_world_size
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.rates import Rates
@@ -32,6 +31,8 @@ WITHOUT_ADAPTER = ("teacher", "optim")
 """Settings whose change saves memory only without an adapter."""
 
 Changes = dict[str, Any]
+Found = tuple[Changes, MemoryPlan]
+"""Changes, and the plan with them."""
 IN_4BIT: Changes = {"load_in_4bit": True}
 """Proposed last, and only with an adapter."""
 
@@ -46,8 +47,10 @@ class Fit(Printable):
     """Memory of the device in bytes."""
     chosen: Changes
     """Values chosen for open settings so that the plan fits; empty if it fits without them, or not at all."""
-    nearest: tuple[Changes, MemoryPlan] | None
+    nearest: Found | None
     """The plan that fits with the fewest changes of settings, if this one does not; None if there is none."""
+    nearest_full: Found | None = None
+    """The same without an adapter, if ``nearest`` adds one; None if there is none."""
     time: TimePlan | None = None
     """Rough time; None if the device's rates are unknown."""
 
@@ -72,8 +75,8 @@ class Fit(Printable):
         """Settings that would fit, if any."""
         if self.nearest is None:
             return "no change of settings makes it fit; use a smaller model, or shorter prompts and completions"
-        changes, plan = self.nearest
-        return f"this would, with {size_text(plan.peak)}: {_options(changes)}"
+        text = f"this would, with {_described(self.nearest)}"
+        return text + (f"; or, without an adapter, with {_described(self.nearest_full)}" if self.nearest_full else "")
 
     def print(self, console: Console) -> None:
         """Print the table of the plan, the rough time and the verdict."""
@@ -92,6 +95,7 @@ class Fit(Printable):
             "machine_memory": self.plan.host,
             "not_counted": self.plan.untraced,
             "nearest": self.nearest and self.nearest[0],
+            "nearest_without_adapter": self.nearest_full and self.nearest_full[0],
             "time": self.time and self.time.to_dict(),
         }
 
@@ -130,7 +134,10 @@ def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
     if found := _nearest(planner, config, limit, only_open=True):
         chosen, plan = found
         return Fit(plan, limit, chosen, None)
-    return Fit(plan, limit, {}, _nearest(planner, config, limit))
+    nearest, full = _nearest(planner, config, limit), None
+    if nearest and "lora_rank" in nearest[0]:
+        full = _nearest(planner, config, limit, adapter=False)
+    return Fit(plan, limit, {}, nearest, full)
 
 
 def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:
@@ -156,9 +163,11 @@ def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -
         return found.plan, lines
     least = planner.plan(found.plan.config, least=True)
     if least.peak > limit:
+        shared = planner.device(config).kind == "cpu" and local_world_size() > 1
+        each = f" for each of {local_world_size()} processes" if shared else ""
         raise UserError(
-            f"{size_text(limit)} of memory are free, but the run needs at least {size_text(least.peak)}, or with the "
-            f"longest rows {size_text(found.plan.peak)}; {found.advice()}"
+            f"{size_text(limit)} of memory are free{each}, but the run needs at least {size_text(least.peak)}, or with "
+            f"the longest rows {size_text(found.plan.peak)}; {found.advice()}"
         )
     student, teacher = found.plan.lengths
     note = f"note: it does not fit if all rows of a batch are as long as the longest, {max(student, teacher)} tokens"
@@ -174,7 +183,7 @@ def check_host_fits(plan: MemoryPlan) -> None:
     """
     if not plan.host:
         return
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    processes = local_world_size()
     free = min(free for free in all_gather([free_memory(torch.device("cpu"))]) if free is not None)
     if processes * plan.host > free:
         of_all = f" in {processes} processes" if processes > 1 else ""
@@ -185,22 +194,29 @@ def check_host_fits(plan: MemoryPlan) -> None:
         )
 
 
+def _described(found: Found) -> str:
+    changes, plan = found
+    return f"{size_text(plan.peak)}: {_options(changes)}"
+
+
 def _options(changes: Changes) -> str:
     return ", ".join(f"{name} {str(value).lower()}" for name, value in changes.items())
 
 
 def _nearest(
-    planner: MemoryPlanner, config: TrainConfig, limit: int, *, only_open: bool = False
-) -> tuple[Changes, MemoryPlan] | None:
+    planner: MemoryPlanner, config: TrainConfig, limit: int, *, only_open: bool = False, adapter: bool = True
+) -> Found | None:
     """The fewest changes that fit; for equal numbers, those that change the result least come first.
 
     They include 4-bit weights only if nothing else fits. ``only_open``: change only settings of
-    ``OPEN`` that are not given.
+    ``OPEN`` that are not given. ``adapter``: may add one.
     """
     moves, micro_batch_choices = _changes(planner, config, only_open=only_open)
+    if not adapter:
+        moves = [moved for moved in moves if "lora_rank" not in moved]
     if found := _fewest(planner, config, limit, moves, micro_batch_choices):
         return found
-    if only_open or not _may_be_in_4bit(planner, config):
+    if only_open or not adapter or not _may_be_in_4bit(planner, config):
         return None
     return _fewest(planner, config, limit, [*moves, IN_4BIT], micro_batch_choices)
 
@@ -208,12 +224,12 @@ def _nearest(
 def _may_be_in_4bit(planner: MemoryPlanner, config: TrainConfig) -> bool:
     """Whether a run with these settings and an adapter can have 4-bit weights here."""
     refused = config.load_in_4bit or config.fsdp or config.torch_compile or config.engine != "none"
-    return not refused and not planner.has_model and can_be_in_4bit(config.model)
+    return not (refused or planner.has_model or planner.has_pictures) and can_be_in_4bit(config.model)
 
 
 def _fewest(
     planner: MemoryPlanner, config: TrainConfig, limit: int, moves: list[Changes], micro_batch_choices: list[Changes]
-) -> tuple[Changes, MemoryPlan] | None:
+) -> Found | None:
     """The fewest of these changes that fit; another number of micro-batches is one of them."""
     least = _joined(moves)
     if "lora_rank" in least:  # needs the least memory, and works with neither
@@ -278,7 +294,7 @@ def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:
 
 def _smallest(
     planner: MemoryPlanner, config: TrainConfig, limit: int, base: Changes, steps: Sequence[Changes]
-) -> tuple[Changes, MemoryPlan] | None:
+) -> Found | None:
     """The first of these changes, ordered by decreasing memory, that fits together with the changes ``base``."""
     adapter = base.get("lora_rank", config.lora_rank)
     if any(name in base for name in (WITHOUT_ADAPTER if adapter else IN_4BIT)):

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from selfdistill.config import dump_yaml
 from selfdistill.errors import RESUME, EngineFailed, RunCollapsed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import summary
-from selfdistill.methods import DatasetCompletions
+from selfdistill.methods import DatasetCompletions, rules_of
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import (
     MetricsFile,
@@ -239,7 +239,8 @@ class _Watch:
         self._trainer, self._metrics, self._tracker = trainer, output_dir / "metrics.jsonl", tracker
         start = start or -1  # a restart from step 0 also rewrites the lines of step 0
         self._evaluations = StepsFile(output_dir / "evaluations.jsonl", start) if trainer.evaluator else None
-        views = trainer.config.view_rows and trainer.teacher
+        plays = any(rules_of(stage.task.method) for stage in trainer.stages)
+        views = trainer.config.view_rows and (trainer.teacher or plays)
         self._views = StepsFile(output_dir / "token_views.jsonl", start) if views else None
         self.files = [file for file in (self._evaluations, self._views) if file is not None]
 

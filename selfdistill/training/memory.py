@@ -5,7 +5,8 @@ Every number is the size of tensors that the run will hold, W bytes of weights, 
     weights    W: the model in its data type, tied weights once; with LoRA also the factors, in float32; with
                load_in_4bit 0.516 bytes per weight of its linear layers
     teacher    full: W for a copy, and 4 bytes per weight for the float32 average of bfloat16 weights, which on a GPU is
-               in host memory; LoRA: the factors
+               in host memory, as are the parts in which it is moved; elsewhere, the float32 copy of such a part is
+               there while the next step samples; LoRA: the factors
     moments    of AdamW: 8 bytes per trained weight, or 2 with adamw_8bit
     contexts   cached keys and values of a frozen teacher's contexts
     drift      the base's logits, with which the drift is measured
@@ -35,6 +36,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration
@@ -48,7 +50,6 @@ from selfdistill.model import (
     fake_model,
     freeze_vision,
     has_full_attention,
-    layers_of,
     moment_bytes,
     set_compute_dtype,
     staging_bytes,
@@ -60,11 +61,12 @@ from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
 from selfdistill.training.planned_parts import characters, longest_lengths, planned_methods, planned_stages
 from selfdistill.training.rates import Rates
 from selfdistill.training.setup import chosen_rows, teacher_rules
+from selfdistill.training.sharding import Sharding
 from selfdistill.training.step_time import TimePlan, time_plan
 from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, autocast
 
 TIMED_ROWS = 64
-"""Number of rows, of all lengths, whose average determines the time of a step."""
+"""Most rows, of all lengths, whose average determines the time of a step."""
 FEW_LAYERS = (2, 3)
 """Numbers of layers to trace if all layers are alike; from there a peak grows in proportion."""
 
@@ -93,6 +95,8 @@ class MemoryPlanner:
         self.has_model = loaded is not None
         """Whether the model is already loaded."""
         self._rows = sorted(chosen_rows(demonstrations, config), key=characters, reverse=True)
+        self.has_pictures = any(row.images for row in self._rows)
+        """Whether any row has a picture."""
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
         self._plans: dict[tuple[str, bool], MemoryPlan] = {}
         self._sampled: dict[Hashable, Segments] = {}
@@ -120,33 +124,39 @@ class MemoryPlanner:
         # Contexts that are made after sampling are read once.
         tasks = {parts[0].method.teacher for parts in stages if parts[0].method.select is None}
         cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
-        if any(row.images for row in self._rows) or not has_full_attention(loaded.model.config.get_text_config()):
+        if self.has_pictures or not has_full_attention(loaded.model.config.get_text_config()):
             cached = []
         cached = [] if config.fsdp else cached
         fixed, untraced = self.fixed(config), None
+        sharding = Sharding.of(config, device, loaded, others) if config.fsdp else None
         try:
             with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
                 models, sampled = self._traced_models(config), self._sampled
                 steps = [TracedStep(config, device, model, others, cached, sampled) for model in models]
-                traced = _phases(config, device, steps, stages, self._samplers(config), len(alike_layers(loaded)))
+                layers, samplers = len(alike_layers(loaded)), self._samplers(config)
+                traced = _phases(config, device, steps, stages, samplers, layers, sharding)
                 fixed["contexts"] += self._contexts(config, cached, stages)
         except Exception as error:  # whatever a model's code makes of tensors without data
             untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
-            traced = {"step": Bytes()}
+            traced = {"step": sharding("step", Bytes()) if sharding else Bytes()}
         if config.engine != "none" and device.kind == "cuda":
             traced["sampling"] = Bytes({"engine": _engine_bytes(config, device, loaded)})
-        if config.fsdp:
-            traced = {name: _sharded(size, device, loaded, others) for name, size in traced.items()}
+            if sharding:  # sends one gathered weight at a time
+                traced["sampling"]["casts"] = sharding.largest
+        averaged, host = _averaged(config, loaded), 0
+        if _is_on_host(config, device):
+            host = _total_average(averaged) + 3 * staging_bytes(averaged)
+        elif "sampling" in traced:  # meanwhile a thread moves the average
+            moved = Bytes({"teacher": 2 * staging_bytes(averaged, _shares(config, device))})
+            traced["sampling"] = traced["sampling"] + moved
         before = Bytes({name: fixed[name] for name in fixed if name not in ("moments", "contexts", "drift")})
         phases = tuple(Phase(name, (before if name == "drawing" else fixed) + size) for name, size in traced.items())
-        averages = [_average_bytes(config, rule, loaded) for rule in teacher_rules(planned_methods(config))]
-        host = sum(averages) if _is_on_host(config, device) else 0
         return MemoryPlan(config, device, phases, longest_lengths(stages), untraced, host)
 
     def time(self, config: TrainConfig, rates: Rates) -> TimePlan:
         """Rough time of a run with these settings on a device with these rates."""
         loaded, others = self._model(config), self._others(config)
-        spread = self._rows[:: max(1, len(self._rows) // TIMED_ROWS)]
+        spread = self._rows[:: math.ceil(len(self._rows) / TIMED_ROWS)]
         stages = planned_stages(config, spread, loaded, TIMED_ROWS)
         return time_plan(config, self.device(config), loaded, others, stages, rates, len(self._rows))
 
@@ -243,15 +253,17 @@ def _fixed(
     others: dict[TeacherRule, LoadedModel],
 ) -> Bytes:
     """Permanent memory, without the contexts of a frozen teacher."""
-    model, shares = loaded.model, device.processes if config.fsdp else 1
+    model, shares = loaded.model, _shares(config, device)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     rules = teacher_rules(planned_methods(config))
+    averaged = [] if _is_on_host(config, device) else _averaged(config, loaded)
+    teachers = sum(_teacher_bytes(config, rule, loaded, others) for rule in rules) + _total_average(averaged)
     vocabulary = model.config.get_text_config().vocab_size
     fixed = Bytes(
         {
             "weights": tensor_bytes(weight_tensors(model)) // shares,
             "moments": moment_bytes(trained, config.optim) // shares,
-            "teacher": sum(_teacher_bytes(config, device, rule, loaded, others) for rule in rules) // shares,
+            "teacher": teachers // shares + staging_bytes(averaged, shares),
         }
     )
     if config.drift_steps:
@@ -261,35 +273,44 @@ def _fixed(
     return fixed
 
 
+def _shares(config: TrainConfig, device: Device) -> int:
+    """How many processes hold a share of the weights each."""
+    return device.processes if config.fsdp else 1
+
+
 def _teacher_bytes(
     config: TrainConfig,
-    device: Device,
     rule: TeacherRule,
     loaded: LoadedModel,
     others: dict[TeacherRule, LoadedModel],
 ) -> int:
-    """Memory of a teacher on the device, beyond the student's; see :class:`selfdistill.model.Teacher`."""
+    """Weights that a teacher scores with, beyond the student's; see :class:`selfdistill.model.Teacher`."""
     if rule in others:
         return tensor_bytes(others[rule].model.parameters())
     if config.lora_rank:
         return tensor_bytes(p for p in loaded.model.parameters() if p.requires_grad) if _moves(rule) else 0
     if rule.kind == "live":
         return 0
-    average = 0 if _is_on_host(config, device) else _average_bytes(config, rule, loaded)
     moving = (p for p in loaded.model.parameters() if p.requires_grad)  # it shares the frozen ones
-    return tensor_bytes((*moving, *loaded.model.buffers())) + average
+    return tensor_bytes((*moving, *loaded.model.buffers()))
 
 
 def _moves(rule: TeacherRule) -> bool:
     return rule.kind in ("ema", "snapshot")
 
 
-def _average_bytes(config: TrainConfig, rule: TeacherRule, loaded: LoadedModel) -> int:
-    """Memory of a teacher's float32 average and for moving it, in addition to the weights that score."""
-    if config.lora_rank or not _moves(rule):
-        return 0
-    moving = [p for p in loaded.model.parameters() if p.requires_grad and p.dtype != torch.float32]
-    return sum(4 * p.numel() for p in moving) + staging_bytes(moving)
+def _averaged(config: TrainConfig, loaded: LoadedModel) -> list[Tensor]:
+    """The weights of which a teacher keeps a float32 average, in addition to those that score.
+
+    It is moved in parts of ``staging_bytes``, of which a float32 copy is made, with twice their size.
+    """
+    if config.lora_rank or not any(map(_moves, teacher_rules(planned_methods(config)))):
+        return []
+    return [p for p in loaded.model.parameters() if p.requires_grad and p.dtype != torch.float32]
+
+
+def _total_average(averaged: Sequence[Tensor]) -> int:
+    return 4 * sum(weight.numel() for weight in averaged)
 
 
 def _is_on_host(config: TrainConfig, device: Device) -> bool:
@@ -313,6 +334,7 @@ def _phases(
     stages: list[list[PlannedPart]],
     samplers: dict[str, LoadedModel],
     layers: int,
+    sharding: Sharding | None,
 ) -> dict[str, Bytes]:
     """What each phase of a step adds at its peak, in its largest part and segment."""
     found: dict[str, Bytes] = {}
@@ -325,7 +347,8 @@ def _phases(
                 peaks = [step.sampling(part, own) | peak for step, peak in zip(steps, peaks, strict=True)]
             if part.method.fixed and (config.engine == "none" or part.method.fixed.other):
                 peaks = [step.drawing(part, samplers) | peak for step, peak in zip(steps, peaks, strict=True)]
-            for (phase, _), added in _extrapolated(peaks, layers).items():
+            for (phase, _), whole in _extrapolated(peaks, layers).items():
+                added = sharding(phase, whole) if sharding else whole
                 found[phase] = max(found.get(phase, Bytes()), added, key=lambda added: added.total())
     return found
 
@@ -340,22 +363,4 @@ def _extrapolated(peaks: Sequence[Segments], layers: int) -> Segments:
         other = peaks[1][segment]
         slopes = {name: (other[name] - fewer[name]) / (more - few) for name in fewer | other}
         found[segment] = Bytes({name: round(fewer[name] + (layers - few) * slope) for name, slope in slopes.items()})
-    return found
-
-
-def _sharded(added: Bytes, device: Device, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]) -> Bytes:
-    """What a phase adds with sharded weights.
-
-    Sampling gathers all weights. Elsewhere, the weights outside the layers are gathered, of every network, and two
-    layers at a time, in bfloat16 with that arithmetic. The layers' gradients are sharded at once, the others' at the
-    end of the backward pass.
-    """
-    size = 2 if device.mixed_precision == "bf16" else unwrap(loaded.model).dtype.itemsize
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(loaded, loaded.model, "fsdp")]
-    whole = tensor_bytes(loaded.model.parameters())
-    root = whole - sum(tensor_bytes(layer.parameters()) for layer in layers_of(loaded, loaded.model, "fsdp"))
-    found = Bytes(added)
-    gathered = sum(layers) if "workspace" in added else 2 * max(layers)
-    found["casts"] = min(added["casts"], root // 2) + root * (1 + len(others)) + size * gathered
-    found["gradients"] = added["gradients"] // device.processes + (root if added["gradients"] else 0)
     return found

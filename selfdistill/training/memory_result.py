@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
 
 from selfdistill.config import TrainConfig
-from selfdistill.runtime import Printable
-from selfdistill.training.traced_step import Bytes, Device
+from selfdistill.runtime import Printable, result_table
+from selfdistill.training.traced_step import Bytes, Device, arithmetic
 
 GIB, MIB = 2**30, 2**20
 COMPONENTS = (
@@ -73,11 +72,11 @@ class MemoryPlan(Printable):
         """Print a table of components by phase."""
         config = self.config
         kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "full fine-tuning"
-        arithmetic = "bfloat16" if self.device.mixed_precision == "bf16" else "float32"
+        products = "bfloat16" if arithmetic(config, self.device.mixed_precision) == "bf16" else "float32"
         batch = f"batch {config.batch_size} in {config.micro_batches}"
         held = "4-bit" if config.load_in_4bit else config.dtype
         lines = [
-            f"{config.model}: {kind}, {held} weights, {config.optim}, {arithmetic} arithmetic, {batch}; "
+            f"{config.model}: {kind}, {held} weights, {config.optim}, {products} arithmetic, {batch}; "
             f"longest rows {self.lengths[0]} tokens, teacher's {self.lengths[1]}"
         ]
         if self.untraced:
@@ -85,10 +84,7 @@ class MemoryPlan(Printable):
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         unit, size = _unit(self.peak)
-        table = Table()
-        table.add_column(f"{unit} by plan")
-        for phase in self.phases:
-            table.add_column(phase.name, justify="right")
+        table = result_table(f"{unit} by plan", *(phase.name for phase in self.phases))
         for name in _shown(self.phases):
             table.add_row(name, *(f"{phase.bytes[name] / size:.1f}" for phase in self.phases))
         table.add_section()

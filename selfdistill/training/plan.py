@@ -16,7 +16,16 @@ from selfdistill.errors import UserError, number_of
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, stages_of
 from selfdistill.model import LoadedModel
-from selfdistill.runtime import GPUS, THIS, Printable, check_tracker, free_memory, peak_memory, world_size
+from selfdistill.runtime import (
+    GPUS,
+    THIS,
+    Printable,
+    check_tracker,
+    free_memory,
+    own_share,
+    peak_memory,
+    world_size,
+)
 from selfdistill.training.first_lines import first_lines
 from selfdistill.training.fitting import Fit, fit
 from selfdistill.training.memory_result import MemoryPlan
@@ -24,7 +33,7 @@ from selfdistill.training.rates import Rates, measured_rates, named_rates
 from selfdistill.training.schedule import steps_of
 from selfdistill.training.setup import check_parts, make_accelerator, repeating
 from selfdistill.training.step_time import duration_text
-from selfdistill.training.traced_step import Device
+from selfdistill.training.traced_step import Device, arithmetic
 from selfdistill.training.train import check_memory, check_output_dir, with_context
 from selfdistill.training.trainer import Trainer
 
@@ -149,13 +158,13 @@ def plan_for(
     if device == THIS:
         accelerator = make_accelerator(config)
         own = Device.of(accelerator)
-        has: float | None = free_memory(accelerator.device)
-        rates = measured_rates(accelerator.device, own.mixed_precision)
+        has: float | None = own_share(free_memory(accelerator.device), accelerator.device)
+        rates = measured_rates(accelerator.device, arithmetic(config, own.mixed_precision))
     else:
         own, has = Device("cuda", "bf16", world_size()), None
         if device is not None:
             has = GPUS[device].memory_gb * 1e9
-            rates = named_rates(device, "no" if config.mixed_precision == "no" else "bf16")
+            rates = named_rates(device, arithmetic(config, "no" if config.mixed_precision == "no" else "bf16"))
     limit = has if memory is None else memory
     if limit is None:
         raise UserError("setting 'memory': the memory of this device is unknown; give it, such as 80GiB")

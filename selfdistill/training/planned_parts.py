@@ -10,7 +10,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation import LAYOUTS
-from selfdistill.methods import GuidedAfterFailure, Method, Part, rules_of, stages_of, uses
+from selfdistill.methods import GuidedAfterFailure, GuidedSamples, Method, Part, rules_of, stages_of, uses
 from selfdistill.model import LoadedModel
 from selfdistill.training.selection import Selector
 from selfdistill.training.traced_step import PlannedPart
@@ -80,6 +80,8 @@ def _planned(
     encode = Selector(config, chat, loaded.window).encoder()
     if method.select is not None:
         examples = [method.select.longest(x, longest, encode) for x in examples]
+    if isinstance(method.sequence, GuidedSamples):
+        examples = [method.sequence.longest_example(x, encode) for x in examples]
     guided: list[list[int]] = []
     if isinstance(method.sequence, GuidedAfterFailure):
         guided = [method.sequence.longest_prompt(x, encode) for x in examples]

@@ -24,7 +24,7 @@ from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
-from selfdistill.methods import FROZEN, DemonstrationExamples, Method, Part, check_steps, stages_of
+from selfdistill.methods import FROZEN, DemonstrationExamples, Method, Part, check_steps, scorer_judges, stages_of
 from selfdistill.model import LoadedModel, TeacherRule, deterministic, has_gpu, refuse_autocast, resolved_precision
 from selfdistill.runtime import barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
@@ -212,7 +212,7 @@ def _encoded(
                 f"{len(repeated)} of {method.examples.counted(len(examples))} are also prompts of the demonstrations "
                 f"({first_ten(repeated)}); remove them: they teach the model two things at once"
             )
-    if method.checker and config.environment == "none":
+    if method.checker and scorer_judges(config):
         check_answers([example.demonstration for example in examples], config.scorer)
     lengths = [min(example.learnt_tokens, config.longest_completion) for example in examples]
     check_skip(method.skip_first_tokens, lengths)
@@ -233,7 +233,7 @@ def data_fingerprint(stages: Sequence[Stage], chat: ChatFormat) -> str:
     # A row without a completion counts as with an empty one, as it did for older folders.
     ids = [[x.student_ids, x.teacher_ids, x.completion_ids or [chat.end_token_id]] for x in examples]
     seen = [picture.digest for x in examples for picture in x.demonstration.images]
-    return _digest([*ids, *seen])
+    return _digest([*ids, *seen, *(x.later_ids for x in examples if x.later_ids)])
 
 
 def reward_fingerprint(stages: Sequence[Stage]) -> str:

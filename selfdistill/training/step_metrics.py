@@ -90,16 +90,19 @@ def step_metrics(
 
 
 def _of_episodes(task: PartResult) -> dict[str, float]:
-    """What only episodes have; empty without an environment."""
+    """What only episodes have; empty without an environment.
+
+    Rewards only where all are judged: without a judge, the cut ones alone have one.
+    """
     episodes = [c for c in task.part.completions if c.messages]
     if not episodes:
         return {}
-    verdicts = [c.verdict for c in episodes if c.verdict is not None]
+    verdicts = task.selected.verdicts or [c.verdict for c in episodes if c.verdict is not None]
     found = {
         "episode/turns": sum(c.turns for c in episodes) / len(episodes),
         "episode/invalid_calls": sum(c.invalid_calls for c in episodes) / len(episodes),
     }
-    if verdicts:
+    if len(verdicts) == len(episodes):
         found["episode/reward"] = sum(verdict.reward for verdict in verdicts) / len(verdicts)
         found["episode/success"] = sum(verdict.reward == 1 for verdict in verdicts) / len(verdicts)
     return found | task.turn_losses

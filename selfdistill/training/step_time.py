@@ -6,7 +6,10 @@ teacher; averages over the rows. A pass forward over n sequences of l tokens, T 
 
     F(l) = 2 n (P l + H T) + 4 n L A l^2 FLOP
 
-and the parts of a step, on a device with c FLOP per second and b bytes per second:
+In training on a GPU in bfloat16 arithmetic, H counts twice if the head's weights are float32: the loss multiplies them
+in TF32, at half the rate (see :mod:`selfdistill.loss.chunked`).
+
+The parts of a step, on a device with c FLOP per second and b bytes per second:
 
     sampling   F(S) / c with one scored token; then T times the FLOP of n tokens, or reading the weights and all keys
                and values kept so far, whichever takes longer, and a fixed time per layer
@@ -27,7 +30,8 @@ from typing import Any
 
 from selfdistill.config import TrainConfig
 from selfdistill.errors import number_of
-from selfdistill.model import LoadedModel, TeacherRule, moment_bytes
+from selfdistill.loss import plain_weight
+from selfdistill.model import LoadedModel, TeacherRule, body_and_head, count_of, moment_bytes
 from selfdistill.training.rates import Rates
 from selfdistill.training.schedule import steps_of
 from selfdistill.training.traced_step import Device, PlannedPart
@@ -48,27 +52,36 @@ class Network:
     """Of keys and values: key/value heads times channels."""
     size: int
     """Bytes of a weight, key or value in the arithmetic."""
+    head_cost: int = 1
+    """How much longer the head's products take in training than others of as many FLOP."""
 
     @classmethod
-    def of(cls, loaded: LoadedModel, mixed_precision: str) -> Network:
+    def of(cls, loaded: LoadedModel, device: Device) -> Network:
         """The sizes of a model, also one of fake tensors."""
         text, model = loaded.model.config.get_text_config(), loaded.model
         embeddings, head = (model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None))
         outside = {id(weight): weight.numel() for weight in (embeddings, head) if weight is not None}
         heads = getattr(text, "num_attention_heads", 0)
+        parts, is_bfloat16 = body_and_head(model), device.mixed_precision == "bf16"
+        is_float32 = parts is not None and plain_weight(parts[1]) is not None
         channels = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
         return cls(
-            body=sum(p.numel() for p in model.parameters()) - sum(outside.values()),
+            body=sum(map(count_of, model.parameters())) - sum(outside.values()),
             head=text.hidden_size * text.vocab_size,
             layers=text.num_hidden_layers,
             width=heads * channels,
             kept_width=(getattr(text, "num_key_value_heads", None) or heads) * channels,
-            size=2 if mixed_precision == "bf16" else embeddings.dtype.itemsize,
+            size=2 if is_bfloat16 else embeddings.dtype.itemsize,
+            head_cost=2 if is_bfloat16 and is_float32 and device.kind == "cuda" else 1,  # in TF32, at half the rate
         )
 
     def forward_flops(self, tokens: float, seen: float, scored: float) -> float:
         """FLOP of a pass over one sequence: its tokens, how many each of them sees, and how many are scored."""
         return tokens * (2 * self.body + 4 * self.layers * self.width * seen) + 2 * self.head * scored
+
+    def scoring_flops(self, tokens: float, scored: float) -> float:
+        """The same in training, over a sequence that sees itself; the head's as often as they cost."""
+        return self.forward_flops(tokens, tokens, scored) + 2 * (self.head_cost - 1) * self.head * scored
 
     def sampling_seconds(self, rates: Rates, sequences: float, prompt: float, tokens: float) -> float:
         """Seconds to sample this many tokens after each prompt."""
@@ -148,8 +161,8 @@ def time_plan(
     """
     if config.engine != "none":  # it replays its operations
         rates = replace(rates, layer_seconds=0.0)
-    student = Network.of(loaded, device.mixed_precision)
-    networks = {rule: Network.of(other, device.mixed_precision) for rule, other in others.items()}
+    student = Network.of(loaded, device)
+    networks = {rule: Network.of(other, device) for rule, other in others.items()}
     parts = [_part_seconds(config, device, student, networks, part, rates) for stage in stages for part in stage]
     update = _update_seconds(config, device, loaded, stages, rates)
     step = Seconds(
@@ -175,13 +188,13 @@ def _part_seconds(
     prompt = fmean(len(x.student_ids) for x in part.examples)
     tokens = fmean(len(part.completion(x)) for x in part.examples)
     samples = method.sequence.sampling is not None and not part.same_samples
-    own = student.forward_flops(prompt + tokens, prompt + tokens, tokens)
+    own = student.scoring_flops(prompt + tokens, tokens)
     length = fmean(len(x.teacher_ids or []) for x in part.examples) + tokens
     scored = 0.0
     if method.needs_base:
-        scored += student.forward_flops(length, length, tokens) if method.base_sees_context else own
+        scored += student.scoring_flops(length, tokens) if method.base_sees_context else own
     if method.teacher:
-        scored += networks.get(method.teacher, student).forward_flops(length, length, tokens)
+        scored += networks.get(method.teacher, student).scoring_flops(length, tokens)
     passes = (2 if config.lora_rank else 3) + bool(config.gradient_checkpointing)
     return Seconds(
         sampling=student.sampling_seconds(rates, count, prompt, tokens) if samples else 0.0,

@@ -1,5 +1,7 @@
 """The teacher's view of each token in a few rollouts, shown by ``report`` before and after training.
 
+It also shows episodes that no teacher scores.
+
 The rollouts are greedy. Where the teacher's contexts are made of a step's samples, they are samples, with the seeds of
 the first step.
 
@@ -34,11 +36,12 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
         ``tokens``, the student's own. Each token has ``text``, ``logp`` and ``logq`` (nats), ``kl`` (KL(q||p), nats)
         and ``top``, the teacher's most likely tokens with their probabilities. An episode also has ``reward`` (None if
         it was not judged), ``feedback`` and ``turns``, each with the number of its ``tokens``, the names of its
-        ``calls``, why it is ``invalid``, and ``observations``, each with ``speaker`` and ``text``. Empty without a
-        teacher. Where its contexts are made of samples, rows of which none is learnt are left out.
+        ``calls``, why it is ``invalid``, and ``observations``, each with ``speaker`` and ``text``. Where the teacher's
+        contexts are made of samples, rows of which none is learnt are left out. Without a teacher only methods that
+        learn from their own episodes have any, and tokens have nothing but ``text``.
     """
     if trainer.teacher is None or trainer.stage.task.method.teacher is None:
-        return []
+        return _unscored(trainer)
     model, tokenizer, views = trainer.loaded.model, trainer.loaded.tokenizer, []
     with unsharded(model), cached_casts(model), trainer.accelerator.autocast():
         shown = _rollouts(trainer)
@@ -47,7 +50,6 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
         teachers = [trainer.forward_pass(network, [x.example.teacher_ids or []], [x.ids]) for x in shown]
     with root_unsharded([model, *trainer.teacher.networks]), trainer.accelerator.autocast():
         for rollout, student, teacher in zip(shown, students, teachers, strict=True):
-            row = rollout.example
             tokens: list[dict[str, Any]] = []
             for ids, mine_nD, theirs_nD in zip(
                 torch.tensor(rollout.ids).split(CHUNK_TOKENS),
@@ -57,28 +59,41 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
             ):
                 logits_nV = student.head(mine_nD), teacher.head(theirs_nD)
                 tokens += _chunk(tokenizer, ids.tolist(), *(part_nV.float().log_softmax(-1) for part_nV in logits_nV))
-            tokens = [token for token, is_own in zip(tokens, rollout.is_own, strict=True) if is_own]
-            views.append(
-                {
-                    "row": row.demonstration.source,
-                    "prompt": shown_text(row.demonstration.prompt[-1]["content"]),
-                    "demonstration": _demonstration(row.demonstration),
-                    "tokens": tokens,
-                    "truncated": rollout.truncated,
-                    **_transcript(rollout),
-                }
-            )
+            views.append(_view(rollout, tokens))
     return views
 
 
+def _unscored(trainer: Trainer) -> list[dict[str, Any]]:
+    """Views of episodes that no teacher scores; empty for a method that plays none."""
+    if not rules_of(trainer.stage.task.method):
+        return []
+    model, tokenizer = trainer.loaded.model, trainer.loaded.tokenizer
+    with unsharded(model), cached_casts(model), trainer.accelerator.autocast():
+        shown = _rollouts(trainer)
+    return [_view(rollout, [{"text": tokenizer.decode([token])} for token in rollout.ids]) for rollout in shown]
+
+
+def _view(rollout: Completion, tokens: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The view of a rollout with these tokens, of which the student's own are shown; see :func:`token_views`."""
+    row = rollout.example.demonstration
+    return {
+        "row": row.source,
+        "prompt": shown_text(row.prompt[-1]["content"]),
+        "demonstration": _demonstration(row),
+        "tokens": [token for token, is_own in zip(tokens, rollout.is_own, strict=True) if is_own],
+        "truncated": rollout.truncated,
+        **_transcript(rollout),
+    }
+
+
 def _rollouts(trainer: Trainer) -> list[Completion]:
-    """Greedy rollouts of examples with a context, or the first sample of each example that the method learns."""
+    """Greedy rollouts of examples with a context, or without a teacher; else of each the first sample learnt."""
     task, config = trainer.stage.task, trainer.config
     with_context = [example for example in task.examples if example.teacher_ids]
     source = with_context or task.examples
     count = min(config.view_rows, len(source))
     rows = [source[number * len(source) // count] for number in range(count)]
-    if with_context:
+    if with_context or task.method.teacher is None:
         return _greedy(trainer, rows)
     samples = task.method.sequence(trainer.loaded, rows, 0)
     (selected,) = trainer.selector([BatchPart(task.name, task.method, samples, task.share)])

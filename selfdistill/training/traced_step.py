@@ -33,6 +33,7 @@ from selfdistill.model import (
     alike_layers,
     cached_casts,
     sample_at_its_longest,
+    set_recomputing,
     tensor_bytes,
     weight_tensors,
 )
@@ -58,6 +59,11 @@ class Device:
     def of(cls, accelerator: Accelerator) -> Device:
         """The device of this process."""
         return cls(accelerator.device.type, str(accelerator.mixed_precision), accelerator.num_processes)
+
+
+def arithmetic(config: TrainConfig, mixed_precision: str) -> str:
+    """``bf16`` if the run's products are of bfloat16 numbers, by autocast or because the weights are; else ``no``."""
+    return "bf16" if mixed_precision == "bf16" or config.dtype == "bfloat16" else "no"
 
 
 def autocast(device: Device) -> torch.autocast:
@@ -243,7 +249,7 @@ class TracedStep:
     ) -> None:
         contexts, completions = self._rows(part, size, lambda x: x.student_ids)
         model, method = self.loaded.model, part.method
-        model.train(bool(self._config.gradient_checkpointing))
+        set_recomputing(model, bool(self._config.gradient_checkpointing))
         live.begin(("student", "forward"))
         with self._autocast():
             output = self._forward_pass(model, contexts, completions)

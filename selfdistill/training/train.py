@@ -24,6 +24,7 @@ from selfdistill.runtime import (
     folder_lock,
     free_memory,
     is_rank0,
+    own_share,
     remove_unfinished,
     say,
     say_note,
@@ -224,7 +225,8 @@ def check_memory(
         UserError: there is not enough; names the nearest settings for which there is.
     """
     accelerator = make_accelerator(config)
-    free = [free for free in all_gather([free_memory(accelerator.device)]) if free is not None]
+    own = own_share(free_memory(accelerator.device), accelerator.device)
+    free = [free for free in all_gather([own]) if free is not None]
     limit = min(free, default=None)  # the same on all ranks, so that all are refused or none
     if limit is not None and loaded is not None and loaded.device.type == accelerator.device.type:
         limit += tensor_bytes(loaded.model.parameters())

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from selfdistill.comparison.conclusions import Compared, matched, mean_points, points_of, sentences, table
+from selfdistill.comparison.conclusions import Compared, bases_of, matched, mean_points, points_of, sentences, table
 from selfdistill.evaluation.evaluate import Evaluation
 
 
 def point(step: int, accuracy: float, prior: float | None, kl: float) -> Evaluation:
     found: Evaluation = {"step": step, "accuracy": accuracy, "items": 20, "kl_base": kl, "seconds": 10.0 * step}
+    found["correct"] = [item < round(accuracy * 20) for item in range(20)]
     if prior is not None:
         right = round(prior * 100)
         found["prior"] = {"p": {"accuracy": prior, "items": 100, "correct": [i < right for i in range(100)]}}
@@ -63,6 +64,46 @@ def test_less_forgotten_is_said_where_neither_seeds_nor_questions_explain_it() -
 def test_more_forgotten_is_said_as_well() -> None:
     said = sentences(pairs([0.52, 0.50, 0.51], [0.70, 0.69, 0.71]), "")
     assert said.endswith("So at equal accuracy, sdft forgot more than sft.")
+
+
+def test_a_run_did_not_forget_more_than_itself() -> None:
+    """The best of several noisy evaluations counts for the other method, which its own last one cannot beat."""
+    runs = []
+    for seed, last in enumerate((0.50, 0.52, 0.51)):
+        points = (BASE, (0.5, 0.76, 0.3), (0.6, 0.7, 0.4), (0.55, last, 0.4))
+        runs += [run(method, seed, *points) for method in ("sft", "sdft")]
+    said = sentences(runs, "")
+    assert "a difference of -0.2" in said
+    assert "interval over seeds -0.2" in said
+    assert (
+        "The best evaluation counts for sft and the last for sdft; with the best of both, the difference is +0.000."
+        in said
+    )
+    assert said.endswith(
+        "So there is no significant difference in forgetting; more seeds or prior questions could show one."
+    )
+
+
+def test_bases_that_answered_differently_are_said() -> None:
+    runs = pairs([0.72, 0.74, 0.70], [0.55, 0.58, 0.54])
+    assert "same answers" not in sentences(runs, "")
+    start = run("sft", 0, (0.0, 0.78, 0.0)).evaluations
+    moved = [replace(one, evaluations=[*start, *one.evaluations[1:]]) if one.seed == 2 else one for one in runs]
+    said = sentences(moved, "Three steps.")
+    assert said.startswith(
+        "Three steps. The base did not give the same answers in all runs (new task 0.000, prior 0.780 or 0.800), as "
+        "happens on another machine or with another release: differences of that size say nothing about the methods. "
+    )
+    assert bases_of(points_of(moved)) == [(0.8, 0.0), (0.78, 0.0)]
+    other = [replace(one, failed="no") if one.seed == 2 else one for one in moved]
+    assert "same answers" not in sentences(other, "")
+
+
+def test_each_run_has_learnt_something_if_it_ends_above_its_own_base() -> None:
+    low, high = (0.2, 0.8, 0.0), (0.4, 0.8, 0.0)
+    runs = [run("sft", seed, base, (0.6, 0.7, 0.3)) for seed, base in enumerate((low, high))]
+    runs += [run("sdft", seed, base, (0.4, 0.8, 0.1)) for seed, base in enumerate((low, high))]
+    assert "in 1 of 2 runs sdft learnt nothing" in sentences(runs, "")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from selfdistill.api import report as write_page
 from selfdistill.cli import main
 from selfdistill.comparison.plots import Curve, over, pareto_front, trade_off
 from selfdistill.comparison.report import visible
-from selfdistill.config.files import dump_yaml
+from selfdistill.config.files import dump_yaml, load_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluation.statistics import share_interval
@@ -435,7 +435,7 @@ def test_figures_stand_alone_and_in_a_page(tmp_path: Path, monkeypatch: pytest.M
         Curve("_empty", []),
     ]
     file = tmp_path / "trade_off.svg"
-    inline = trade_off(curves, (0.8, 0.1), 0.95, "kept", "learnt", file=file)
+    inline = trade_off(curves, [(0.8, 0.1)], 0.95, "kept", "learnt", file=file)
     assert drawn == ["svg"]
     alone = file.read_text(encoding="utf-8")
     root = ElementTree.fromstring(inline)
@@ -451,7 +451,7 @@ def test_figures_stand_alone_and_in_a_page(tmp_path: Path, monkeypatch: pytest.M
         assert {"kept", "learnt", "teacher", "base", "Pareto front"} <= set(words)
     ids = re.findall(r'\bid="([^"]*)"', inline)
     assert set(ids) >= set(re.findall(r'(?:href="#|url\(#)([^")]*)', inline))
-    assert set(ids).isdisjoint(re.findall(r'\bid="([^"]*)"', trade_off(curves, None, None, "kept", "learnt")))
+    assert set(ids).isdisjoint(re.findall(r'\bid="([^"]*)"', trade_off(curves, [], None, "kept", "learnt")))
     assert "(0, 1) to (99, 1)" in over([Curve("flat", [(x, 1.0) for x in range(100)])], "step", "loss", smooth=True)
 
 
@@ -515,3 +515,58 @@ def test_a_legend_is_not_wider_than_its_figure(length: int) -> None:
     assert len(starts) == len(names)
     assert min(starts) > 28  # the line before the name
     assert max(starts) < float(view[1]) - 6 * length
+
+
+def drawn(names: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Figure, str]:
+    """A figure with a curve of each name, and its SVG."""
+    figures: list[Figure] = []
+    real = Figure.savefig
+
+    def remembered(figure: Figure, *args: Any, **options: Any) -> None:
+        figures.append(figure)
+        real(figure, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", remembered)
+        svg = over([Curve(name, [(0.0, 0.0), (1.0, 1.0)]) for name in names], "step", "y")
+    return figures[0], svg
+
+
+@pytest.mark.parametrize("length", [4, 24, 90])
+def test_a_long_legend_does_not_shrink_the_axes(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{number}".rjust(length, "n") for number in range(14)]
+    (few, _), (many, svg) = drawn(names[:9], monkeypatch), drawn(names, monkeypatch)
+    low, high = (figure.axes[0].get_window_extent().height * 72 / figure.dpi for figure in (few, many))
+    assert low > 120
+    assert high > 0.95 * low
+    words = [str(text.text) for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    (last,) = [word for word in words if word.endswith("n13")]
+    assert ("..." in last) == (length == 90)
+    assert names[-1] in svg  # the figure in words has the whole name
+
+
+def test_no_two_curves_differ_by_their_colour_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure, _ = drawn([str(number) for number in range(15)], monkeypatch)
+    looks = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines]
+    assert len(looks) == len(set(looks)) == 15
+    assert all(one[1] != other[1] for one, other in itertools.pairwise(looks))
+
+
+def test_every_base_has_a_star() -> None:
+    curves = [Curve("a", [(0.8, 0.1), (0.7, 0.9)])]
+    assert " Base at (0.85, 0) and (0.84, 0)." in trade_off(curves, [(0.85, 0.0), (0.84, 0.0)], None, "kept", "learnt")
+
+
+def test_runs_that_cannot_be_compared_share_no_figure(tmp_path: Path) -> None:
+    for name, test in (("a", "test.jsonl"), ("b", "other.jsonl")):
+        write_run(tmp_path / name)
+        file = tmp_path / name / "config.yaml"
+        values = load_yaml(file, TrainConfig) | {"test": test}
+        file.write_text(dump_yaml(TrainConfig(**values)), encoding="utf-8")
+    page = str(tmp_path / "r.html")
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "-o", page]) == 0
+    text = Path(page).read_text(encoding="utf-8")
+    assert "prior score: runs that differ in test have scores that cannot be compared.</p>" in text
+    assert "Pareto front" not in text
+    assert main(["report", str(tmp_path / "a"), "-o", page]) == 0
+    assert "Pareto front" in Path(page).read_text(encoding="utf-8")

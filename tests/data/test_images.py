@@ -11,9 +11,17 @@ from typing import Any
 
 import datasets
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
-from selfdistill.data import Demonstration, load_demonstrations, parse_context, shown_text, write_demonstrations
+from selfdistill.data import (
+    Demonstration,
+    draw_shapes,
+    load_demonstrations,
+    parse_context,
+    shown_text,
+    write_demonstrations,
+)
+from selfdistill.data.shapes import COLOURS
 from selfdistill.errors import UserError
 
 Write = Callable[..., Path]
@@ -145,13 +153,12 @@ def test_a_broken_picture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.jpg").write_bytes(png(noise, format="JPEG")[:600])
     (tmp_path / "none.png").write_bytes(b"")
     for name in ("text.png", "none.png"):
-        problem = problem_of(row(tmp_path / name))
-        assert problem.endswith("is not a picture that Pillow reads; convert it, such as to PNG"), name
-        assert problem.startswith("column 'images[0]': '")
+        place = repr(str(tmp_path / name))
+        unread = f"column 'images[0]': {place} is not a picture that Pillow reads; convert it, such as to PNG"
+        assert problem_of(row(tmp_path / name)) == unread
     for name in ("cut.png", "cut.jpg"):
         problem = problem_of(row(RED, tmp_path / name))
-        assert problem.startswith("column 'images[1]': '")
-        assert "cannot be decoded (" in problem, name
+        assert problem.startswith(f"column 'images[1]': {str(tmp_path / name)!r} cannot be decoded (")
         assert problem.endswith("); replace it"), name
 
 
@@ -174,6 +181,7 @@ def test_an_animation_and_deep_channels_are_refused() -> None:
     assert "has mode F, expected 8 bits per channel; convert it" in problem_of(row(Image.new("F", (4, 4))))
 
 
+BASE64 = "'iVBORw0KGgoiVBORw0KGgoiVBORw0KGgoiVBO...'"
 WANT = "expected a path, a PIL image or an object with bytes and path"
 
 
@@ -190,6 +198,7 @@ WANT = "expected a path, a PIL image or an object with bytes and path"
             "column 'images[0]': found 'https://x.org/a.png', expected a file: pictures are not downloaded; save it "
             "first",
         ),
+        (row("iVBORw0KGgo" * 90), f"column 'images[0]': {BASE64} cannot be read (File name too long)"),
         (row(RED, image=RED), "has 'image' and 'images', expected one of them"),
     ],
 )
@@ -307,3 +316,26 @@ def test_the_picture_is_part_of_a_rows_identity_and_text_rows_are_as_before() ->
     notes: list[str] = []
     load_demonstrations([row(RED), row(Image.new("RGB", (8, 6), "blue"), completion="b")], note=notes.append)
     assert notes == []
+
+
+# --- drawn shapes ---
+
+
+def test_drawn_shapes_have_the_colour_that_their_rows_name(tmp_path: Path) -> None:
+    rows = draw_shapes(tmp_path / "new" / "train.jsonl", 12)
+    made = load_demonstrations(str(tmp_path / "new" / "train.jsonl"))
+    assert [x.completion for x in made] == [row["completion"] for row in rows]
+    assert {x.completion for x in made} == set(COLOURS)
+    for x in made:
+        counts = x.images[0].decoded().getcolors()
+        _, (_, colour) = sorted(counts or [], reverse=True)
+        assert colour == ImageColor.getrgb(x.completion)
+
+
+def test_the_name_of_the_file_is_the_seed_of_its_shapes(tmp_path: Path) -> None:
+    one, again, other = (
+        [row["completion"] for row in draw_shapes(tmp_path / file, 12)]
+        for file in ("a/train.jsonl", "b/train.jsonl", "a/test.jsonl")
+    )
+    assert one == again != other
+    assert (tmp_path / "a" / "train3.png").read_bytes() == (tmp_path / "b" / "train3.png").read_bytes()

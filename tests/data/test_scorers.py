@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from selfdistill.config.commands import EvalConfig
-from selfdistill.data import scorers
+from selfdistill.data import comparisons
 from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, load_demonstrations
 from selfdistill.data.scorers import JUDGE, Verdict, default_scorer, doubt_about, reference, score, verdict, verdicts
 from selfdistill.errors import UserError
@@ -151,7 +151,7 @@ def test_thoughts_of_a_demonstration_are_not_compared(scorer: str, said: str, re
 def test_names_of_scorers_are_the_same_everywhere() -> None:
     compare = {
         name
-        for name, function in vars(scorers).items()
+        for name, function in vars(comparisons).items()
         if inspect.isfunction(function) and list(inspect.signature(function).parameters) == ["reply", "demonstration"]
     }
     assert compare == set(SCORER_NAMES)
@@ -174,7 +174,8 @@ def section(page: str, heading: str) -> str:
 def pairs_of_the_table() -> Iterator[tuple[str, dict[str, Any], str, bool]]:
     """Scorer, column, reply and verdict of each row of the documentation's tables."""
     scorer = ""
-    for line in TABLE.read_text(encoding="utf-8").splitlines():
+    text = TABLE.read_text(encoding="utf-8")
+    for line in text.replace(section("scorers.md", "Feedback"), "").splitlines():
         if heading := re.fullmatch(r"(?:## )?`(\w+)`:?", line):
             scorer = heading[1]
         elif heading := re.fullmatch(r"\| (answer|completion) \| reply \| scored \|", line):
@@ -547,10 +548,78 @@ def test_a_function_gives_a_reward_and_feedback(
     assert score(name, "reply", row("a")) == (expected.reward == 1)
 
 
-@pytest.mark.parametrize("name", SCORER_NAMES[:2])
-def test_a_comparison_has_reward_0_or_1_and_no_feedback(name: str) -> None:
-    assert verdict(name, "a", row("a")) == Verdict(1.0)
-    assert verdict(name, "b", row("a")) == Verdict(0.0)
+# --- feedback ---
+
+FEEDBACK = re.findall(r"^\| `(\w+)` \| `(.*)` \| `(.*)` \| `(.*)` \|$", section("scorers.md", "Feedback"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("scorer", "answer", "reply", "feedback"), FEEDBACK)
+def test_feedback_says_what_was_expected(scorer: str, answer: str, reply: str, feedback: str) -> None:
+    assert verdict(scorer, json.loads(reply), row(json.loads(answer))) == Verdict(0.0, feedback)
+
+
+def test_the_documentation_shows_feedback_of_every_scorer() -> None:
+    table = [line for line in section("scorers.md", "Feedback").splitlines() if line.startswith("|")]
+    assert len(FEEDBACK) == len(table) - 2
+    assert {scorer for scorer, *_ in FEEDBACK} == {*SCORER_NAMES, CODE}
+
+
+@pytest.mark.parametrize("name", SCORER_NAMES)
+def test_every_comparison_has_a_line_of_feedback_on_wrong_replies_only(name: str) -> None:
+    long = " ".join(f"word{number}" for number in range(500))
+    of_scorer = [(column, reply) for scorer, column, reply, _ in PAIRS if scorer == name]
+    for column, _ in of_scorer:
+        demonstration = dataclasses.replace(row(), **column)
+        for reply in [*(reply for _, reply in of_scorer), "", long]:
+            found = verdict(name, reply, demonstration)
+            assert found.reward in (0, 1)
+            assert (found.reward == 1) == (not found.feedback)
+            assert len(found.feedback.splitlines()) == int(found.reward == 0)
+            assert len(found.feedback) < 400
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reply", "feedback"),
+    [
+        ("get a get b", "get a", 'expected get {"id": "b"}, found no such call'),
+        ("get a", "get a put b", 'expected no further call, found put {"id": "b"}'),
+        ("get a", "get b get a", 'expected no further call, found get {"id": "b"}'),
+        ("get a put b", "put b", 'expected get {"id": "a"}, found no such call'),
+        ("get a put b", "put c get a", 'argument \'id\': expected "b", found "c"'),
+        ("get a put a", "get b put a", 'argument \'id\': expected "a", found "b"'),
+        ("get a put b", "put a get b", ""),
+    ],
+)
+def test_feedback_on_several_calls(wanted: str, reply: str, feedback: str) -> None:
+    def pairs(text: str) -> list[tuple[str, str]]:
+        words = iter(text.split())
+        return [(name, json.dumps({"id": value})) for name, value in zip(words, words, strict=True)]
+
+    assert verdict("tool_call", calls(*pairs(reply)), row(pairs(wanted))).feedback == feedback
+
+
+def test_feedback_shows_arguments_as_they_were_written() -> None:
+    wanted = [["get", {"of": [1234.5, {"a": None}], "on": True}]]
+    found = verdict("tool_call", calls(("get", '{"of": [1e3, {"a": "é"}], "on": true}')), row(wanted))
+    assert found.feedback == 'argument \'of\': expected [1234.5, {"a": "null"}], found [1000.0, {"a": "é"}]'
+
+
+def test_feedback_on_long_texts_shows_where_they_differ() -> None:
+    words = [f"w{number}" for number in range(400)]
+    changed = [*words[:200], "other", *words[201:]]
+    feedback = verdict("exact", " ".join(changed), row(" ".join(words))).feedback
+    match = re.fullmatch(r"expected \.\.\.(.*)\.\.\., found \.\.\.(.*)\.\.\.", feedback)
+    assert match
+    expected, found = match.groups()
+    assert (len(expected), len(found)) == (120, 120)
+    assert " w199 w200 w201 " in expected
+    assert " w199 other w201 " in found
+    missing = verdict("contains", "w1 w2", row(" ".join(words))).feedback
+    assert missing.endswith("..., missing 'w0', 'w3', 'w4', 'w5', 'w6' and others")
+    answers = [f"w{number}" for number in range(9)]
+    assert verdict("contains", "none", row(answers)).feedback == (
+        "expected one of 'w0', 'w1', 'w2', 'w3', 'w4' and others, found none of them"
+    )
 
 
 def test_a_function_that_is_not_there(write_module: Callable[[str], str], tmp_path: Path) -> None:
@@ -629,7 +698,8 @@ def test_many_verdicts_keep_their_order() -> None:
         ("code", "f = abs", row("f(-1) == 2")),
     ]
     found = verdicts(given)
-    assert found == [Verdict(1.0), Verdict(1.0), Verdict(0.0), Verdict(0.0, "f(-1): expected 2, found 1")]
+    wrong = [Verdict(0.0, "expected 'b', found none of it"), Verdict(0.0, "f(-1): expected 2, found 1")]
+    assert found == [Verdict(1.0), Verdict(1.0), *wrong]
     assert found == [verdict(*one) for one in given]
     assert verdicts([]) == []
 

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_worlds
 
+from selfdistill.config import EpisodeSettings
+from selfdistill.data import Demonstration
 from selfdistill.environments import Environment, EnvironmentFactory, Step, make_environment
 from selfdistill.errors import UserError
+from selfdistill.methods import begun
 
 NUMBERS = itertools.count()
 Make = Callable[..., EnvironmentFactory]
@@ -78,6 +82,113 @@ def test_what_cannot_be_imported_or_made_is_one_line(make: Make) -> None:
             make(body)
         assert problem in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+# --- functions ---
+
+ADD = """
+    def add(a: int, b: int = 1) -> int:
+        '''Add.
+
+        Args:
+            a: one
+            b: the other
+        '''
+        return a + b
+
+    def fail() -> None:
+        '''Fail.'''
+        raise ValueError("as always")
+
+"""
+
+
+@pytest.mark.parametrize("given", ["[add, fail]", "(add, fail)"])
+def test_functions_are_an_environment_of_tools_that_does_not_judge(make: Make, given: str) -> None:
+    factory = make(ADD + f"    TOOLS = {given}", "TOOLS")
+    assert not factory.judges
+    environment = factory()
+    assert isinstance(environment, Environment)
+    names = [tool["function"]["name"] for tool in environment.tools]
+    assert names == ["add", "fail"]
+    assert environment.tools[0]["function"]["parameters"]["required"] == ["a"]
+    assert environment.reset(ROW) == []
+    step = environment.step(said("", ("add", {"a": 2}), ("fail", {}), ("sub", {})))
+    told = ["3", "Error: fail: ValueError: as always", "Error: unknown tool 'sub', expected one of add, fail"]
+    assert [one["content"] for one in step.observations] == told
+    assert (step.done, step.reward, step.invalid_calls) == (False, None, 1)
+    assert environment.step(said("Three.")) == Step(done=True)
+    environment.close()
+    environment.close()
+
+
+BAD_LISTS: dict[str, str] = {
+    "[]": "found an empty list, expected functions that the model may call",
+    "[add, 3]": "item 1 is 3, expected a function that the model may call",
+    "['add']": "item 0 is 'add', expected a function that the model may call",
+    "[dict]": "item 0 is <class 'dict'>, expected a function that the model may call",
+    "[add, add]": "two tools are named 'add', expected distinct names",
+    "[add, lambda a: a]": "tool <lambda>: no schema: ",
+    "{add}": "has no class 'TOOLS'; expected one, or a list of functions",
+}
+
+
+@pytest.mark.parametrize("given", BAD_LISTS)
+def test_a_list_of_anything_else_is_one_line(make: Make, given: str) -> None:
+    with pytest.raises(UserError, match=r"^environment 'python:own_world_\d+.TOOLS': ") as caught:
+        make(ADD + f"    TOOLS = {given}", "TOOLS")
+    assert BAD_LISTS[given] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_functions_in_python_have_a_name_in_this_process() -> None:
+    name = EpisodeSettings(environment=[tiny_worlds.look_up, tiny_worlds.count]).environment
+    assert name == "functions:look_up,count"
+    assert EpisodeSettings(environment=tiny_worlds.FUNCTIONS).environment == name
+    assert EpisodeSettings(environment=name).environment == name
+    first = make_environment(name)
+    assert first is make_environment(name)
+    assert first().step(said("", ("count", {"number": 6}))).observations[0]["content"] == "7"
+
+    def count() -> str:
+        """Count."""
+        return "many"
+
+    assert EpisodeSettings(environment=(tiny_worlds.look_up, count)).environment == name
+    assert make_environment(name)().step(said("", ("count", {}))).observations[0]["content"] == "many"
+    (row,) = begun(name, [Demonstration("Count.")])
+    assert row.tools is not None
+    assert row.tools[1]["function"]["description"] == "Count."
+    EpisodeSettings(environment=tiny_worlds.FUNCTIONS)
+    (row,) = begun(name, [Demonstration("Count.")])  # an edited cell of a notebook: its tools are the new ones
+    assert row.tools is not None
+    assert row.tools[1]["function"]["description"] == "Count one further."
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ([], "setting 'environment': found an empty list, expected functions that the model may call"),
+        (["bundled:shop"], "setting 'environment': item 0 is 'bundled:shop', expected a function that the model may"),
+        ([len], "setting 'environment': tool len: "),
+        (tiny_worlds.count, "expected: its name, as in 'python:module.function'"),
+        (3, "setting 'environment': found 3, expected: text"),
+    ],
+)
+def test_an_environment_in_python_that_is_none_is_one_line(given: Any, problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        EpisodeSettings(environment=given)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_functions_of_another_process_have_to_be_given_again() -> None:
+    with pytest.raises(UserError) as caught:
+        make_environment("functions:gone")
+    assert str(caught.value) == (
+        "environment 'functions:gone': its functions were given in Python, in another process; give them again as "
+        "environment=[...], or put the list into a module and name it python:package.module.name"
+    )
 
 
 # --- the protocol itself ---

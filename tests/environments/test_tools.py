@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from broken_tools import Odd, Unspeakable, broken, called, circle, deep, endless, later, never, raising, tool
 
 from selfdistill.environments import ToolRunner
 from selfdistill.errors import UserError
@@ -29,16 +29,6 @@ def answer(runner: ToolRunner, name: Any, arguments: Any) -> str:
     observations, _ = runner.answer(calls((name, arguments)))
     assert len(observations) == 1
     return str(observations[0]["content"])
-
-
-def tool(body: Callable[[], Any]) -> Callable[..., Any]:
-    """A tool without arguments."""
-
-    def act() -> Any:
-        """Act."""
-        return body()
-
-    return act
 
 
 # --- schemas and arguments ---
@@ -189,50 +179,6 @@ def test_functions_that_are_no_tools_are_refused() -> None:
 # --- what tools return ---
 
 
-class Odd:
-    def __str__(self) -> str:
-        return "odd"
-
-
-class Unspeakable(Exception):
-    def __str__(self) -> str:
-        raise RuntimeError
-
-
-def circle() -> list[Any]:
-    made: list[Any] = []
-    made.append(made)
-    return made
-
-
-def deep() -> list[Any]:
-    made: list[Any] = []
-    for _ in range(100_000):
-        made = [made]
-    return made
-
-
-def raising(error: BaseException) -> Callable[[], Any]:
-    def act() -> Any:
-        raise error
-
-    return act
-
-
-async def later() -> str:
-    await asyncio.sleep(0.001)
-    return "later"
-
-
-async def never() -> None:
-    await asyncio.sleep(60)
-
-
-def endless() -> None:
-    while True:
-        pass
-
-
 def endless_numbers() -> Any:
     number = 0
     while True:
@@ -367,29 +313,6 @@ def test_ctrl_c_comes_through_while_a_tool_runs(tmp_path: Path) -> None:
 
 # --- many broken tools ---
 
-SAID = ["", "a", "\x00\x1b[2J", "\ud83d", "x" * 5000, "line\nline", "</s>", "\u202e", '{"a": ', "\U0001f600" * 900]
-VALUES = [None, True, -1, 2.5, float("nan"), 10**400, *SAID, [], [[["a"]]], {"a": {"b": "\ud800"}}, {"1": [None]}]
-ERRORS = [ValueError, KeyError, OSError, MemoryError, RecursionError, StopIteration, GeneratorExit, SystemExit]
-
-
-def broken(chance: random.Random) -> Callable[[], Any]:
-    """A tool that raises, returns something odd, or does not end."""
-    kind = chance.randrange(8)
-    value, said = chance.choice(VALUES), chance.choice(SAID)
-    if kind == 0:
-        return raising(chance.choice(ERRORS)(said))
-    if kind == 1:
-        return lambda: (_ for _ in ())
-    if kind == 2:
-        return chance.choice([endless, never, lambda: time.sleep(0.1)])
-    if kind == 3:
-        return chance.choice([circle, deep, Odd, lambda: raising, lambda: {Odd(): value}, lambda: object])
-    if kind == 4:
-        return lambda: [value] * chance.randrange(10_000)
-    if kind == 5:
-        return lambda: sys.exit(said)
-    return lambda: value
-
 
 @pytest.mark.property
 @pytest.mark.parametrize("seed", range(20))
@@ -398,8 +321,7 @@ def test_with_broken_tools_and_calls_a_run_goes_on(seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(10):
         runner = ToolRunner([tool(broken(chance)), weigh], time_limit=0.05)
-        name = chance.choice(["act"] * 6 + ["weigh", "ac", *SAID])
-        given = {} if chance.random() < 0.7 else chance.choice([*VALUES, {"item": chance.choice(VALUES)}])
+        name, given = called(chance)
         begun = time.monotonic()
         observations, invalid = runner.answer(calls((name, given)))
         assert time.monotonic() - begun < 5

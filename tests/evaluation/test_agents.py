@@ -22,6 +22,7 @@ from selfdistill.config.train import TrainConfig
 from selfdistill.data import Demonstration, Example, encode, load_demonstrations, packaged, parse_context
 from selfdistill.errors import UserError
 from selfdistill.evaluation import EvalResult, check, evaluate
+from selfdistill.evaluation.judge import Judge
 from selfdistill.evaluation.statistics import share_interval
 from selfdistill.methods import Completion, EpisodeRules, begun, play
 from selfdistill.model import LoadedModel, Rollout, Sampling, sample_seed
@@ -153,13 +154,95 @@ def test_an_environment_that_does_not_judge_cannot_be_measured(talks: dict[str, 
         evaluate(EvalConfig(**talks | {"environment": "python:tiny_worlds.Silent"}))
 
 
-def test_tools_without_a_reward_are_refused_before_a_model_is_loaded(talks: dict[str, Any]) -> None:
-    values = talks | {"environment": "python:tiny_worlds.OnlyTools", "model": "no-such-model"}
-    message = r"^environment 'python:tiny_worlds.OnlyTools': it has no reward, so success cannot be measured; add an"
-    with pytest.raises(UserError, match=message):
+class Says:
+    """An engine whose replies are known, turn by turn."""
+
+    def __init__(self, loaded: LoadedModel, *replies: dict[str, Any]) -> None:
+        self._chat, self._replies = loaded.chat(), replies
+
+    def sample(self, loaded: LoadedModel, prompts: list[list[int]], *_: Any) -> list[Rollout]:
+        texts = [self._chat.tokenizer.decode(prompt) for prompt in prompts]
+        replies = [self._replies[text.rsplit("Which", 1)[-1].count("<|im_start|>assistant") - 1] for text in texts]
+        ids = [self._chat.encode_reply({"role": "assistant", "content": "", **reply}, {}) for reply in replies]
+        return [Rollout(one, [-0.5] * len(one), truncated=len(one) > 190) for one in ids]
+
+
+def asking(word: str) -> dict[str, Any]:
+    function = {"name": "look_up", "arguments": {"word": word}}
+    return {"tool_calls": [{"type": "function", "function": function}]}
+
+
+@pytest.fixture
+def words(
+    model_folder: Callable[..., Path],
+    load: Callable[..., LoadedModel],
+    write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., dict[str, Any]]:
+    """Settings of three questions, to a model that looks up a word and then says an answer, in an environment."""
+    rows = [{"prompt": "Which word?", "answer": "tea"}, {"prompt": "Which?", "completion": "I say tea."}]
+    rows += [{"prompt": "Which one?", "answer": [["look_up", {"word": "cat"}]], "scorer": "tool_call"}]
+    data = str(write_rows(rows, name="words.jsonl"))
+
+    def make(environment: Any, answer: str = "I say tea.") -> dict[str, Any]:
+        loaded = load(template=CHATML, room=8192)
+        engine = Says(loaded, asking("cat"), {"content": answer})
+        monkeypatch.setattr("selfdistill.model.sampling.engine_for", lambda _: engine)
+        values = {"model": str(model_folder(template=CHATML, room=8192)), "data": data, "environment": environment}
+        return values | {"engine": "vllm", "max_completion_length": 200, "max_episode_length": 2000}
+
+    return make
+
+
+WITHOUT_A_REWARD = [tiny_worlds.FUNCTIONS, "python:tiny_worlds.FUNCTIONS", "python:tiny_worlds.OnlyTools"]
+
+
+@pytest.mark.parametrize("environment", WITHOUT_A_REWARD, ids=["functions", "their list by name", "class"])
+def test_without_a_reward_the_scorer_judges_the_last_reply(
+    words: Callable[..., dict[str, Any]], environment: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "replies.jsonl"
+    result = evaluate(EvalConfig(**words(environment), scorer="contains", replies=str(file)))
+    assert result["correct"] == [True, True, True]  # tool_call reads the calls of all replies
+    assert result["scorers"] == ["contains", "tool_call"]
+    assert (result["episode/reward"], result["episode/turns"]) == (1, 2)
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [(line["reward"], line["correct"], line["reply"]) for line in lines] == [(1, True, "I say tea.")] * 3
+    assert [one["role"] for one in lines[0]["messages"]] == ["assistant", "tool", "assistant"]
+    assert capsys.readouterr().err.count(" has no reward, so the scorer judges the last reply") == 1
+    # an episode that was cut has failed, whatever its last reply says
+    assert evaluate(EvalConfig(**words(environment, "tea " * 60), scorer="contains"))["correct"] == [False] * 3
+
+
+def test_check_scores_last_replies_where_there_is_no_reward(words: Callable[..., dict[str, Any]]) -> None:
+    own = {"contexts": ["turns"], "sample": 3, "mixed_precision": "no", "scorer": "contains"}
+    rows = [Demonstration("Which?", "I say tea.", row=0), Demonstration("Which one?", "I say so.", row=1)]
+    result = check(CheckConfig(**words(tiny_worlds.FUNCTIONS), **own), rows, cost=False)
+    assert (result.student_accuracy, result.best.accuracy) == (0.5, 0.5)
+
+
+def test_without_a_reward_the_judges_grades_count(
+    words: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grades = {"Which word?": "strict", "Which?": "lenient"}
+
+    def graded(_: Judge, rows: Sequence[Demonstration], replies: Sequence[str]) -> list[str]:
+        assert list(replies) == ["I say tea."] * len(rows)
+        return [grades[row.prompt[0]["content"]] for row in rows]
+
+    monkeypatch.setattr(Judge, "grades", graded)
+    own = {"scorer": "judge", "judge_url": "http://localhost:1", "judge_model": "m"}
+    result = evaluate(EvalConfig(**words(tiny_worlds.FUNCTIONS), **own))
+    assert (result["correct"], result["accuracy_lenient"]) == ([True, False, True], 1)
+
+
+def test_rows_without_anything_to_score_are_refused_before_a_model_is_loaded(
+    talks: dict[str, Any], write_rows: Callable[..., Path]
+) -> None:
+    data = str(write_rows([{"prompt": "stop"}], name="bare.jsonl"))
+    values = talks | {"environment": "python:tiny_worlds.OnlyTools", "model": "no-such-model", "data": data}
+    with pytest.raises(UserError, match=r"bare.jsonl: .* line 1, column 'completion': missing, and no 'answer' to"):
         evaluate(EvalConfig(**values))
-    with pytest.raises(UserError, match=message):
-        check(CheckConfig(**values))
 
 
 # --- whose episodes they are ---
@@ -344,6 +427,15 @@ def test_check_counts_a_demonstrations_own_tokens_alone(
         kept = [t for t in range(len(example.completion_ids)) if t not in given]
         total, count = total + float(logp_T[kept].sum()), count + len(kept)
     assert result.student_logp == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_context_that_shows_one_turn_is_refused_before_a_model_is_loaded(talks: dict[str, Any]) -> None:
+    values, spec = talks | {"model": "no-such-model"}, "turns:repeats=1,show=turn"
+    message = f"^context '{spec}': it shows the one reply that is sampled, but in an environment whole episodes are;"
+    with pytest.raises(UserError, match=message):
+        evaluate(EvalConfig(**values, context=spec))
+    with pytest.raises(UserError, match=message):
+        check(CheckConfig(**values, contexts=[spec, "turns"]))
 
 
 # --- in a run, and from the command line ---

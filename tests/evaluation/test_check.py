@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from selfdistill.config.commands import CheckConfig
 from selfdistill.config.train import TrainConfig
@@ -213,6 +216,46 @@ def test_the_best_context_for_training_costs_nothing_takes_the_scorer_and_says_w
     assert err.splitlines()[-1] == (f"note: self-distillation is unlikely to help; training anyway, with {best}")
 
 
+@pytest.mark.parametrize(
+    ("free", "error", "reason"),
+    [
+        (0, None, r"full fine-tuning needs more than 0\.0 GiB, and there are 0\.0"),
+        (2**40, torch.OutOfMemoryError("CUDA out of memory"), "one forward and backward pass ran out of memory"),
+    ],
+)
+def test_a_step_that_needs_too_much_memory_loses_nothing_that_was_measured(
+    model_folder: Callable[..., Path],
+    write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    error: Exception | None,
+    reason: str,
+) -> None:
+    def backward(*_: object, **__: object) -> None:
+        if error is None:
+            pytest.fail("measured the cost")
+        raise error
+
+    monkeypatch.setattr(measure, "free_memory", lambda _: free)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    result = check(config_of(model_folder(), write_rows(count=4), contexts=["turns:repeats=1"]))
+    assert result.layouts[0].items == 4
+    assert (result.seconds_per_step, result.memory_gib, result.memory_rows) == (None, None, None)
+    said = f"Cost of a step: unknown, because {reason}; selfdistill train --dry_run --memory"
+    assert re.search(said, " ".join(repr(result).split()))
+
+
+def test_an_error_of_a_pass_is_no_lack_of_memory(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backward(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with pytest.raises(RuntimeError, match="a bug"):
+        check(config_of(model_folder(), write_rows(count=4), contexts=["turns:repeats=1"]))
+
+
 def test_rows_that_do_not_fit_are_left_out_of_a_layout_or_of_all_and_counted(
     model_folder: Callable[..., Path], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,6 +361,13 @@ def test_verdicts() -> None:
     )
     assert verdict_on(0.1, -1.0, replace(layout(0.3), items=10))[1] == 0  # two more rows; .3 - .1 is less than .2
     assert verdict_on(0.1, -1.0, replace(layout(0.2), items=10))[1] == UNLIKELY
+    few = "It is unknown whether self-distillation helps: the teacher with turns:repeats=2 is right on 100% (95% "
+    few += "interval 44% to 100%), the student on 67% of 3 rows, which are too few to tell. Give more rows."
+    assert verdict_on(2 / 3, -1.0, replace(layout(1.0), items=3)) == (few, 0)
+    assert "the student already knows this" in verdict_on(1.0, -1.0, replace(layout(1.0), items=3))[0]
+    text, code = verdict_on(0.89, -1.0, replace(layout(0.9), items=100))
+    assert code == UNLIKELY
+    assert "of 100 rows; the teacher is not clearly better." in text
     assert "lower temperature" in verdict_on(0.0, -9.0, layout(1.0, kl=5.0))[0]
 
 
@@ -346,6 +396,9 @@ def test_hints_are_measured_in_the_best_layout(
     )
     by_hand = check(config_of(model_folder(), cut, contexts=[best.context]), cost=False).layouts[0]
     assert replace(by_hand, hint=0.5) == result.hints[2]
+    narrow = Console(width=44, file=StringIO())
+    result.print(narrow)
+    assert "…" not in narrow.file.getvalue()  # type: ignore[attr-defined]
     result.print(result_console())
     printed = capsys.readouterr().out
     assert "the teacher with part of the demonstration" in printed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.spill import Spill, Trial
 from selfdistill.model.loading import LoadedModel, weights_fingerprint
 from selfdistill.model.sampling import Sampling, sample, sample_seed
+from selfdistill.runtime import result_console
 
+LONG = {"prompt": "q", "completion": "ab " * 20}
 Sequences = list[tuple[list[int], list[int]]]
 """Prompts and completions as token ids."""
 
@@ -80,14 +83,14 @@ def test_the_trials_equal_plain_pytorch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(spill, "STEPS", 3)
-    data = write_rows(count=4)
-    found = check(config_of(model_folder(), data, learning_rate=1e-3)).spill
+    data = write_rows([{"prompt": f"q{i}", "completion": f"ab cd ef g{i}"} for i in range(4)])
+    result = check(config_of(model_folder(), data, learning_rate=1e-3, hints=True))
+    found, teacher = result.spill, load()
     assert found is not None
-    teacher = load()
+    assert result.hints is not None
     chat, context = ChatFormat(teacher.tokenizer, teacher.end_token_ids, {}), parse_context("turns:repeats=2")
     rows = load_demonstrations(str(data))
     students = [chat.encode_prompt(row.prompt) for row in rows]
-    shown = [chat.encode_prompt(context.messages(row, rows)) for row in rows]
     demos = [(ids, chat.encode_completion(row.completion)) for ids, row in zip(students, rows, strict=True)]
     prompts = anchor_prompts()
     general = [chat.encode_prompt(row.prompt) for row in random.Random(0).sample(prompts, len(prompts))]
@@ -98,16 +101,29 @@ def test_the_trials_equal_plain_pytorch(
         logps = [log_probabilities(student.model, ids, demo)[range(len(demo)), demo].sum() for ids, demo in demos]
         return -torch.stack(logps).sum()
 
-    def sdft(step: int) -> torch.Tensor:
-        seeds = [sample_seed(0, step, row.row, 0) for row in rows]
-        loss = torch.zeros(())
-        for ids, taught, rollout in zip(students, shown, sample(student, students, Sampling(6), seeds), strict=True):
-            with torch.no_grad():
-                q = log_probabilities(teacher.model, taught, rollout.ids)
-            loss += (q.exp() * (q - log_probabilities(student.model, ids, rollout.ids))).sum()
-        return loss
+    def sdft(words: int) -> Callable[[int], torch.Tensor]:
+        """With this many words of the demonstration."""
+        parts = [replace(row, privileged_context=" ".join(row.completion.split()[:words])) for row in rows]
+        shown = [chat.encode_prompt(context.messages(row, parts)) for row in parts] if words else students
 
-    for loss_at, trial in ((sft, found.sft), (sdft, found.sdft)):
+        def loss_at(step: int) -> torch.Tensor:
+            seeds, loss = [sample_seed(0, step, row.row, 0) for row in rows], torch.zeros(())
+            samples = sample(student, students, Sampling(6), seeds)
+            for ids, taught, rollout in zip(students, shown, samples, strict=True):
+                with torch.no_grad():
+                    q = log_probabilities(teacher.model, taught, rollout.ids)
+                loss += (q.exp() * (q - log_probabilities(student.model, ids, rollout.ids))).sum()
+            return loss
+
+        return loss_at
+
+    nothing, *hints = [hint.trial for hint in result.hints]
+    assert hints[-1] is found.sdft
+    assert nothing is not None
+    assert max(abs(nothing.gain), nothing.moved) < 1e-4  # its teacher is the student
+    assert len({hint.gain for hint in hints if hint}) == 4
+    learnt = [(sdft(words), trial) for words, trial in enumerate(hints, 1)]
+    for loss_at, trial in ((sft, found.sft), *learnt):
         student = load()
         expected = slow_trial(student, loss_at, demos, answers)
         assert trial is not None
@@ -129,6 +145,26 @@ def test_the_weights_stay_as_they_were_and_the_seed_repeats_the_numbers(
     assert first["spill"]["sft"]["moved"] > 0
     assert first["spill"] == again["spill"]
     assert first["spill"] != other["spill"]
+
+
+def test_all_hints_learn_from_the_same_rows(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that fits with half of the demonstration alone is in no line of the table."""
+    rows = [{"prompt": f"q{i}", "completion": "ab cd ef gh"} for i in range(3)]
+    few, more = (write_rows(part, name=f"{len(part)}.jsonl") for part in (rows, [*rows, LONG]))
+    own: dict[str, Any] = {"hints": True, "on_long_prompt": "drop", "max_prompt_length": 140, "learning_rate": 1e-3}
+    found, expected = (check(config_of(model_folder(), data, **own)) for data in (more, few))
+    assert (found.items, expected.items) == (4, 3)
+    assert found.hints == expected.hints
+    found.print(result_console())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "gain │ moved" in printed.replace("┃", "│")
+    assert "gain and moved: what 8 steps of SDFT with each hint gain on the demonstrations, and how far" in printed
+    learnt = found.to_dict()["hints"][2]["trial"]
+    assert learnt["gain"] != 0
+    assert f"{learnt['gain']:+.2f}" in printed
+    assert f"{learnt['moved']:.3f}" in printed
 
 
 def test_what_the_numbers_say() -> None:
@@ -276,7 +312,11 @@ def test_it_is_left_out_where_it_makes_no_sense(
     result = check(config_of(folder, answers))
     assert "Spill: not measured: no row has a completion" in " ".join(repr(result).split())
     assert json.loads(json.dumps(result.to_dict()))["spill"]["sdft"] is None
-    monkeypatch.setattr(measure, "measure_spill", lambda *_: pytest.fail("measured the spill"))
-    assert check(config_of(folder, write_rows(count=4), spill=False)).spill is None
+    monkeypatch.setattr(measure, "Trials", lambda *_: pytest.fail("measured the spill"))
+    result = check(config_of(folder, write_rows(count=4), spill=False, hints=True))
+    assert result.spill is None
+    assert result.hints is not None
+    assert {hint.trial for hint in result.hints} == {None}
+    assert "moved" not in repr(result)
     settings = {"output_dir": "unused", "max_completion_length": 6}
     best_context(TrainConfig(model=str(folder), data=str(write_rows(count=4)), **settings))

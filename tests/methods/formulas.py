@@ -109,7 +109,7 @@ def checks_counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(given))
         return verdicts(given)
 
-    monkeypatch.setattr("selfdistill.methods.grpo.verdicts", counted)
+    monkeypatch.setattr("selfdistill.methods.checking.verdicts", counted)
     return counts
 
 

@@ -21,13 +21,16 @@ from conftest import (
     final_weights,
     gradients,
     largest_difference,
+    metrics_of,
     row_log_probs,
     same,
 )
 from formulas import advantages, chosen, judged, mean_over_rows, moved, trained_in_one_and_two
 
 from selfdistill.config.train import TrainConfig
+from selfdistill.data import Verdict
 from selfdistill.errors import UserError
+from selfdistill.methods.sequences import Completion
 from selfdistill.model import Sampling, load_model, sample, sample_seed
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
@@ -126,6 +129,76 @@ def test_a_killed_run_reads_its_samples(later: Settings, monkeypatch: pytest.Mon
     lines = (Path(cut.output_dir) / "teacher_samples.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 6
     assert any(json.loads(line)["ids"] for line in lines)
+
+
+@pytest.fixture
+def in_order(later: Settings, model_folder: Callable[..., Path]) -> Settings:
+    """Two further models, for a run of 7 steps."""
+    models = [str(model_folder(ends=ENDS, seed=seed)) for seed in (2, 3)]
+
+    def make(out: str = "run", **values: Any) -> TrainConfig:
+        own = {"tries": 20, "later": models} | values.pop("method_settings", {})
+        return later(out, **({"max_steps": 7} | values), method_settings=own)
+
+    return make
+
+
+def test_the_run_moves_on_to_later_models(in_order: Settings) -> None:
+    """Each step's rescued group learns the sample that a run with this step's model alone draws."""
+    config = in_order()
+    models = [config.teacher_model, *config.method_settings["later"]]
+    run = Trainer(config)
+    alone = [Trainer(in_order(teacher_model=model, method_settings={"later": []})) for model in models]
+    drawn = [[x.completion_ids for x in one.stage.task.examples] for one in alone]
+    assert len({str(found) for found in drawn}) == 3
+    example = next(x for x in run.stage.task.examples if all(found[x.demonstration.row] for found in drawn))
+    samples = [Completion(example, [1, ENDS[0]], None, False)] * 3
+    learnt = []
+    for step in range(7):
+        control = run._control(run.stage, step)
+        select = run.stage.task.method.at(step, 7, control).select
+        assert select is not None
+        learnt.append(select(samples, [Verdict(0.0)] * 3, run.selector.encoder())[-1].ids)
+    expected = [found[example.demonstration.row] for found in drawn]
+    assert learnt == [expected[number] for number in (0, 0, 0, 1, 1, 2, 2)]
+
+
+def test_a_later_model_that_is_the_first_changes_nothing(in_order: Settings) -> None:
+    one = in_order("one", method_settings={"later": []})
+    same_twice = in_order("twice", method_settings={"later": [one.teacher_model]})
+    for config in (one, same_twice):
+        train(config)
+    assert same(final_weights(one), final_weights(same_twice))
+    assert [line["control"] for line in metrics_of(same_twice)] == [0, 0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("last", [3, 4])
+def test_a_killed_run_moves_on_as_it_would_have(in_order: Settings, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+    whole, cut = (in_order(name, save_steps=1) for name in ("whole", "cut"))
+    train(whole)
+    with pytest.raises(Cut):
+        train(cut, on_step=crash_at(last))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr("selfdistill.methods.failures.load_matching", refuse)
+    train(cut, resume=True)
+    assert_same_run(whole, cut)
+    lines = (Path(cut.output_dir) / "teacher_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 18
+
+
+def test_other_samples_of_a_later_model_are_refused(in_order: Settings) -> None:
+    config = in_order(save_steps=1)
+    with pytest.raises(Cut):
+        train(config, on_step=crash_at(2))
+    file = Path(config.output_dir) / "teacher_samples.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines[-2]["ids"] = [5, ENDS[0]]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with pytest.raises(UserError, match="the training examples have changed"):
+        train(config, resume=True)
 
 
 @pytest.mark.slow

@@ -20,14 +20,18 @@ from conftest import (
     add_gradient,
     assert_same_run,
     crash_at,
+    final_weights,
     gradients,
     largest_difference,
+    metrics_of,
+    same,
 )
 from formulas import mean_over_rows, moved, prefix_of, trained_in_one_and_two
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import Verdict
 from selfdistill.errors import UserError
+from selfdistill.model.sampling import Rollout
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
@@ -70,8 +74,74 @@ def test_half_of_the_samples_go_on_from_the_prefix(guided: Settings) -> None:
     assert len({tuple(c.ids) for c in samples}) > 6
 
 
+IN_PROMPT: dict[str, Any] = {"method_settings": {"where": "prompt"}}
+
+
+def test_with_where_prompt_half_of_the_prompts_show_the_prefix(guided: Settings) -> None:
+    run = Trainer(guided(num_generations=8, **IN_PROMPT))
+    shown = [
+        replace(x, completion_ids=run.loaded.tokenizer(text)["input_ids"])
+        for x, text in zip(run.stage.task.examples, ("ab", ""), strict=False)
+    ]
+    samples = run.stage.task.method.sequence(run.loaded, shown, 1)
+    guide = "q0\n\nLet this guide your answer:\n\nab\n\nNow answer the question."
+    prompts = ["q0"] * 8 + [guide] * 8 + ["q1"] * 16
+    assert [c.example.student_ids for c in samples] == [
+        run.chat.encode_prompt([{"role": "user", "content": text}]) for text in prompts
+    ]
+    assert not any(c.given for c in samples)
+    assert max(len(c.ids) for c in samples[8:16]) > 8  # after a prefix in the reply, it would be the limit
+    half = replace(shown[0], completion_ids=run.loaded.tokenizer("é")["input_ids"][:1])  # half of a character
+    samples = run.stage.task.method.sequence(run.loaded, [half], 1)
+    assert {tuple(c.example.student_ids) for c in samples} == {tuple(shown[0].student_ids)}
+
+
+def test_the_shortest_prefix_with_which_a_sample_is_right(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample is right if its prompt shows enough; the third row would need more than the longest prefix."""
+    enough = {"q0": ("ab", "abc"), "q1": ("xyz", "xyz"), "q2": ("qrstuvw", "qrstuvw"), "q3": ("", "")}
+
+    def sampled(loaded: Any, prompts: Any, *_: Any) -> list[Rollout]:
+        replies = []
+        for text in (loaded.tokenizer.decode(ids) for ids in prompts):
+            part, reply = next(enough[q] for q in enough if q in text)
+            ids = loaded.tokenizer(reply)["input_ids"] if f"\n\n{part}" in text else []
+            replies.append(Rollout([*ids, 257], [0.0], False))
+        return replies
+
+    monkeypatch.setattr("selfdistill.methods.prefixes.sample", sampled)
+    run = Trainer(guided(**IN_PROMPT))
+    found = [run.chat.decode(x.completion_ids) for x in run.stage.task.examples]
+    assert found == ["ab", "xyz", "qrstuv", ""]
+
+
+@pytest.mark.parametrize("where", ["reply", "prompt"])
+def test_without_prefixes_pope_is_grpo_on_two_groups(
+    guided: Settings, write_rows: Callable[..., Path], where: str
+) -> None:
+    """A batch with a row twice has two groups of samples for it."""
+    data = str(write_rows([{"prompt": "q", "completion": "a", "scorer": "regex", "answer": "[a-h]"}], name="one.jsonl"))
+    fixed: dict[str, Any] = {"data": data, "max_steps": 3, "learning_rate": 1e-2}
+    pope = guided("pope", batch_size=1, method_settings={"where": where}, **fixed)
+    grpo = guided("grpo", batch_size=2, **fixed).model_copy(update={"method": "grpo", "method_settings": {}})
+    for config in (pope, grpo):
+        train(config)
+    assert any(line["grad_norm"] > 0 for line in metrics_of(pope))
+    assert same(final_weights(pope), final_weights(grpo))
+
+
+def test_a_prompt_that_does_not_fit_with_its_prefix_is_named(guided: Settings) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"guided\.jsonl:\d: the context has \d+ tokens, limit 40, with a prefix of the demonstration; lower "
+        r"'longest', or use where: reply$",
+    ):
+        Trainer(guided(max_prompt_length=40, **IN_PROMPT))
+
+
 @pytest.mark.parametrize("normalisation", ["sequence", "token"])
-@pytest.mark.parametrize("values", [{}, {"gradient_accumulation_steps": 2}], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "values", [{}, {"gradient_accumulation_steps": 2}, IN_PROMPT], ids=["one", "two", "in the prompt"]
+)
 def test_pope_is_grpo_on_each_group_without_the_prefix(
     guided: Settings, values: dict[str, Any], normalisation: Any
 ) -> None:
@@ -116,8 +186,10 @@ def test_metrics_count_what_is_sampled(guided: Settings) -> None:
     assert line["completion/length"] <= 12
 
 
-def test_a_killed_run_reads_its_prefixes(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, cut = (guided(name, max_steps=4, save_steps=2) for name in ("whole", "cut"))
+@pytest.mark.parametrize("where", ["reply", "prompt"])
+def test_a_killed_run_reads_its_prefixes(guided: Settings, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    own: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "method_settings": {"where": where}}
+    whole, cut = (guided(name, **own) for name in ("whole", "cut"))
     train(whole)
     with pytest.raises(Cut):
         train(cut, on_step=crash_at(3))
@@ -129,7 +201,8 @@ def test_a_killed_run_reads_its_prefixes(guided: Settings, monkeypatch: pytest.M
     train(cut, resume=True)
     assert_same_run(whole, cut)
     lines = (Path(cut.output_dir) / "teacher_samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["text"] for line in lines] == ["abc", "xyz", "qrstuv", ""]
+    found = [json.loads(line)["text"] for line in lines]
+    assert found == (["abc", "xyz", "qrstuv", ""] if where == "reply" else ["abc---", "xyz---", "qrstuv", ""])
 
 
 @pytest.mark.slow

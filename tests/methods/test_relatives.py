@@ -319,6 +319,35 @@ def test_ssd_learns_the_models_own_samples_but_the_shortest(all_of_them: Setting
     assert [json.loads(line)["ids"] for line in kept] == [row.completion_ids for row in part.drawn]
 
 
+def test_ssd_without_truncation_is_sft_on_plain_samples(all_of_them: Settings) -> None:
+    own = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "drop_shortest": 0.0}
+    ssd = Trainer(all_of_them("ssd", method="ssd", batch_size=4, method_settings=own))
+    base = base_of(ssd.config)
+    on_policy = Trainer(all_of_them("plain", method="sdft"))
+    plain = on_policy.stage.task.method.sequence(on_policy.loaded, on_policy.stage.task.examples, 0)
+    for c in plain:  # at temperature 1, among all tokens
+        log_p_TV = row_log_probs(base, c.example.student_ids, c.ids)
+        assert c.logps == pytest.approx(chosen(log_p_TV, c.ids).tolist(), abs=1e-4)
+    assert [(x.student_ids, x.completion_ids) for x in ssd.stage.task.examples] == [
+        (c.example.student_ids, c.ids) for c in plain
+    ]
+    sft = Trainer(all_of_them("sft", method="sft", batch_size=4))
+    sft.stage.task.examples = [
+        replace(x, completion_ids=c.ids) for x, c in zip(sft.stage.task.examples, plain, strict=True)
+    ]
+    for step in range(4):
+        assert ssd.step(step)["loss"] == sft.step(step)["loss"]
+    assert same(*({name: p.detach() for name, p in run.loaded.model.named_parameters()} for run in (ssd, sft)))
+    held = ssd.stage.task.method.sequence(ssd.loaded, ssd.stage.task.examples, 4)
+    samples = iter(plain)
+
+    def values(student: Any, _: Completion) -> Tensor:
+        c = next(samples)
+        return -chosen(row_log_probs(student, c.example.student_ids, c.ids), c.ids)
+
+    assert_gradient(ssd, held, values)
+
+
 def test_a_resumed_ssd_reads_its_samples(all_of_them: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     config = all_of_them(method="ssd", max_steps=2, save_steps=1, method_settings={"drop_shortest": 0.5})
     train(config)
@@ -475,7 +504,7 @@ def test_what_a_method_cannot_use_is_refused_in_one_line(
 
 def test_each_method_is_short_and_says_where_it_comes_from() -> None:
     folder = Path(__file__).parents[2] / "selfdistill" / "methods"
-    known = {"sdft", "sft", "dft", "cpt", "sft_reinvoke", "sft_from_teacher", "offline_distillation", "grpo"}
+    known = {"sdft", "sft", "dft", "cpt", "sft_reinvoke", "sft_from_teacher", "offline_distillation"}
     for name in METHODS.keys() - known:
         text = (folder / f"{name}.py").read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 80, f"{name}.py is longer than 80 lines"

@@ -105,6 +105,16 @@ def test_a_run_cut_off_while_it_draws_resumes_to_the_bits_of_one_that_was_not(ma
     assert_same_run(whole, stopped)
 
 
+def test_what_several_models_draw_is_kept(make: Settings, model_folder: Callable[..., Path]) -> None:
+    own = {"tries": 2, "later": [str(model_folder(ends=ENDS, seed=2))]}
+    whole, stopped = (make(out, **DRAWING["npo"] | {"method_settings": own}) for out in ("whole", "stopped"))
+    train(whole)
+    cut_after(4, stopped)
+    assert resumed(stopped) == [[2, 3], [4, 5]]
+    assert file_of(stopped).read_bytes() == file_of(whole).read_bytes()
+    assert_same_run(whole, stopped)
+
+
 def other_line(line: bytes) -> bytes:
     return json.dumps({**json.loads(line), "ids": [1.5]}).encode()
 

@@ -18,6 +18,7 @@ import torch
 from children import started_together
 from conftest import (
     Cut,
+    add_gradient,
     assert_same_run,
     crash_at,
     final_weights,
@@ -25,7 +26,7 @@ from conftest import (
     largest_difference,
     metrics_of,
 )
-from formulas import chosen, mean_over_rows, moved, trained_in_one_and_two
+from formulas import chosen, kl, mean_over_rows, moved, trained_in_one_and_two
 from torch import Tensor
 
 from selfdistill.config.train import TrainConfig
@@ -260,6 +261,47 @@ def test_sdpo_is_its_formula(all_of_them: Settings, own: dict[str, Any], micro_b
     assert largest_difference(gradients(run.loaded.model), expected) < 1e-5
 
 
+@pytest.mark.parametrize("top_k", [None, 10**6])
+def test_sdpo_that_shows_everything_and_compares_all_tokens_is_the_plain_divergence(
+    all_of_them: Settings, write_rows: Callable[..., Path], top_k: int | None
+) -> None:
+    rows = write_rows([{"prompt": f"q{i}", "answer": "no such reply"} for i in range(4)], name="hard.jsonl")
+    values: dict[str, Any] = {"data": str(rows), "batch_size": 3, "learning_rate": 1e-2}
+    size = load_model(all_of_them().model).model.config.vocab_size
+    own = {"show": "feedback", "top_k": top_k or size, "ema_rate": 0.3}
+    run = moved(all_of_them(method="sdpo", method_settings=own, **values))
+    run.step(1)
+    task = run.stage.task
+    samples = task.method.sequence(run.loaded, task.examples[:3], 2)
+    (selected,) = run.selector([BatchPart("task", task.method, samples, 1.0)])
+    shown = selected.completions
+    assert [c.ids for c in shown] == [c.ids for c in samples]
+    for c in shown:
+        assert "the feedback on it:\n\nexpected 'no such reply', found " in run.chat.decode(c.example.teacher_ids or [])
+
+    student, teacher = (copy.deepcopy(run.loaded.model).double() for _ in range(2))
+    assert run.teacher is not None
+    with torch.no_grad(), run.teacher.model() as network:
+        teacher.load_state_dict(network.state_dict())
+    plain = []
+    for c in shown:
+        log_p_TV = logits(student, c.example.student_ids, c.ids).log_softmax(-1)
+        with torch.no_grad():
+            log_q_TV = logits(teacher, c.example.teacher_ids or [], c.ids).log_softmax(-1)
+        log_m_TV = ((log_p_TV.exp() + log_q_TV.exp()) / 2).log()
+        plain.append((kl(log_q_TV, log_m_TV) + kl(log_p_TV, log_m_TV)) / 2)
+    loss = mean_over_rows(plain)
+    loss.backward()
+    expected = gradients(student)
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+
+    ((of_sdft,),) = stages_of(all_of_them(method="sdft", divergence="jsd", ema_rate=0.3))
+    for method, completions in ((task.method, samples), (of_sdft.method, shown)):
+        run.optimizer.zero_grad()
+        assert add_gradient(run, completions, method).loss == pytest.approx(float(loss.detach()), abs=1e-6)
+        assert largest_difference(gradients(run.loaded.model), expected) < 1e-6
+
+
 def test_a_checker_is_asked_once_about_the_same_samples(all_of_them: Settings) -> None:
     run = Trainer(all_of_them(method="sdpo", method_settings={"grpo": 0.5}))
     samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:1], 2)
@@ -289,7 +331,8 @@ def test_a_step_without_anything_to_learn_changes_nothing_and_says_so(
     all_of_them: Settings, write_rows: Callable[..., Path]
 ) -> None:
     rows = write_rows([{"prompt": f"q{i}", "answer": "no such reply"} for i in range(4)], name="hard.jsonl")
-    config = all_of_them(method="sdpo", data=str(rows), max_steps=3, weight_decay=0.1)
+    own = {"show": "sibling"}
+    config = all_of_them(method="sdpo", data=str(rows), max_steps=3, weight_decay=0.1, method_settings=own)
     train(config)
     for line in metrics_of(config):
         assert (line["loss"], line["learnt"], line["reward"], line["grad_norm"], line["tokens"]) == (0, 0, 0, 0, 0)
@@ -323,7 +366,7 @@ def test_a_step_without_anything_to_learn_leaves_the_average_where_it_is(
     all_of_them: Settings, write_rows: Callable[..., Path]
 ) -> None:
     rows = write_rows([{"prompt": f"q{i}", "answer": "no such reply"} for i in range(4)], name="hard.jsonl")
-    run = Trainer(all_of_them(method="sdpo", data=str(rows)))
+    run = Trainer(all_of_them(method="sdpo", data=str(rows), method_settings={"show": "sibling"}))
     assert run.teacher is not None
     with torch.no_grad():
         for weight in run.parameters:  # as earlier steps would
@@ -338,7 +381,7 @@ def test_anchors_are_learnt_where_the_task_has_nothing(
 ) -> None:
     rows = write_rows([{"prompt": f"q{i}", "answer": "no such reply"} for i in range(4)], name="hard.jsonl")
     values: dict[str, Any] = {"anchors": str(tmp_path / "general.txt"), "anchor_share": 0.5}
-    config = all_of_them(method="sdpo", data=str(rows), max_steps=2, **values)
+    config = all_of_them(method="sdpo", data=str(rows), max_steps=2, method_settings={"show": "sibling"}, **values)
     train(config)
     last = metrics_of(config)[-1]
     assert (last["learnt"], last["loss/task"]) == (0, 0)

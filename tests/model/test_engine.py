@@ -13,14 +13,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import same
-from odd_models import MAKERS
+from odd_models import MAKERS, ODD_LAYERS, SIZE
 from safetensors.torch import load_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.core_model_loading import Transpose, WeightConverter
 
 from selfdistill.config import EngineSettings, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.methods import stages_of
-from selfdistill.model import LoadedModel, Sampling, add_lora, merged, sample, use_engine
-from selfdistill.model.engine_weights import hub_tensors, weights_version
+from selfdistill.model import LoadedModel, Sampling, add_lora, engine_weights, merged, sample, use_engine
+from selfdistill.model.engine_weights import hub_tensors, is_adapter_for_engines, weights_version
 from selfdistill.model.unchanged_process import unchanged_process
 
 Loader = Callable[..., LoadedModel]
@@ -44,6 +51,68 @@ def test_tensors_of_models_of_all_kinds_are_those_of_their_files(load: Loader, t
     loaded = load()
     loaded.model = MAKERS[name]()
     assert same(dict(hub_tensors(loaded)), saved(loaded.model, tmp_path))
+
+
+def llava() -> LlavaForConditionalGeneration:
+    """A model whose files have other names than its modules."""
+    vision: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"model_type": "clip_vision_model", "num_attention_heads": 2}
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SIZE).to_dict()))
+
+
+def transposed() -> LlamaForCausalLM:
+    """A model whose files hold a weight transposed, under the same name and with the same shape."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZE))
+    name = "self_attn.o_proj.weight"
+    model._weight_conversions = [WeightConverter(name, name, operations=[Transpose(0, 1)])]
+    return model
+
+
+@pytest.mark.parametrize("make", [llava, transposed, ODD_LAYERS["qwen 3 moe"][0]])
+def test_tensors_that_files_hold_in_another_form_are_converted(
+    load: Loader, tmp_path: Path, make: Callable[[], Any]
+) -> None:
+    loaded = load()
+    loaded.model = make()
+    expected = saved(loaded.model, tmp_path)
+    assert expected.keys() != dict(loaded.model.named_parameters()).keys() or make is transposed
+    assert same(dict(hub_tensors(loaded)), expected)
+
+
+@pytest.mark.parametrize("make", [llava, ODD_LAYERS["qwen 3 moe"][0]])
+def test_renamed_tensors_are_computed_one_by_one(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
+) -> None:
+    loaded = load()
+    loaded.model = make()
+    computed = []
+    whole = engine_weights.full_tensor
+    monkeypatch.setattr(engine_weights, "full_tensor", lambda weight: computed.append(1) or whole(weight))
+    tensors = hub_tensors(loaded)
+    assert len(computed) == 0
+    for count in range(1, 5):
+        next(tensors)
+        assert len(computed) == count
+
+
+@pytest.mark.parametrize("name", ["qwen 3 moe", "deepseek 3"])
+def test_lora_on_experts_is_merged_as_peft_merges_it(load: Loader, tmp_path: Path, name: str) -> None:
+    loaded = load()
+    loaded.model = ODD_LAYERS[name][0]()
+    base = {name: tensor.clone() for name, tensor in hub_tensors(loaded)}
+    add_lora(loaded, 4, None, seed=0)
+    with torch.no_grad():
+        for weight, values in loaded.model.named_parameters():
+            if "lora_B" in weight:
+                values.normal_(std=0.1)
+    assert not is_adapter_for_engines(loaded)
+    assert same(dict(hub_tensors(loaded, merge=False)), base)
+    found = dict(hub_tensors(loaded))
+    expected = saved(merged(loaded.model, "m"), tmp_path)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in found)
+    changed = {name for name in found if not torch.equal(found[name], base[name])}
+    assert "model.layers.1.mlp.experts.3.down_proj.weight" in changed
 
 
 def test_lora_is_merged_as_peft_merges_it(load: Loader) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from odd_models import NAMES, SIZE, odd_model
+from odd_models import NAMES, SIZE, long_rope, odd_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -31,7 +31,8 @@ from selfdistill.loss.divergence import CrossEntropy
 from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.head import body_and_head, head_agrees
-from selfdistill.model.loading import LoadedModel, add_lora
+from selfdistill.model.loading import LoadedModel, adopt
+from selfdistill.model.lora import add_lora
 from selfdistill.model.prefix_cache import (
     READ_TOKENS,
     PrefixCache,
@@ -483,3 +484,30 @@ def test_only_models_whose_layers_keep_every_token_keep_contexts(load: Loader) -
     assert has_full_attention(LlamaConfig(**SIZE))
     assert not has_full_attention(Gemma2Config(**SIZE, head_dim=8, sliding_window=4))
     assert ForwardPass(load()).keep(CONTEXTS, 0) is None
+
+
+def test_padding_after_a_kept_context_gets_no_position_beyond_the_window(load: Loader) -> None:
+    model, _ = odd_model("gpt2, learnt positions")
+    loaded = replace(load(), model=model, window=model.config.n_positions, continues_cache=None)
+    contexts, completions = texts(480, 20, seed=9), texts(32, 400, seed=8)  # both within the window of 512
+    scorer = ForwardPass(loaded)
+    kept = scorer.keep(contexts, 10**9)
+    assert kept is not None
+    with torch.no_grad():
+        scores = logits(scorer(model, contexts, completions, kept))
+    torch.testing.assert_close(scores, full_forward(model, contexts, completions), rtol=1e-4, atol=1e-4)
+
+
+def test_scores_with_longrope_do_not_depend_on_other_rows_or_padding(load: Loader) -> None:
+    model = long_rope(first=64)
+    loaded = adopt(model, load().tokenizer)
+    assert loaded.window == 64
+    contexts, completions = texts(50, 8, 30, seed=9), texts(14, 40, 3, seed=8)
+    for device in (None, "cuda"):  # passes of the latter are padded
+        scorer = ForwardPass(loaded, kind=device)
+        kept = scorer.keep(contexts, 10**9)
+        with torch.no_grad():
+            whole = full_forward(model, contexts, completions)
+            for states in (None, kept):
+                scores = logits(scorer(model, contexts, completions, states))
+                torch.testing.assert_close(scores, whole, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from picture_models import FAMILIES
 
 from selfdistill.errors import UserError
 from selfdistill.model.loading import load_model
@@ -19,13 +21,16 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 @pytest.fixture
 def cached(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Put the tiny model into the hub's cache without some files, which the hub is known to lack; returns the files."""
+    """Put the tiny model, or another, into the hub's cache; returns its files.
 
-    def make(*lacks: str) -> Path:
+    Some files are left out, and the hub is known to lack them.
+    """
+
+    def make(*lacks: str, folder: Path | None = None) -> Path:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         repository = tmp_path / "cache" / "models--someone--model"
         snapshot = repository / "snapshots" / COMMIT
-        shutil.copytree(model_folder(), snapshot)
+        shutil.copytree(folder or model_folder(), snapshot)
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text(COMMIT)
         (repository / ".no_exist" / COMMIT).mkdir(parents=True)
@@ -69,3 +74,46 @@ def test_no_service_is_asked_to_convert_pickled_weights(
 def test_an_adapter_of_the_hub_is_refused(cached: Callable[..., Path], lacks: tuple[str, ...]) -> None:
     (cached(*lacks) / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "some/base"}')
     assert refused() == f"model '{NAME}': an adapter on the model hub; download it, and give its folder"
+
+
+@pytest.fixture
+def processor(
+    cached: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[bool], list[str]]:
+    """An image-text model in the cache without its processor's file; returns what is asked of the hub from then on."""
+    FAMILIES[0].write(tmp_path / "llava")
+    snapshot = cached(folder=tmp_path / "llava")
+    file = snapshot / "processor_config.json"
+    text = file.read_text(encoding="utf-8")
+    file.unlink()
+
+    def begin(reached: bool) -> list[str]:
+        asked = []
+
+        def download(path: str, name: str) -> str:
+            asked.append(f"{path}/{name}")
+            if not reached or name != file.name:
+                raise LocalEntryNotFoundError("not reached, or not there")
+            file.write_text(text, encoding="utf-8")
+            return str(file)
+
+        monkeypatch.setattr("selfdistill.model.pictures.hf_hub_download", download)
+        return asked
+
+    return begin
+
+
+def test_the_processor_of_an_image_text_model_is_downloaded_first(processor: Callable[[bool], list[str]]) -> None:
+    asked = processor(True)
+    assert load_model(NAME).pictures is not None
+    assert asked == [f"{NAME}/processor_config.json", f"{NAME}/preprocessor_config.json"]
+    assert load_model(NAME).pictures is not None
+    assert len(asked) == 2, "nothing is asked for again"
+
+
+def test_an_image_text_model_without_its_processor_is_one_line(processor: Callable[[bool], list[str]]) -> None:
+    processor(False)
+    assert refused() == (
+        f"model '{NAME}': LlavaForConditionalGeneration is an image-text model, and the files of its processor are "
+        "missing (processor_config.json or preprocessor_config.json); download the whole model"
+    )

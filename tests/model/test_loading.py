@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from odd_models import long_rope
 from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from selfdistill.errors import UserError
 from selfdistill.model import STARTER_MODELS
-from selfdistill.model.loading import LoadedModel, disable_dropout, load_model
+from selfdistill.model.loading import LoadedModel, adopt, disable_dropout, load_model
+from selfdistill.model.vllm_engine import longest_sequence
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -100,3 +102,19 @@ def test_a_model_without_any_other_end_token_takes_the_templates(
             text = json.dumps(values).encode()
         (folder / file.name).write_bytes(text)
     assert load_model(str(folder)).end_token_ids == (257,)
+
+
+def test_a_model_with_longrope_is_limited_to_its_first_frequencies(
+    tmp_path: Path, load: Callable[..., LoadedModel]
+) -> None:
+    long_rope(first=64, window=512).save_pretrained(tmp_path / "model")
+    load().tokenizer.save_pretrained(tmp_path / "model")
+    loaded = load_model(str(tmp_path / "model"))
+    assert loaded.window == 64
+    assert loaded.notes == [
+        "prompt plus completion may have 64 of the model's 512 tokens: with more, LongRoPE changes the frequencies of "
+        "all positions in a batch"
+    ]
+    assert longest_sequence(loaded) == 64
+    assert longest_sequence(load()) == -1
+    assert adopt(long_rope(first=64, window=64), load().tokenizer).notes == []

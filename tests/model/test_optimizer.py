@@ -152,7 +152,7 @@ def test_the_library_fetches_no_code(use: str, model_folder: Callable[..., Path]
     code = (
         "import sys\n"
         "from selfdistill.model.quantisation import import_bitsandbytes\n"
-        "from selfdistill.model.loading import add_lora, load_model\n"
+        "from selfdistill.model import add_lora, load_model\n"
         f"sys.path.append({str(tmp_path)!r})\n"
         f"{use.format(str(model_folder()))}\n"
         "assert 'bitsandbytes' in sys.modules\n"

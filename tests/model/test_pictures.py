@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import gradients, largest_difference
-from picture_models import ALL, COLOURS, FAMILIES, PictureFamily, drawn, is_vision
+from picture_models import ALL, FAMILIES, PictureFamily, is_vision
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import selfdistill
+from selfdistill.cli import main
 from selfdistill.data import Demonstration, Example, encode, load_demonstrations, parse_context
+from selfdistill.data.shapes import COLOURS, draw_shape
 from selfdistill.errors import UserError
 from selfdistill.model import ForwardPass, LoadedModel, Sampling, add_lora, freeze_vision, load_model, sample
 
@@ -40,7 +43,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 def rows() -> list[dict[str, Any]]:
     """Rows with pictures of several sizes: one, two within the text, and none."""
-    one, two, three = (drawn(COLOURS[i], "circle", size) for i, size in enumerate(SIZES))
+    one, two, three = (draw_shape(COLOURS[i], "circle", size) for i, size in enumerate(SIZES))
     parts = [{"type": "text", "text": "Is"}, {"type": "image"}, {"type": "text", "text": " like "}, {"type": "image"}]
     return [
         {"prompt": "What colour is it?", "completion": "red", "images": [one]},
@@ -108,7 +111,7 @@ def test_the_name_of_a_picture_token_is_no_picture(family: PictureFamily, folder
     assert loaded.pictures is not None
     names = [loaded.pictures.token, loaded.tokenizer.convert_ids_to_tokens(loaded.pictures.token_id)]
     row = {"prompt": f"What is {' or '.join(names)}?", "completion": "a"}
-    seen = {**row, "images": [drawn("red", "square")]}
+    seen = {**row, "images": [draw_shape("red", "square")]}
     bare, pictured = (load_demonstrations([one])[0] for one in (row, seen))
     options: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 8, "window": None}
     (without,), _ = encode([bare], None, loaded.chat(), **options)
@@ -158,32 +161,86 @@ def test_loss_and_gradients_are_those_of_the_plain_model(family: PictureFamily, 
     assert largest_difference(found, expected) < 1e-4 * scale
 
 
+def plain_reply(plain: Any, loaded: LoadedModel, inputs: Any) -> list[int]:
+    """The greedy reply of the plain model, at most 12 tokens."""
+    assert loaded.pictures is not None
+    ids = plain.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=list(loaded.end_token_ids),
+        pad_token_id=loaded.pad_token_id,
+        suppress_tokens=[loaded.pictures.token_id],
+    )
+    found: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
+    return found
+
+
 @family
 def test_greedy_samples_are_those_of_generate(family: PictureFamily, folder_of: Folder) -> None:
     folder = folder_of(family)
     loaded = load_model(str(folder))
-    assert loaded.pictures is not None
     plain = AutoModelForImageTextToText.from_pretrained(folder).eval()
     examples = encoded(loaded)
     rollouts = sample(loaded, [x.student_ids for x in [*examples, examples[0]]], Sampling(12, temperature=0.0))
     for row, example, rollout in zip([*rows(), rows()[0]], [*examples, examples[0]], rollouts, strict=True):
         inputs = by_processor(folder, example.demonstration, in_parts(row))
-        ids = plain.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=12,
-            eos_token_id=list(loaded.end_token_ids),
-            pad_token_id=loaded.pad_token_id,
-            suppress_tokens=[loaded.pictures.token_id],
-        )
-        assert rollout.ids == ids[0, inputs["input_ids"].shape[1] :].tolist()
+        assert rollout.ids == plain_reply(plain, loaded, inputs)
+
+
+@family
+def test_asking_about_a_picture(family: PictureFamily, folder_of: Folder, tmp_path: Path) -> None:
+    folder, path = folder_of(family), tmp_path / "shape.png"
+    loaded, example = load_model(str(folder)), load_demonstrations(rows()[:1])[0]
+    example.images[0].decoded().save(path)
+    plain = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    expected = loaded.chat().decode(plain_reply(plain, loaded, by_processor(folder, example, in_parts(rows()[0]))))
+    settings: dict[str, Any] = {"base": folder, "image": path, "max_completion_length": 12, "progress": False}
+    answered = selfdistill.ask(folder, "What colour is it?", **settings)
+    assert answered.reply == answered.base_reply == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "image", "problem"),
+    [
+        ("pictures", None, "none.png", "setting 'image': 'none.png' does not exist (looked in FOLDER)"),
+        ("pictures", None, "cut.png", "setting 'image': 'FOLDER/cut.png' cannot be decoded (image file is truncated)"),
+        ("pictures", None, "text.png", "setting 'image': 'FOLDER/text.png' is not a picture that Pillow reads;"),
+        ("text", None, "whole.png", "model 'text' reads no pictures; use an image-text model with its processor's"),
+        ("pictures", "text", "whole.png", "model 'text' reads no pictures; use an image-text model with its"),
+    ],
+)
+def test_a_picture_that_cannot_be_asked_about_is_one_line(
+    folder_of: Folder,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    base: str | None,
+    image: str,
+    problem: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").symlink_to(folder_of(FAMILIES[0]))
+    Path("text").symlink_to(model_folder())
+    draw_shape("red", "circle", (200, 200)).save("whole.png")
+    Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:-300])
+    Path("text.png").write_text("no picture")
+    capsys.readouterr()  # what writing the models has printed
+    assert main(["ask", model, "?", "--image", image, *([] if base is None else ["--base", base])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"selfdistill: error: {problem.replace('FOLDER', str(tmp_path))}")
 
 
 @family
 def test_equal_token_ids_with_other_pictures_are_other_prompts(family: PictureFamily, folder_of: Folder) -> None:
     loaded = load_model(str(folder_of(family)))
     made = load_demonstrations(
-        [{"prompt": "Which?", "completion": "a", "images": [drawn(colour, "square")]} for colour in ("red", "blue")]
+        [
+            {"prompt": "Which?", "completion": "a", "images": [draw_shape(colour, "square")]}
+            for colour in ("red", "blue")
+        ]
     )
     limits: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 16, "window": None}
     red, blue = (x.student_ids for x in encode(made, None, loaded.chat(), **limits)[0])
@@ -247,7 +304,7 @@ def test_a_prompt_that_lost_its_pictures_is_refused(folder_of: Folder) -> None:
 
 def test_a_picture_is_decoded_again_from_its_file(folder_of: Folder, tmp_path: Path) -> None:
     loaded, path = load_model(str(folder_of(FAMILIES[0]))), tmp_path / "a.png"
-    drawn("red", "circle").save(path)
+    draw_shape("red", "circle").save(path)
     made = load_demonstrations([{"prompt": "a", "completion": "b", "images": [str(path)]}])
     assert made[0].images[0].data is None
     Image.new("RGB", (8, 8)).save(path)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from selfdistill.model.forward import ForwardPass
-from selfdistill.model.loading import LoadedModel, add_lora
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.lora import add_lora
 from selfdistill.model.teacher import Teacher, TeacherRule, staging_bytes
 
 Loader = Callable[..., LoadedModel]

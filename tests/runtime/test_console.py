@@ -7,6 +7,7 @@ import io
 import logging
 import sys
 import warnings
+from io import StringIO
 
 import pytest
 import transformers
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from selfdistill.runtime.console import Printable, ProgressBar, library_warnings, say
+from selfdistill.runtime.console import Printable, ProgressBar, library_warnings, result_table, say
 
 LOGGER = logging.getLogger("transformers.modeling_utils")
 
@@ -128,3 +129,15 @@ def test_a_notebook_shows_tables_as_tables() -> None:
         "<table>\n<caption>a &lt; b</caption>\n<tr><th>layout</th><th>right</th></tr>\n"
         "<tr><td>turns</td><td>[x]<br>y</td></tr>\n</table>\n<pre>one &amp; two\n[three]</pre>\n"
     )
+
+
+def test_a_table_that_is_too_wide_loses_no_character() -> None:
+    table = result_table("what", "[x]", title="of [base]")
+    table.add_row("a name that is long", "0.123456789012 (0.10, 0.14)")
+    console = Console(width=24, file=StringIO())
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert "of [base]" in text
+    assert "[x]" in text
+    assert [column.justify for column in table.columns] == ["left", "right"]

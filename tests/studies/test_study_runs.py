@@ -365,7 +365,7 @@ def test_means_and_intervals_are_those_worked_out_by_hand(summary: Callable[[lis
         f"| 0.755 (0.69 to 0.82) | 0.255 (0.19 to 0.32) | 1.000 ({1 - half:.2f} to {1 + half:.2f}) |  | 1.0 | A |",
         "| lora | 4 | 2 | 0.510 (0.38 to 0.64) | 0.505 (0.44 to 0.57) | 0.755 (0.69 to 0.82) | 0.255 (0.19 to 0.32) "
         f"| 0.755 (0.69 to 0.82) | 0.255 (0.19 to 0.32) | 1.000 ({1 - half:.2f} to {1 + half:.2f}) "
-        "| 0.750 (0.75 to 0.75) | 2.0 | A |",
+        "| 0.750 | 2.0 | A |",
         "| sdft | 2 | 1 | 0.500 | 0.750 | 1.000 | 0.500 | 1.000 | 0.500 | 0.100 |  | 1.0 | A |",
         "| sdft | 4 | 1 | 1.000 | 0.750 | 1.000 | 0.500 | 1.000 | 0.500 | 0.100 | 1.000 | 2.0 | A |",
         "",
@@ -424,7 +424,7 @@ def test_a_seed_run_on_two_machines_counts_once_in_each_mean(
     first = [made("lora", 0, 0.5, 0.5, 1.0, 1.0), made("lora", 1, 0.5, 0.5, 1.0, 1.0)]
     said = summary([*first, first[0], elsewhere(made("lora", 0, 0.9, 0.5, 1.0, 1.0), torch="3")])
     rows = [line.split(" | ")[2:4] for line in said if line.startswith("| lora | 4")]
-    assert rows == [["2", "0.500 (0.50 to 0.50)"], ["1", "0.900"]]
+    assert rows == [["2", "0.500"], ["1", "0.900"]]
     assert "- **Rows come from several machines, precisions or versions**: compare within one letter" in said
 
 
@@ -446,6 +446,36 @@ def test_runs_of_other_settings_are_left_out_and_failures_named(
     ]
 
 
+def test_a_failure_that_a_later_run_made_good_is_not_named(
+    summary: Callable[[list[dict[str, Any]]], list[str]],
+) -> None:
+    where = made("sdft", 0, 0, 0, 0, 0)["where"]
+    failed = {"arm": "sdft", "seed": 0, "failed": "RunFailed: no", "where": where}
+    said = summary([failed, made("sdft", 0, 0.75, 0.5, 1.0, 1.0)])
+    assert [line.split(" | ")[2:4] for line in said if line.startswith("| sdft | 4")] == [["1", "0.750"]]
+    assert not any("failed" in line for line in said)
+
+
+def test_differences_are_paired_by_seed_and_place(
+    study: ModuleType, write: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sdft minus sft: .10 and .14 of the prior (half: 12.7062 * .02), whatever the seeds' own levels."""
+    arms = {"sft": {"method": "sft", "learning_rate": 1e-3}, "sdft": {}, "lora": {"method": "sft", "lora_rank": 2}}
+    arguments = write(arms=arms)
+    asked = {run.arm: run.settings for run in study.chosen(study.read_studies([Path(arguments[-1])]), [])}
+    ends = {("sft", 0): 0.3, ("sdft", 0): 0.4, ("sft", 1): 0.5, ("sdft", 1): 0.64, ("lora", 0): 0.3, ("lora", 1): 0.3}
+    lines = [made(arm, seed, 0.5, prior, 1.0, 1.0) for (arm, seed), prior in ends.items()]
+    lines += [elsewhere(made("sdft", 0, 0.5, 0.9, 1.0, 1.0), torch="3")]  # no partner there
+    (tmp_path / "results").mkdir()
+    text = "".join(json.dumps({"settings": asked[line["arm"]]} | line) + "\n" for line in lines)
+    (tmp_path / "results" / "tiny.jsonl").write_text(text)
+    assert study.main(["--summary", *arguments]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if " minus " in line]
+    interval = "+0.120 (-0.134 to +0.374)"
+    scores = f"new +0.000, prior {interval}, covered {interval}, uncovered {interval}"
+    assert said == [f"- sdft minus sft, 2 seeds: {scores}"]
+
+
 def test_anchors_of_some_kinds_are_those_of_the_package(study: ModuleType) -> None:
     assert study.resolved("kinds:list+code") == "package:list+code"
 
@@ -458,15 +488,17 @@ def test_the_figure_shows_where_the_arms_of_several_studies_ended(
     first = Path(write(name="more", arms={"dft": {"method": "dft"}})[-1]).rename(more)
     arguments = write()
     ends = [("sdft", 0, 1.0, 0.75), ("sdft", 1, 0.875, 0.5), ("dft", 0, 0.5, 0.25)]
+    ends.insert(1, ends[0])  # seed 0 on another machine, too
     (tmp_path / "results").mkdir()
     for run in study.chosen(study.read_studies([first, Path(arguments[-1])]), []):
-        for end in ends:
+        for number, end in enumerate(ends):
             if end[:2] == (run.arm, run.seed):
                 line = made(*end, kl=0.1, teacher=1.0, settings=run.settings)
+                line["evaluations"][0]["accuracy"] = 0.125 if number == 1 else 0.0
                 study.append(tmp_path / "results" / f"{run.study.name}.jsonl", line)
     assert study.main(["--figure", str(tmp_path / "end.svg"), *arguments, str(more)]) == 0
     (drawn,) = said
-    assert "sdft: (0.625, 0.938). dft: (0.25, 0.5). Base at (0.75, 0)." in drawn
+    assert "sdft: (0.625, 0.938). dft: (0.25, 0.5). Base at (0.75, 0) and (0.75, 0.125)." in drawn
     assert "lora" not in drawn
     assert (tmp_path / "end.svg").is_file()
 

@@ -20,9 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from selfdistill.config import TrainConfig
 from selfdistill.data import load_demonstrations
 from selfdistill.errors import UserError
+from selfdistill.model import LoadedModel, tensor_bytes
 from selfdistill.model.teacher import PART_NUMBERS
 from selfdistill.runtime import size_in_bytes
-from selfdistill.training import memory, train
+from selfdistill.training import memory, plan_for, train
 from selfdistill.training.fitting import check_fits, check_host_fits, fit, fitted
 from selfdistill.training.memory import MemoryPlanner, memory_plan
 from selfdistill.training.memory_result import MemoryPlan
@@ -107,6 +108,22 @@ def test_a_tiny_model_starts_without_a_plan(
             free(size)
             _, (line,) = check_memory(settings(**values), load_demonstrations(config.data), None)
             assert line.startswith(said)
+
+
+def test_processes_on_cpus_share_the_memory_of_their_machine(
+    settings: Make, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, load: Callable[..., LoadedModel]
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(import_module("selfdistill.training.plan"), "free_memory", lambda _: 4004)
+    assert plan_for(settings(), None, "this").limit == 1001
+    config, loaded = settings(), load()
+    rows, held = load_demonstrations(config.data), tensor_bytes(loaded.model.parameters())
+    free(4004)
+    message = r"^0\.0 MiB of memory are free for each of 4 processes, but the run needs"
+    with pytest.raises(UserError, match=message):
+        check_memory(config, rows, None)
+    monkeypatch.setattr(import_module("selfdistill.training.train"), "check_fits", lambda *given: (None, [given[2]]))
+    assert check_memory(config, rows, loaded)[1] == [1001 + held], "this process holds the model itself"
 
 
 @pytest.mark.slow
@@ -263,7 +280,19 @@ def test_where_the_weights_do_not_fit_an_adapter_is_proposed(
     found = fit(config, rows, CPU, live - 1)
     assert found.nearest is not None
     assert found.nearest[0] == {"lora_rank": 16}
-    assert re.search(r"it does not fit: [\d.]+ MiB of [\d.]+ MiB; this would, .* MiB: lora_rank 16$", found.verdict())
+    assert found.nearest_full is not None
+    changes, plan = found.nearest_full
+    assert "lora_rank" not in changes
+    assert plan.config == config.model_copy(update=changes)
+    assert plan.peak <= found.limit
+    assert found.to_dict()["nearest_without_adapter"] == changes
+    full = ", ".join(f"{name} {str(value).lower()}" for name, value in changes.items())
+    assert re.search(
+        r"it does not fit: [\d.]+ MiB of [\d.]+ MiB; this would, with [\d.]+ MiB: lora_rank 16; "
+        rf"or, without an adapter, with [\d.]+ MiB: {full}$",
+        found.verdict(),
+    )
+    assert fit(config, rows, CPU, plan.peak // 4).nearest_full is None
     with_tower = fit(config.model_copy(update={"train_vision_tower": True}), rows, CPU, live - 1)
     assert "lora_rank" not in with_tower.advice(), "the settings refuse the two together"
 
@@ -306,6 +335,21 @@ def test_weights_of_4_bits_are_proposed_with_an_adapter(
     found = fit(config, load_demonstrations(config.data), CPU, limit)
     assert found.nearest is not None
     assert found.nearest[0].items() >= {"lora_rank": 16, "load_in_4bit": True}.items()
+
+
+def test_weights_of_4_bits_are_not_proposed_with_pictures(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the planner tells; a run would refuse the setting with them."""
+    pytest.importorskip("bitsandbytes")
+    config = settings(batch_size=1, max_completion_length=4, lora_rank=16, dtype="bfloat16", **IN_ONE)
+    planner = MemoryPlanner(config, load_demonstrations(config.data), CPU)
+    assert not planner.has_pictures
+    limit = planner.plan(config.model_copy(update={"load_in_4bit": True, "gradient_checkpointing": True})).peak
+    found = fitted(planner, config, limit)
+    assert found.nearest is not None
+    assert "load_in_4bit" in found.nearest[0]
+    planner.has_pictures = True
+    found = fitted(planner, config, limit)
+    assert found.nearest is None or "load_in_4bit" not in found.nearest[0]
 
 
 @pytest.mark.parametrize(
@@ -375,8 +419,8 @@ def test_fixed_memory_is_that_of_the_shapes(
     assert of(teacher="frozen") == pytest.approx({"weights": 4, "moments": 8, "teacher": 4}, **close)
     half, average = {"weights": 2, "moments": 8, "teacher": 2}, planner.plan(config.model_copy(update=BFLOAT16)).host
     assert of(dtype="bfloat16") == pytest.approx(half, **close)  # the average is in the machine's memory
-    staged = 2 * (PART_NUMBERS // wide * wide)  # of the embeddings
-    assert average == pytest.approx(4 * weights + staged, rel=1e-6)
+    staged = 2 * (PART_NUMBERS // wide * wide)  # of the embeddings; a float32 copy is made of it
+    assert average == pytest.approx(4 * weights + 3 * staged, rel=1e-6)
     blocks = 2 * 4 / 256  # each with a scale of its own in float32
     half["moments"] = 2 + blocks
     assert of(dtype="bfloat16", optim="adamw_8bit") == pytest.approx(half, rel=1e-3)  # norms have none of 8 bits
@@ -425,6 +469,38 @@ def test_sharding_divides_what_stays(settings: Make) -> None:
     assert {name: two[name] for name in ("weights", "moments", "teacher")} == {
         name: one[name] // 2 for name in ("weights", "moments", "teacher")
     }
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_average_is_moved_in_parts_of_a_shard(
+    settings: Make, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of 50 rows of the 300 of embeddings and head; two processes have 150 of them each."""
+    monkeypatch.setattr("selfdistill.model.teacher.PART_NUMBERS", 50 * 32)
+    part = 2 * 50 * 32
+    config = settings(fsdp=processes > 1, **BFLOAT16)
+    planner = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no", processes))
+    fixed, phases = planner.fixed(config), {x.name: x.bytes["teacher"] for x in planner.plan(config).phases}
+    assert fixed["teacher"] == pytest.approx(fixed["weights"] + fixed["moments"] / 2 + part, abs=processes)
+    assert phases["teacher"] == phases["student"] == fixed["teacher"]
+    assert phases["sampling"] == fixed["teacher"] + 2 * part, "a float32 copy of the part, while the next step samples"
+    again = planner.plan(config.model_copy(update={"gradient_accumulation_steps": 2})).phases
+    assert next(x.bytes["teacher"] for x in again if x.name == "sampling") == phases["sampling"]
+
+
+def test_the_largest_segment_of_a_phase_is_that_of_the_sharded_run(
+    settings: Make, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Alone, a process holds most once all layers have gradients; one of 64 before there are."""
+    wide = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+    folder = with_config(model_folder(), tmp_path / "wide", num_hidden_layers=12, **wide)
+    config = settings(model=str(folder), method="sft", fsdp=True, batch_size=64)
+    alone, one_of_many = (
+        planned(config.model_copy(update=values), Device("cpu", "no", n)).largest.bytes
+        for values, n in (({"fsdp": False, "batch_size": 1}, 1), ({}, 64))
+    )
+    assert alone["gradients"] > alone["activations"]
+    assert one_of_many["gradients"] < one_of_many["activations"]
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("24GB", 24 * 10**9), ("1.5 TiB", 1.5 * 2**40)])

@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import Cut, add_gradient, assert_same_run, crash_at, gradients, largest_difference, metrics_of
-from picture_models import ALL, COLOURS, FAMILIES, SHAPES, PictureFamily, drawn, is_vision
+from picture_models import ALL, FAMILIES, PictureFamily, is_vision
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import selfdistill
 from selfdistill.config import ExportConfig, MergeConfig, TrainConfig
-from selfdistill.data import anchor_prompts, encode, load_demonstrations, parse_context
+from selfdistill.data import anchor_prompts, draw_shapes, encode, load_demonstrations, parse_context
+from selfdistill.data.shapes import COLOURS, draw_shape
 from selfdistill.errors import UserError
 from selfdistill.evaluation import spill
+from selfdistill.loss import CrossEntropy, Divergence
 from selfdistill.model import ForwardPass, Sampling, load_model, make_optimizer
 from selfdistill.training import export, merge, train
 from selfdistill.training.memory import memory_plan
@@ -38,16 +40,9 @@ Make = Callable[..., TrainConfig]
 
 
 def rows_of(folder: Path, name: str, count: int) -> list[dict[str, Any]]:
-    """Drawn shapes at places of their own; the answer is the first letter of the colour."""
-    chance, rows = random.Random(name), []
-    for number in range(count):
-        colour, shape = chance.choice(COLOURS), chance.choice(SHAPES)
-        size, canvas = chance.randint(16, 26), drawn("white", shape)
-        canvas.paste(drawn(colour, shape, (size, size)), (chance.randint(0, 6), chance.randint(0, 6)))
-        path = folder / f"{name}{number}.png"
-        canvas.save(path)
-        rows.append({"prompt": "?", "completion": colour[0], "images": [path.name]})
-    return rows
+    """The package's drawn shapes, asked for and answered in one letter each."""
+    rows = draw_shapes(folder / f"{name}.jsonl", count)
+    return [{**row, "prompt": "?", "completion": row["completion"][0]} for row in rows]
 
 
 def copied(rows: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
@@ -185,6 +180,18 @@ def test_the_vision_tower_stays_and_the_teacher_shares_it(make: Make, family: Pi
     assert not any(map(is_vision, moved))
 
 
+def test_the_vision_tower_reads_a_picture_again_in_every_pass(make: Make) -> None:
+    """As documented: once per prompt, then per sample twice with the context ``turns`` and once by the student."""
+    run = Trainer(make(batch_size=4, num_generations=2))
+    assert run.teacher is not None
+    towers = {network.base_model.vision_tower for network in (run.loaded.model, *run.teacher.networks)}
+    read: list[int] = []
+    for tower in towers:
+        tower.register_forward_hook(lambda _, __, output: read.append(len(output.last_hidden_state)))
+    run.step(0)
+    assert sum(read) == 4 + 2 * 8 + 8
+
+
 def test_the_vision_tower_is_trained_on_request(make: Make) -> None:
     config = make(train_vision_tower=True, method="sft")
     before, after = weights(config.model), weights(train(config))
@@ -219,7 +226,7 @@ def test_a_run_that_crashed_goes_on_as_if_it_had_not(make: Make, values: dict[st
 def test_a_run_does_not_go_on_with_other_pictures(make: Make, tmp_path: Path) -> None:
     config = make(save_steps=2, max_steps=2)
     train(config)
-    drawn("black", "square").save(tmp_path / "a0.png")
+    draw_shape("black", "square").save(tmp_path / "a0.png")
     with pytest.raises(UserError, match="the training examples have changed"):
         train(config.model_copy(update={"max_steps": 4}), resume=True)
 
@@ -229,7 +236,7 @@ def test_a_run_does_not_go_on_with_other_pictures(make: Make, tmp_path: Path) ->
 def test_final_models_load_in_transformers_with_their_processor(make: Make, family: PictureFamily, rank: int) -> None:
     config = make(family, lora_rank=rank)
     final = train(config)
-    picture, text = drawn("red", "circle"), [{"type": "image"}, {"type": "text", "text": "?"}]
+    picture, text = draw_shape("red", "circle"), [{"type": "image"}, {"type": "text", "text": "?"}]
     made = []
     for folder in (final, config.model):
         processor = AutoProcessor.from_pretrained(folder)
@@ -266,7 +273,7 @@ def test_cards_of_sums_and_merged_adapters_load_an_image_text_model(make: Make, 
 
 def test_the_python_interface_takes_pictures_in_memory_and_loaded_models(make: Make, tmp_path: Path) -> None:
     config = make()
-    rows = [{"prompt": "?", "completion": colour[0], "images": [drawn(colour, "circle")]} for colour in COLOURS]
+    rows = [{"prompt": "?", "completion": colour[0], "images": [draw_shape(colour, "circle")]} for colour in COLOURS]
     settings: dict[str, Any] = {"max_completion_length": 2, "batch_size": 2, "max_steps": 1, "context": "turns"}
     model = AutoModelForImageTextToText.from_pretrained(config.model)
     processor = AutoProcessor.from_pretrained(config.model)
@@ -342,8 +349,10 @@ def test_what_check_tries_out_leaves_the_vision_tower_alone(make: Make, monkeypa
     chat = loaded.chat({}, None)
     limits: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 3, "window": loaded.window}
     rows, _ = encode(load_demonstrations(config.data)[:2], parse_context("turns"), chat, **limits)
-    trials = spill.TrialSettings(1e-3, Sampling(3), 0, nullcontext)
-    spill.measure_spill(loaded, ForwardPass(loaded), rows, anchor_prompts()[:2], chat, trials)
+    settings = spill.TrialSettings(1e-3, Sampling(3), 0, nullcontext)
+    trials = spill.Trials(loaded, ForwardPass(loaded), anchor_prompts()[:2], chat, settings)
+    for loss in (CrossEntropy(), Divergence()):
+        trials(loss, rows)
     names = [name for name, _ in loaded.model.named_parameters()]
     assert moved == [sum(not is_vision(name) for name in names)] * 2
     assert moved[0] < len(names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -23,26 +24,35 @@ from selfdistill.training.traced_step import Device
 
 Make = Callable[..., TrainConfig]
 SMALL = Network(body=1000, head=300, layers=2, width=8, kept_width=4, size=2)
+FLOAT32 = Device("cpu", "no")
 SLOW = Rates("a slow device", products=1e6, bandwidth=1e5, reading=1e5, layer_seconds=0.01)
 ROWS = [{"prompt": "abcde", "completion": "xyz"}] * 4
 """Of equal lengths: the template adds a constant."""
 
 
-def timed(config: TrainConfig, rates: Rates = SLOW) -> TimePlan:
-    return MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no")).time(config, rates)
+def timed(config: TrainConfig, device: Device = FLOAT32) -> TimePlan:
+    return MemoryPlanner(config, load_demonstrations(config.data), device).time(config, SLOW)
 
 
 def test_a_model_has_these_sizes(settings: Make) -> None:
     """32 hidden, 48 in the feed-forward part, 4 heads and 2 key/value heads of 8, vocabulary 300."""
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48 + 2 * 32
     loaded = fake_model(settings().model, dtype="float32")
-    assert Network.of(loaded, "no") == Network(2 * layer + 32, 300 * 32, layers=2, width=32, kept_width=16, size=4)
-    assert Network.of(loaded, "bf16").size == 2
+    assert Network.of(loaded, FLOAT32) == Network(2 * layer + 32, 300 * 32, layers=2, width=32, kept_width=16, size=4)
+    assert Network.of(loaded, Device("cpu", "bf16")).size == 2
 
 
 def test_tied_weights_are_those_of_the_head(settings: Make, model_folder: Callable[..., Any]) -> None:
-    networks = [Network.of(fake_model(str(model_folder(tied=tied)), dtype="float32"), "no") for tied in (False, True)]
+    networks = [
+        Network.of(fake_model(str(model_folder(tied=tied)), dtype="float32"), FLOAT32) for tied in (False, True)
+    ]
     assert networks[0] == networks[1]
+
+
+def test_weights_of_4_bits_count_as_what_they_stand_for(settings: Make) -> None:
+    pytest.importorskip("bitsandbytes")
+    lora, qlora = (fake_model(settings().model, dtype="float32", lora_rank=2, load_in_4bit=x) for x in (False, True))
+    assert Network.of(qlora, FLOAT32) == Network.of(lora, FLOAT32)
 
 
 def test_a_pass_multiplies_weights_and_attends() -> None:
@@ -75,8 +85,8 @@ def test_a_step_is_the_sum_of_its_parts(
     settings: Make, write_rows: Callable[..., Any], changes: dict[str, Any], passes: int, moved: int
 ) -> None:
     config = settings(data=str(write_rows(ROWS, name="equal.jsonl")), batch_size=2, **changes)
-    network = Network.of(fake_model(config.model, dtype="float32"), "no")
-    plan, longest = timed(config), MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no"))
+    network = Network.of(fake_model(config.model, dtype="float32"), FLOAT32)
+    plan, longest = timed(config), MemoryPlanner(config, load_demonstrations(config.data), FLOAT32)
     student, teacher = longest.plan(config).lengths  # of rows that are all alike
     assert plan.step.sampling == pytest.approx(network.sampling_seconds(SLOW, 2, student - 10, 10))
     assert plan.step.teacher == pytest.approx(2 * network.forward_flops(teacher, teacher, 10) / 1e6)
@@ -89,10 +99,53 @@ def test_a_step_is_the_sum_of_its_parts(
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "mixed_precision", "dtype", "cost"),
+    [
+        ("cuda", "bf16", "float32", 2),
+        ("cuda", "bf16", "bfloat16", 1),
+        ("cuda", "no", "float32", 1),
+        ("cpu", "bf16", "float32", 1),
+    ],
+)
+def test_a_float32_head_is_trained_at_half_the_rate_of_bfloat16(
+    settings: Make, kind: str, mixed_precision: str, dtype: str, cost: int
+) -> None:
+    loaded = fake_model(settings().model, dtype=dtype)
+    found = Network.of(loaded, Device(kind, mixed_precision))
+    assert found.head_cost == cost
+    assert found.scoring_flops(10, 3) == found.forward_flops(10, 10, 3) + (cost - 1) * 2 * 3 * 300 * 32
+    loaded.model.config.final_logit_softcapping = 30.0  # then autocast multiplies, and caps
+    assert Network.of(loaded, Device(kind, mixed_precision)).head_cost == 1
+
+
+def test_a_float32_head_takes_longer_in_learning_and_not_in_sampling(
+    settings: Make, write_rows: Callable[..., Any]
+) -> None:
+    config = settings(data=str(write_rows(ROWS, name="equal.jsonl")), batch_size=2, mixed_precision="auto")
+    plain, half = (timed(config, device).step for device in (FLOAT32, Device("cuda", "bf16")))
+    head = 2 * 2 * 300 * 32 * 10 / 1e6  # forward, of two rows with ten tokens
+    assert half.teacher == pytest.approx(plain.teacher + head)
+    assert half.student == pytest.approx(plain.student + 3 * head)
+    assert half.sampling < plain.sampling, "it reads smaller numbers"
+
+
 def test_an_adapter_needs_no_gradients_of_the_weights(settings: Make) -> None:
     full, adapter = timed(settings()).step, timed(settings(lora_rank=2)).step
     assert 2 / 3 < adapter.student / full.student < 0.8  # its factors beside two thirds
     assert adapter.update < full.update
+
+
+@pytest.mark.parametrize("count", [40, 100, 200])
+def test_rows_of_all_lengths_determine_the_time(settings: Make, write_rows: Callable[..., Any], count: int) -> None:
+    """Of a method whose steps take no samples, so that the student's time is that of the average row."""
+    rows = [{"prompt": f"{i:03}" + "x" * i, "completion": "xyz"} for i in range(count)]
+    middle = [rows[count // 2]] * 4
+    found, expected = (
+        timed(settings(method="sft", data=str(write_rows(own, name=f"{len(own)}.jsonl")))).step.student
+        for own in (rows, middle)
+    )
+    assert found == pytest.approx(expected, rel=0.1)
 
 
 def test_what_a_method_does_not_do_takes_no_time(settings: Make) -> None:
@@ -130,6 +183,19 @@ def test_a_named_device_has_its_memory(settings: Make) -> None:
     assert plan_for(settings(), 10**9, None).time is None
     with pytest.raises(UserError, match="setting 'memory': the memory of this device is unknown"):
         plan_for(settings(), None, None)
+
+
+def test_bfloat16_weights_are_multiplied_in_bfloat16(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(dtype="bfloat16", mixed_precision="no")
+    found = plan_for(config, None, "h100")
+    assert found.time is not None
+    assert found.time.rates == named_rates("h100", "bf16")
+    assert ", bfloat16 arithmetic" in repr(found)
+    asked = []
+    measured = import_module("selfdistill.training.plan")
+    monkeypatch.setattr(measured, "measured_rates", lambda _, precision: asked.append(precision) or SLOW)
+    plan_for(config, None, "this")
+    assert asked == ["bf16"]
 
 
 def test_this_device_is_measured(settings: Make) -> None:

@@ -24,6 +24,7 @@ from conftest import (
     Cut,
     add_gradient,
     assert_same_run,
+    byte_tokenizer,
     crash_at,
     final_weights,
     gradients,
@@ -33,6 +34,7 @@ from conftest import (
     row_log_probs,
     same,
 )
+from odd_models import ODD_LAYERS
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -695,6 +697,16 @@ def test_steps_that_are_left_out_are_said_and_too_many_in_a_row_stop_the_run(
     assert learnt > 0
     assert [line["tokens"] for line in lines] == [0, 0, learnt, learnt, learnt, learnt]
     assert [path.name[-1] for path in list_checkpoints(Path(config.output_dir))] == ["4", "6"]
+
+
+def test_tokens_are_those_of_selected_completions_also_without_a_gradient(
+    settings: Callable[..., TrainConfig],
+) -> None:
+    metrics = Trainer(settings(method="grpo", scorer="exact", batch_size=2, num_generations=2)).step(0)
+    assert metrics["reward"] == metrics["grad_norm"] == 0
+    assert metrics["tokens"] == 4 * metrics["completion/length"] > 0
+    assert "selected" in METRICS["tokens"]
+    assert "without a gradient" in METRICS["tokens"]
 
 
 def test_a_resumed_run_remembers_how_many_steps_were_left_out(
@@ -1410,3 +1422,16 @@ def test_the_importance_weight_does_not_scale_the_statistics(settings: Callable[
     assert second["loss"] == pytest.approx(0.5 * first["loss"], rel=1e-5)
     for key in ("entropy", "kl/forward", "kl/reverse"):
         assert second[key] == pytest.approx(first[key], rel=1e-5)
+
+
+def test_gradient_checkpointing_adds_no_noise_to_a_router(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    folder = tmp_path / "phimoe"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ODD_LAYERS["phimoe"][0]().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    common: dict[str, Any] = {"model": str(folder), "max_steps": 3, "learning_rate": 1e-4}
+    without, using = settings("without", **common), settings("using", gradient_checkpointing=True, **common)
+    train(without)
+    train(using)
+    assert largest_difference(final_weights(without), final_weights(using)) < 1e-6
