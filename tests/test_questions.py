@@ -610,7 +610,8 @@ def test_replies_that_came_before_a_failure_are_kept(
     server.reply = writes_well
     before = len(server.asked)
     assert make_questions(make())["train"] == 10
-    assert len(server.asked) - before == 20 - kept
+    again = {json.dumps(body) for body in server.asked[before:]}  # with those of the first run that arrived late
+    assert len(again) == 20 - kept
 
 
 def test_a_permanent_failure_does_not_wait_for_open_requests(
