@@ -276,7 +276,7 @@ def _closeness_line(result: CheckResult) -> str:
 
 def _cost_line(result: CheckResult) -> list[str]:
     if result.cost_unknown:
-        advice = "selfdistill train --dry_run --memory names settings that fit"
+        advice = "selfdistill train --dry_run --device this names settings that fit"
         return [f"Cost of a step: unknown, because {result.cost_unknown}; {advice}."]
     if result.seconds_per_step is None:
         return []

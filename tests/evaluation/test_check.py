@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from selfdistill.cli_parser import parse
 from selfdistill.config.commands import CheckConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.data.chat_format import ChatFormat
@@ -241,8 +242,10 @@ def test_a_step_that_needs_too_much_memory_loses_nothing_that_was_measured(
     result = check(config_of(model_folder(), write_rows(count=4), contexts=["turns:repeats=1"]))
     assert result.layouts[0].items == 4
     assert (result.seconds_per_step, result.memory_gib, result.memory_rows) == (None, None, None)
-    said = f"Cost of a step: unknown, because {reason}; selfdistill train --dry_run --memory"
-    assert re.search(said, " ".join(repr(result).split()))
+    said = f"Cost of a step: unknown, because {reason}; selfdistill (train .*) names settings that fit"
+    found = re.search(said, " ".join(repr(result).split()))
+    assert found is not None
+    assert parse(found[1].split()) == ("train", {"dry_run": True, "device": "this"})
 
 
 def test_an_error_of_a_pass_is_no_lack_of_memory(
