@@ -188,7 +188,7 @@ def test_hopeless_data_is_called_unlikely(
     assert f"No context is good enough; the least bad: {result.best.context} " in out
     assert "Best context:" not in out
     assert "invalid calls" not in out
-    known = replace(result, layouts=[replace(result.best, accuracy=1.0)], student_accuracy=1.0)
+    known = replace(result, known=True)
     assert f"Best context: {result.best.context} " in " ".join(repr(known).split())
     assert repr(replace(known, layouts=[replace(result.best, context="[/x]")])).count("[/x]") == 3  # the table, too
 
@@ -350,6 +350,10 @@ def test_verdicts() -> None:
     text, code = verdict_on(0.95, -0.1, layout(1.0))
     assert code == UNLIKELY
     assert "the student already knows this" in text
+    for teacher in (0.5, 0.95):
+        text, code = verdict_on(0.95, -0.1, replace(layout(teacher, logp=-0.05), truncated=1.0))
+        assert code == UNLIKELY
+        assert text.endswith("; the student already knows this."), "and no other context is advised"
     text, code = verdict_on(0.0, -3.0, layout(0.0, logp=-1.0))
     assert code == UNLIKELY
     assert "a scorer that suits the data better may show a difference" in text
