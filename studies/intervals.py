@@ -1,4 +1,4 @@
-"""Means over seeds with their 95% intervals, as the tables of all studies print them."""
+"""Scores and shares in the tables of studies, with their 95% intervals: never below 0, which differences may be."""
 
 from __future__ import annotations
 

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from intervals import cell
 
 from selfdistill.comparison.plots import Curve, over
 from selfdistill.config.commands import LearnConfig
@@ -24,7 +27,6 @@ from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import retention_matrix
 from selfdistill.continual.ledger import START, Ledger
 from selfdistill.data.bundled import packaged
-from selfdistill.evaluation.statistics import seeds_interval
 from selfdistill.runtime.files import write_atomically
 from selfdistill.runtime.tracking import read_lines
 
@@ -116,8 +118,7 @@ def table(arm: str, runs: list[dict[str, Any]]) -> list[str]:
     shares = []
     for column, name in enumerate(names):
         kept = [run["matrix"][-1][column] / run["alone"][name] for run in runs if run["alone"][name]]
-        middle, low, high = seeds_interval(kept) if kept else (float("nan"), None, None)
-        shares.append(f"{middle:.2f}" + ("" if low is None or low == high else f" ({low:.2f} to {high:.2f})"))
+        shares.append(cell(kept, most=math.inf) if kept else "nan")
     return [*lines, f"| last, as a share of alone | {' | '.join(shares)} | |"]
 
 

@@ -19,7 +19,7 @@ from selfdistill.cli import main
 from selfdistill.config.commands import QuestionsConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.data.demonstrations import Demonstration, load_demonstrations
-from selfdistill.documents import load_passages, sentences
+from selfdistill.documents import is_german, load_passages, sentences
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers
 from selfdistill.model.sampling import Rollout, Sampling
@@ -516,6 +516,13 @@ def test_names_and_numbers_that_are_not_in_the_text(
     else:
         with pytest.raises(UserError, match="question goes beyond the text"):
             make_questions(settings)
+
+
+def test_german_is_recognised_by_its_words_and_not_by_capitals() -> None:
+    named = "Lady Ada Finch of Korr Mill wrote to Sir Bram Osk in Port Elin."
+    capitals = [len(re.findall(r"\b[A-Z]", text)) / len(text.split()) for text in (named, MUEHLE)]
+    assert capitals[0] > capitals[1]
+    assert [is_german(named), is_german(MUEHLE)] == [False, True]
 
 
 def test_vowel_signs_distinguish_questions(

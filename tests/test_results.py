@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from selfdistill.comparison.conclusions import Compared, sentences
+from selfdistill.comparison.conclusions import Compared, matched, sentences
 
 DOCS = Path(__file__).parent.parent / "docs"
+COMPARISONS = ("facts", "science", "science_methods", "baselines", "teacher_skill", "context")
 
 
-@pytest.mark.parametrize("name", ["facts", "science", "science_methods", "baselines", "teacher_skill", "context"])
+@pytest.mark.parametrize("name", COMPARISONS)
 def test_the_paragraph_is_what_the_measurements_say(name: str) -> None:
     kept = json.loads((DOCS / "comparisons" / f"{name}.json").read_text(encoding="utf-8"))
     runs = [Compared(**run) for run in kept["runs"]]
@@ -26,6 +27,20 @@ def test_the_paragraph_is_what_the_measurements_say(name: str) -> None:
             assert evaluation["accuracy"] == sum(evaluation["correct"]) / evaluation["items"]
             shares = [sum(prior["correct"]) / prior["items"] for prior in evaluation["prior"].values()]
             assert evaluation["prior_accuracy"] == pytest.approx(sum(shares) / len(shares))
+
+
+def test_a_run_compared_with_itself_loses_what_the_design_says() -> None:
+    lost: dict[str, float] = {}
+    for name in COMPARISONS:
+        kept = json.loads((DOCS / "comparisons" / f"{name}.json").read_text(encoding="utf-8"))
+        for run in kept["runs"]:
+            last = matched(run["evaluations"][-1:], 0)
+            gap = matched(run["evaluations"], last.accuracy).prior_accuracy - last.prior_accuracy
+            lost[run["method"]] = max(gap, lost.get(run["method"], 0))
+    most = max(lost, key=lambda method: lost[method])
+    text = " ".join((DOCS / "design.md").read_text(encoding="utf-8").split())
+    said = f"lost up to {100 * lost[most]:.0f} points ({most.upper()}; SFT up to {100 * lost['sft']:.0f})"
+    assert f"a run compared with itself {said}" in text
 
 
 def test_the_tables_of_studies_are_what_their_lines_say(monkeypatch: pytest.MonkeyPatch) -> None:

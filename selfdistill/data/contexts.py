@@ -353,7 +353,7 @@ def parse_context(spec: str, *, episodes: bool = False) -> Context:
             raise UserError(f"context {spec!r}: {name} has no option {key!r}; {has}{closest(key, known)}")
         values[key] = _convert(spec, key, value, known[key])
     if episodes and values.get("show") == "turn":
-        why = "it shows the one reply that is sampled, but in an environment whole episodes are; leave out show=turn"
+        why = "it shows a single reply, but in an environment whole episodes are sampled; leave show=turn out"
         raise UserError(f"context {spec!r}: {why}")
     return CONTEXTS[name](**values)
 

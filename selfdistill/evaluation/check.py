@@ -28,7 +28,7 @@ from selfdistill.data import (
     turns_of,
 )
 from selfdistill.errors import EngineFailed, UserError
-from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, Layout, verdict_on
+from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, Layout, knows, verdict_on
 from selfdistill.evaluation.measure import Measure
 from selfdistill.evaluation.spill import read_anchors
 from selfdistill.methods import scorer_judges, shows_parts, stages_of
@@ -204,7 +204,8 @@ def _checked(
     spill = measure.spill(layouts[0].context) if config.spill else None
     best = next((layout.context for layout in layouts if layout.context in can_hint), None)
     hints = [_hint(measure, best, share) for share in SHARES] if best else None
-    verdict, exit_code = verdict_on(*measure.student_on(layouts[0].context), layouts[0])
+    accuracy, logp = measure.student_on(layouts[0].context)
+    verdict, exit_code = verdict_on(accuracy, logp, layouts[0])
     return CheckResult(
         model=config.model,
         data=config.data,
@@ -227,6 +228,7 @@ def _checked(
         cost_unknown=found if isinstance(found, str) else None,
         spill=spill,
         hints=hints,
+        known=knows(accuracy),
         verdict=verdict,
         exit_code=exit_code,
         seconds=time.monotonic() - began,

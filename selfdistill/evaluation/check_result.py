@@ -16,7 +16,7 @@ from selfdistill.runtime import Printable, result_table
 UNLIKELY = 4
 """Exit code when self-distillation is unlikely to help."""
 KNOWN = 0.9
-"""If the student matches a teacher with at least this accuracy, it knows the task; below, the teacher is too weak."""
+"""A student with at least this accuracy knows the task, unless the teacher is clearly better."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ class CheckResult(Printable):
     hints: list[Layout] | None
     """The best layout that can show part of the demonstration, at increasing shares of it; None if not requested, or if
     there is no such layout."""
+    known: bool
+    """Whether the student's accuracy on the rows of the best layout is at least ``KNOWN``."""
     verdict: str
     exit_code: int
     """0: worth trying; 4: unlikely to help."""
@@ -115,6 +117,11 @@ class CheckResult(Printable):
     def to_dict(self) -> dict[str, Any]:
         """All fields, for ``--json``, plus ``best`` and ``ceiling``, the best layout's name and accuracy."""
         return {**asdict(self), "best": self.best.context, "ceiling": self.best.accuracy}
+
+
+def knows(accuracy: float | None) -> bool:
+    """Whether a model with this accuracy knows the task; False if its replies are not scored."""
+    return accuracy is not None and accuracy >= KNOWN
 
 
 def verdict_on(student_accuracy: float | None, student_logp: float | None, best: Layout) -> tuple[str, int]:
@@ -146,23 +153,24 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
                 "temperature or a higher learning rate helps it start."
             )
         return text, 0
-    if student_accuracy < KNOWN <= best.accuracy and items * (1 - KNOWN) < 2:
+    if not knows(student_accuracy) and knows(best.accuracy) and items * (1 - KNOWN) < 2:
         text = f"It is unknown whether self-distillation helps: {scores} of {items} rows, which are too few to tell."
         return f"{text} Give more rows.", 0
-    known = student_accuracy >= KNOWN
-    reason = "the student already knows this" if known else "the teacher is not clearly better"
-    text = f"Self-distillation is unlikely to help: {scores} of {items} rows; {reason}."
-    if best.accuracy < KNOWN and best.truncated > 0.5:
+    text = f"Self-distillation is unlikely to help: {scores} of {items} rows; "
+    if knows(student_accuracy):
+        return text + "the student already knows this.", UNLIKELY
+    text += "the teacher is not clearly better."
+    if best.truncated > 0.5:
         text += (
             f" {best.truncated:.0%} of its replies were truncated at the length limit, so they may be right but "
             "unfinished: raise max_completion_length."
         )
-    elif best.accuracy < KNOWN and best.logp is not None and student_logp is not None and best.logp > student_logp:
+    elif best.logp is not None and student_logp is not None and best.logp > student_logp:
         text += (
             f" The demonstration is more likely under the teacher ({best.logp:.2f} nats per token) than under the "
             f"student ({student_logp:.2f}), so a scorer that suits the data better may show a difference."
         )
-    elif best.accuracy < KNOWN:
+    else:
         text += " Try other contexts, a larger model, or supervised fine-tuning."
     return text, UNLIKELY
 
@@ -222,7 +230,7 @@ def _print(result: CheckResult, console: Console) -> None:
 
 def _choice(result: CheckResult) -> str:
     """How to label the best layout."""
-    is_poor = result.exit_code == UNLIKELY and (result.best.accuracy or 0) < KNOWN
+    is_poor = result.exit_code == UNLIKELY and not result.known
     return "No context is good enough; the least bad" if is_poor else "Best context"
 
 
@@ -276,7 +284,7 @@ def _closeness_line(result: CheckResult) -> str:
 
 def _cost_line(result: CheckResult) -> list[str]:
     if result.cost_unknown:
-        advice = "selfdistill train --dry_run --memory names settings that fit"
+        advice = "selfdistill train --dry_run --device this names settings that fit"
         return [f"Cost of a step: unknown, because {result.cost_unknown}; {advice}."]
     if result.seconds_per_step is None:
         return []

@@ -36,6 +36,7 @@ from selfdistill.evaluation.spill import (
     Trial,
     Trials,
     TrialSettings,
+    bytes_of_steps,
     drawn_anchors,
     named_anchors,
     task_loss,
@@ -112,7 +113,7 @@ class Measure:
         rollouts = self._rollouts()
         self.rollout_s = (clock(loaded.device) - began) / len(self.rows)
         self.teacher_said: dict[str, Answers] = {}  # by layout
-        self.tried: dict[tuple[str, float], Trial] = {}  # by layout and share of the demonstration
+        self.tried: dict[tuple[str, float], Trial | None] = {}  # by layout and share of the demonstration
         self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
 
     def _encode(self, rows: Sequence[Demonstration], context: str | None, hint: float = 1) -> list[Example]:
@@ -297,18 +298,27 @@ class Measure:
 
     def spill(self, context: str) -> Spill:
         """How far a few steps of SFT, and of SDFT with this context, move the model on the anchors."""
-        if untried := self._untried(context):
-            return Spill(untried=untried)
-        sft = self._trials(CrossEntropy(), self._learnable(context))
-        return Spill(sft=sft, sdft=self.trial(context), prompts=self.general_named)
+        sft, sdft = self._trial(CrossEntropy(), context), self.trial(context)
+        if sft is None or sdft is None:
+            return Spill(untried=self._untried(context))
+        return Spill(sft=sft, sdft=sdft, prompts=self.general_named)
 
     def trial(self, context: str, hint: float = 1) -> Trial | None:
         """The effect of a few steps of SDFT whose teacher sees the share ``hint``; None where spill is not measured."""
+        if (context, hint) not in self.tried:
+            self.tried[context, hint] = self._trial(Divergence(), context, hint)
+        return self.tried[context, hint]
+
+    def _trial(self, loss: CrossEntropy | Divergence, context: str, hint: float = 1) -> Trial | None:
         if self._untried(context):
             return None
-        if (context, hint) not in self.tried:
-            self.tried[context, hint] = self._trials(Divergence(), self._learnable(context, hint))
-        return self.tried[context, hint]
+        try:
+            return self._trials(loss, self._learnable(context, hint))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.shortage = "its steps ran out of memory"
+            return None
 
     def _untried(self, context: str) -> str | None:
         """Why no steps can be taken with a layout; None if they can."""
@@ -322,11 +332,19 @@ class Measure:
             refuse_float16(self.loaded.model, self.loaded.name)
         except UserError as error:
             return str(error)
-        return None
+        return self.shortage
 
     def _learnable(self, context: str, hint: float = 1) -> list[Example]:
         """The rows of a layout that have a completion."""
         return [row for row in self._shown(context, hint) if row.completion_ids]
+
+    @cached_property
+    def shortage(self) -> str | None:
+        """Why memory does not suffice for the steps of a trial; None if it does, as far as is known."""
+        needed, has = bytes_of_steps(self.loaded), free_memory(self.loaded.device)
+        if has is None or needed <= has:
+            return None
+        return f"its steps need more than {needed / 2**30:.1f} GiB, and there are {has / 2**30:.1f}"
 
     @cached_property
     def _trials(self) -> Trials:

@@ -276,7 +276,7 @@ def _note_truncated(results: Sequence[PriorResult]) -> None:
             f"prior: replies stopped at the limit of {REPLY_TOKENS} tokens and are scored as far as they go: {files}; "
             "ask for short answers, and let a model that thinks answer at once (chat_template_kwargs, such as "
             "enable_thinking false)",
-            topic="truncated prior replies",
+            topic=f"truncated prior replies: {', '.join(result.name for result in cut)}",
         )
 
 

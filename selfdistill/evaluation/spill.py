@@ -42,8 +42,11 @@ from selfdistill.model import (
     Sampling,
     freeze_vision,
     make_optimizer,
+    moment_bytes,
     sample,
     sample_seed,
+    tensor_bytes,
+    vision_weights,
 )
 from selfdistill.runtime import say_note
 
@@ -201,6 +204,14 @@ class Trials:
         prompts, demos = [row.student_ids for row in rows], [row.completion_ids for row in rows]
         before, after = (mean_loss(model, prompts, demos) for model in (self._loaded, student))
         return Trial(before - after, self._distance.of(student.model))
+
+
+def bytes_of_steps(loaded: LoadedModel) -> int:
+    """The least that a trial needs in addition to the model: a copy, its gradients, and AdamW's moments."""
+    weights = list(loaded.model.parameters())
+    frozen = set(map(id, vision_weights(loaded.model))) if loaded.pictures is not None else set()
+    trained = [weight for weight in weights if weight.requires_grad and id(weight) not in frozen]
+    return tensor_bytes(weights) + tensor_bytes(trained) + moment_bytes(trained, "adamw_torch")
 
 
 def _train(

@@ -43,7 +43,7 @@ from selfdistill.model.loading import (
 )
 from selfdistill.model.lora import add_lora, describe_lora
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
-from selfdistill.model.pictures import PictureInputs, freeze_vision, is_image_text
+from selfdistill.model.pictures import PictureInputs, freeze_vision, is_image_text, vision_weights
 from selfdistill.model.precision import (
     cached_casts,
     refuse_autocast,
@@ -137,6 +137,7 @@ __all__ = [
     "unsharded",
     "unwrap",
     "use_engine",
+    "vision_weights",
     "weight_tensors",
     "weights_fingerprint",
 ]

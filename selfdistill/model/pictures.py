@@ -232,12 +232,16 @@ def language_part(model: Any) -> nn.Module:
     return model.get_decoder()
 
 
-def freeze_vision(model: Any) -> None:
-    """Freeze everything before the language model: the vision tower and the connector."""
+def vision_weights(model: Any) -> list[nn.Parameter]:
+    """The weights before the language model: those of the vision tower and the connector."""
     inside = {id(p) for part in (language_part(model), model.get_output_embeddings()) for p in part.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in inside:
-            parameter.requires_grad_(False)
+    return [parameter for parameter in model.parameters() if id(parameter) not in inside]
+
+
+def freeze_vision(model: Any) -> None:
+    """Freeze the :func:`vision_weights`."""
+    for parameter in vision_weights(model):
+        parameter.requires_grad_(False)
 
 
 def beside_language(model: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -106,7 +106,7 @@ def fit(
     device: Device,
     limit: int,
     loaded: LoadedModel | None = None,
-    rates: Rates | None = None,
+    rates: Callable[[str], Rates] | None = None,
 ) -> Fit:
     """Plan a run and compare it with a device.
 
@@ -116,14 +116,14 @@ def fit(
         device: the device to plan for.
         limit: memory of the device in bytes.
         loaded: the model, if already loaded.
-        rates: of the device, to also plan the time.
+        rates: gives the device's for an arithmetic, ``bf16`` or ``no``, to also plan the time.
 
     Raises:
         UserError: the model's files cannot be used, or no row fits.
     """
     planner = MemoryPlanner(config, demonstrations, device, loaded)
     found = fitted(planner, config, limit)
-    return found if rates is None else replace(found, time=planner.time(config, rates))
+    return found if rates is None else replace(found, time=planner.time(config, rates(planner.arithmetic(config))))
 
 
 def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:

@@ -63,7 +63,7 @@ from selfdistill.training.rates import Rates
 from selfdistill.training.setup import chosen_rows, teacher_rules
 from selfdistill.training.sharding import Sharding
 from selfdistill.training.step_time import TimePlan, time_plan
-from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, autocast
+from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, arithmetic, autocast
 
 TIMED_ROWS = 64
 """Most rows, of all lengths, whose average determines the time of a step."""
@@ -151,7 +151,7 @@ class MemoryPlanner:
             traced["sampling"] = traced["sampling"] + moved
         before = Bytes({name: fixed[name] for name in fixed if name not in ("moments", "contexts", "drift")})
         phases = tuple(Phase(name, (before if name == "drawing" else fixed) + size) for name, size in traced.items())
-        return MemoryPlan(config, device, phases, longest_lengths(stages), untraced, host)
+        return MemoryPlan(config, device, phases, longest_lengths(stages), _dtype(loaded), untraced, host)
 
     def time(self, config: TrainConfig, rates: Rates) -> TimePlan:
         """Rough time of a run with these settings on a device with these rates."""
@@ -159,6 +159,10 @@ class MemoryPlanner:
         spread = self._rows[:: math.ceil(len(self._rows) / TIMED_ROWS)]
         stages = planned_stages(config, spread, loaded, TIMED_ROWS)
         return time_plan(config, self.device(config), loaded, others, stages, rates, len(self._rows))
+
+    def arithmetic(self, config: TrainConfig) -> str:
+        """``bf16`` or ``no``: in which numbers a run with these settings multiplies."""
+        return arithmetic(_dtype(self._model(config)), self.device(config).mixed_precision)
 
     def _traced_models(self, config: TrainConfig) -> list[LoadedModel]:
         """The models to trace: with a few layers if all are alike, which takes less time."""
@@ -193,8 +197,8 @@ class MemoryPlanner:
         return self._teachers[name]
 
     def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:
-        arithmetic = (config.dtype, config.load_in_4bit, bool(config.gradient_checkpointing))
-        key = (*arithmetic, config.lora_rank, config.train_vision_tower, layers)
+        computed = (config.dtype, config.load_in_4bit, bool(config.gradient_checkpointing))
+        key = (*computed, config.lora_rank, config.train_vision_tower, layers)
         if key not in self._models:
             like = next(iter(self._models.values()), self._loaded)
             loaded = fake_model(
@@ -313,6 +317,12 @@ def _total_average(averaged: Sequence[Tensor]) -> int:
     return 4 * sum(weight.numel() for weight in averaged)
 
 
+def _dtype(loaded: LoadedModel) -> torch.dtype:
+    """Data type of a model's weights, or of those that its 4-bit weights stand for."""
+    found: torch.dtype = unwrap(loaded.model).dtype
+    return found
+
+
 def _is_on_host(config: TrainConfig, device: Device) -> bool:
     """Whether such an average is in host memory rather than the device's."""
     return device.kind == "cuda" and not config.fsdp
@@ -322,7 +332,7 @@ def _engine_bytes(config: TrainConfig, device: Device, loaded: LoadedModel) -> i
     """The engine's key/value cache, and its copy of the weights in the arithmetic of training; servers have theirs."""
     if config.engine_url:
         return 0
-    size = 2 if device.mixed_precision == "bf16" else unwrap(loaded.model).dtype.itemsize
+    size = 2 if device.mixed_precision == "bf16" else _dtype(loaded).itemsize
     count = sum(p.numel() for name, p in loaded.model.named_parameters() if ".lora_" not in name)
     return int(config.engine_memory_gib * GIB) + size * count
 

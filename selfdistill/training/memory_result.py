@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 
 from selfdistill.config import TrainConfig
@@ -42,6 +43,8 @@ class MemoryPlan(Printable):
     """Of the step, at its largest."""
     lengths: tuple[int, int]
     """Tokens of the longest row: of the student's prompt with the completion, and of the teacher's."""
+    dtype: torch.dtype
+    """Data type of the weights, also where it is ``auto`` in the settings."""
     untraced: str | None
     """Why the step is not counted; None if it is."""
     host: int = 0
@@ -72,9 +75,9 @@ class MemoryPlan(Printable):
         """Print a table of components by phase."""
         config = self.config
         kind = f"LoRA rank {config.lora_rank}" if config.lora_rank else "full fine-tuning"
-        products = "bfloat16" if arithmetic(config, self.device.mixed_precision) == "bf16" else "float32"
+        products = "bfloat16" if arithmetic(self.dtype, self.device.mixed_precision) == "bf16" else "float32"
         batch = f"batch {config.batch_size} in {config.micro_batches}"
-        held = "4-bit" if config.load_in_4bit else config.dtype
+        held = "4-bit" if config.load_in_4bit else str(self.dtype).removeprefix("torch.")
         lines = [
             f"{config.model}: {kind}, {held} weights, {config.optim}, {products} arithmetic, {batch}; "
             f"longest rows {self.lengths[0]} tokens, teacher's {self.lengths[1]}"

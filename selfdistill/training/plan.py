@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -33,7 +34,7 @@ from selfdistill.training.rates import Rates, measured_rates, named_rates
 from selfdistill.training.schedule import steps_of
 from selfdistill.training.setup import check_parts, make_accelerator, repeating
 from selfdistill.training.step_time import duration_text
-from selfdistill.training.traced_step import Device, arithmetic
+from selfdistill.training.traced_step import Device
 from selfdistill.training.train import check_memory, check_output_dir, with_context
 from selfdistill.training.trainer import Trainer
 
@@ -154,17 +155,17 @@ def plan_for(
         UserError: settings, data, ``config.json`` or tokenizer are invalid, or neither device nor memory is given.
     """
     rows = _checked_rows(config, given)
-    rates: Rates | None = None
+    rates: Callable[[str], Rates] | None = None
     if device == THIS:
         accelerator = make_accelerator(config)
         own = Device.of(accelerator)
         has: float | None = own_share(free_memory(accelerator.device), accelerator.device)
-        rates = measured_rates(accelerator.device, arithmetic(config, own.mixed_precision))
+        rates = partial(measured_rates, accelerator.device)
     else:
         own, has = Device("cuda", "bf16", world_size()), None
         if device is not None:
             has = GPUS[device].memory_gb * 1e9
-            rates = named_rates(device, arithmetic(config, "no" if config.mixed_precision == "no" else "bf16"))
+            rates = partial(named_rates, device)
     limit = has if memory is None else memory
     if limit is None:
         raise UserError("setting 'memory': the memory of this device is unknown; give it, such as 80GiB")

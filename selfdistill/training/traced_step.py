@@ -61,9 +61,9 @@ class Device:
         return cls(accelerator.device.type, str(accelerator.mixed_precision), accelerator.num_processes)
 
 
-def arithmetic(config: TrainConfig, mixed_precision: str) -> str:
+def arithmetic(weights: torch.dtype, mixed_precision: str) -> str:
     """``bf16`` if the run's products are of bfloat16 numbers, by autocast or because the weights are; else ``no``."""
-    return "bf16" if mixed_precision == "bf16" or config.dtype == "bfloat16" else "no"
+    return "bf16" if mixed_precision == "bf16" or weights == torch.bfloat16 else "no"
 
 
 def autocast(device: Device) -> torch.autocast:

@@ -431,7 +431,7 @@ def test_check_counts_a_demonstrations_own_tokens_alone(
 
 def test_a_context_that_shows_one_turn_is_refused_before_a_model_is_loaded(talks: dict[str, Any]) -> None:
     values, spec = talks | {"model": "no-such-model"}, "turns:repeats=1,show=turn"
-    message = f"^context '{spec}': it shows the one reply that is sampled, but in an environment whole episodes are;"
+    message = f"^context '{spec}': it shows a single reply, but in an environment whole episodes are sampled;"
     with pytest.raises(UserError, match=message):
         evaluate(EvalConfig(**values, context=spec))
     with pytest.raises(UserError, match=message):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from selfdistill.cli_parser import parse
 from selfdistill.config.commands import CheckConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.data.chat_format import ChatFormat
@@ -187,7 +188,7 @@ def test_hopeless_data_is_called_unlikely(
     assert f"No context is good enough; the least bad: {result.best.context} " in out
     assert "Best context:" not in out
     assert "invalid calls" not in out
-    known = replace(result, layouts=[replace(result.best, accuracy=1.0)], student_accuracy=1.0)
+    known = replace(result, known=True)
     assert f"Best context: {result.best.context} " in " ".join(repr(known).split())
     assert repr(replace(known, layouts=[replace(result.best, context="[/x]")])).count("[/x]") == 3  # the table, too
 
@@ -241,8 +242,10 @@ def test_a_step_that_needs_too_much_memory_loses_nothing_that_was_measured(
     result = check(config_of(model_folder(), write_rows(count=4), contexts=["turns:repeats=1"]))
     assert result.layouts[0].items == 4
     assert (result.seconds_per_step, result.memory_gib, result.memory_rows) == (None, None, None)
-    said = f"Cost of a step: unknown, because {reason}; selfdistill train --dry_run --memory"
-    assert re.search(said, " ".join(repr(result).split()))
+    said = f"Cost of a step: unknown, because {reason}; selfdistill (train .*) names settings that fit"
+    found = re.search(said, " ".join(repr(result).split()))
+    assert found is not None
+    assert parse(found[1].split()) == ("train", {"dry_run": True, "device": "this"})
 
 
 def test_an_error_of_a_pass_is_no_lack_of_memory(
@@ -347,6 +350,10 @@ def test_verdicts() -> None:
     text, code = verdict_on(0.95, -0.1, layout(1.0))
     assert code == UNLIKELY
     assert "the student already knows this" in text
+    for teacher in (0.5, 0.95):
+        text, code = verdict_on(0.95, -0.1, replace(layout(teacher, logp=-0.05), truncated=1.0))
+        assert code == UNLIKELY
+        assert text.endswith("; the student already knows this."), "and no other context is advised"
     text, code = verdict_on(0.0, -3.0, layout(0.0, logp=-1.0))
     assert code == UNLIKELY
     assert "a scorer that suits the data better may show a difference" in text

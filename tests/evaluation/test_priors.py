@@ -17,6 +17,7 @@ from selfdistill.evaluation.priors import Choices, PriorResult, encode_priors, l
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Sampling, sample
+from selfdistill.runtime import progress_shown
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -104,6 +105,17 @@ def test_truncated_replies_are_noted_and_counted(
     (choices,) = abilities(loaded, str(write_rows(CHOICES, name="choices.jsonl")))
     assert choices.truncated is None
     assert "limit" not in capsys.readouterr().err
+
+
+def test_truncated_replies_of_another_file_are_noted_later(
+    load: Callable[..., LoadedModel], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"q{i}?", "answer": "a"} for i in range(3)]
+    with progress_shown(True):
+        for name in ("asked", "asked", "other"):
+            abilities(load(), str(write_rows(rows, name=f"{name}.jsonl")))
+    said = capsys.readouterr().err
+    assert [said.count(f"of 3 in {name}; ") for name in ("asked", "other")] == [1, 1]
 
 
 @torch.no_grad()

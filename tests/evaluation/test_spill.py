@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,47 @@ def test_the_weights_stay_as_they_were_and_the_seed_repeats_the_numbers(
     assert first["spill"]["sft"]["moved"] > 0
     assert first["spill"] == again["spill"]
     assert first["spill"] != other["spill"]
+
+
+@pytest.mark.parametrize(
+    ("free", "error", "reason"),
+    [
+        (0, None, r"its steps need more than 0\.0 GiB, and there are 0\.0"),
+        (2**40, torch.OutOfMemoryError("CUDA out of memory"), "its steps ran out of memory"),
+    ],
+)
+def test_steps_that_need_too_much_memory_lose_nothing_that_was_measured(
+    model_folder: Callable[..., Path],
+    write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    error: Exception | None,
+    reason: str,
+) -> None:
+    calls = []
+
+    def backward(*_: object, **__: object) -> None:
+        if error is None:
+            pytest.fail("took a step")
+        calls.append(1)
+        raise error
+
+    monkeypatch.setattr(measure, "free_memory", lambda _: free)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    result = check(config_of(model_folder(), write_rows(count=4), hints=True))
+    assert result.layouts[0].items == 4
+    assert result.cost_unknown
+    assert result.hints is not None
+    assert {hint.trial for hint in result.hints} == {None}
+    assert len(calls) == (2 if error else 0), "the cost, and the first step"
+    assert re.search(rf"Spill: not measured: {reason}\. ", " ".join(repr(result).split()))
+
+
+def test_a_trial_holds_a_copy_gradients_and_moments(load: Callable[..., LoadedModel]) -> None:
+    loaded = load()
+    assert spill.bytes_of_steps(loaded) == 16 * sum(p.numel() for p in loaded.model.parameters())
+    half = load(dtype="bfloat16")
+    assert spill.bytes_of_steps(half) == 12 * sum(p.numel() for p in half.model.parameters())
 
 
 def test_all_hints_learn_from_the_same_rows(

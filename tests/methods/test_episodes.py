@@ -440,7 +440,8 @@ def test_a_teacher_that_sees_parts_refuses_episodes(
     ids=["sdft", "sdpo"],
 )
 def test_a_context_that_shows_one_turn_is_refused(talks: Settings, values: dict[str, Any]) -> None:
-    message = r"^context 'turns:repeats=2,show=turn': it shows the one reply that is sampled, but in an environment"
+    message = "^context 'turns:repeats=2,show=turn': it shows a single reply, but in an environment whole episodes are "
+    message += "sampled; leave show=turn out$"
     with pytest.raises(UserError, match=message) as caught:
         lacks_of(stages_of(talks(**values)))(Demonstration("q", "a"))
     assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,6 +94,18 @@ def test_prompts_are_those_of_the_processor(family: PictureFamily, folder_of: Fo
     for row, example in zip(rows(), encoded(load_model(str(folder))), strict=True):
         expected = by_processor(folder, example.demonstration, in_parts(row))
         assert example.student_ids == expected["input_ids"][0].tolist()
+
+
+def test_a_split_picture_has_as_many_tokens_as_the_docs_say(folder_of: Folder) -> None:
+    (idefics3,) = (family for family in FAMILIES if family.name == "idefics3")
+    loaded = load_model(str(folder_of(idefics3)))
+    said = "".join(map(loaded.tokenizer.decode, encoded(loaded)[0].student_ids))
+    tiles, length = said.count("<row_"), 4
+    assert tiles > 1
+    found = len(re.findall("<(?:image|fake_token_around_image|global-img|row_[0-9]_col_[0-9])>", said))
+    assert found == (tiles + 1) * (length + 2) + 1
+    page = Path(__file__).parents[2] / "docs" / "pictures.md"
+    assert "(n + 1) (`image_seq_len` + 2) + 1 and line breaks" in page.read_text(encoding="utf-8")
 
 
 @family

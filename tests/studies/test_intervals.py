@@ -21,6 +21,17 @@ def test_an_interval_lies_within_what_is_possible(intervals: ModuleType) -> None
     assert intervals.cell([0.9, 1.0]) == "0.95 (0.31 to 1.00)"
 
 
+def test_the_shares_of_a_sequence_are_not_negative(intervals: ModuleType) -> None:
+    sequence = import_module("sequence")
+    names = list(sequence.SKILLS)
+    runs = [
+        {"matrix": [[last] * len(names)] * (len(names) + 1), "prior": [0.5] * (len(names) + 1)}
+        | {"alone": dict.fromkeys(names, 0.5)}
+        for last in (0.0, 0.7)
+    ]
+    assert sequence.table("sft", runs)[-1].startswith("| last, as a share of alone | 0.70 (0.00 to 9.59) | ")
+
+
 def test_seeds_without_a_spread_have_no_interval(intervals: ModuleType) -> None:
     assert intervals.interval_text(None, None) == ""
     assert intervals.cell([0.5]) == "0.50"

@@ -356,6 +356,8 @@ def test_what_check_tries_out_leaves_the_vision_tower_alone(make: Make, monkeypa
     names = [name for name, _ in loaded.model.named_parameters()]
     assert moved == [sum(not is_vision(name) for name in names)] * 2
     assert moved[0] < len(names)
+    trained = sum(p.numel() for name, p in loaded.model.named_parameters() if not is_vision(name))
+    assert spill.bytes_of_steps(loaded) == 4 * sum(p.numel() for p in loaded.model.parameters()) + 12 * trained
 
 
 def test_an_engine_is_not_asked_to_sample_from_pictures(make: Make) -> None:

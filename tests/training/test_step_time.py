@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,12 +188,22 @@ def test_a_named_device_has_its_memory(settings: Make) -> None:
         plan_for(settings(), None, None)
 
 
-def test_bfloat16_weights_are_multiplied_in_bfloat16(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = settings(dtype="bfloat16", mixed_precision="no")
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
+def test_bfloat16_weights_are_multiplied_in_bfloat16(
+    settings: Make,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+) -> None:
+    model = shutil.copytree(model_folder(), tmp_path / "saved")
+    saved = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(saved | {"dtype": "bfloat16"}))
+    config = settings(model=str(model), dtype=dtype, mixed_precision="no")
     found = plan_for(config, None, "h100")
     assert found.time is not None
     assert found.time.rates == named_rates("h100", "bf16")
-    assert ", bfloat16 arithmetic" in repr(found)
+    assert "bfloat16 weights, adamw_torch, bfloat16 arithmetic" in " ".join(repr(found).split())
     asked = []
     measured = import_module("selfdistill.training.plan")
     monkeypatch.setattr(measured, "measured_rates", lambda _, precision: asked.append(precision) or SLOW)
