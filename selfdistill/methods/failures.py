@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ContextEncoder, Demonstration, Example, Verdict, with_guide
+from selfdistill.data import ContextEncoder, Demonstration, Example, Verdict
 from selfdistill.methods.checking import ScorerChecker, verdicts_on
+from selfdistill.methods.encoders import cut, guided
 from selfdistill.methods.examples import ScoredExamples
 from selfdistill.methods.grpo import GroupAdvantages
 from selfdistill.methods.samples_file import Sample, SamplesFile
@@ -64,13 +65,12 @@ class References:
     @staticmethod
     def _shown(example: Example, encode: ContextEncoder) -> list[int] | None:
         row = example.demonstration
-        return encode(row, with_guide(row.prompt, row.privileged_context or ""))
+        return guided(row, row.privileged_context or "", encode)
 
     def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
         if not self.planned:
             return example
-        ids = self._shown(example, replace(encode, max_prompt_length=None, window=None))
-        return replace(example, teacher_ids=(ids or [])[: encode.limit])
+        return replace(example, teacher_ids=cut(lambda whole: self._shown(example, whole), encode))
 
 
 @dataclass(frozen=True)

@@ -114,23 +114,6 @@ def test_a_later_model_is_needed_and_has_the_same_vocabulary(
         Trainer(later(teacher_model=str(other)))
 
 
-def test_a_killed_run_reads_its_samples(later: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, cut = (later(name, max_steps=4, save_steps=2) for name in ("whole", "cut"))
-    train(whole)
-    with pytest.raises(Cut):
-        train(cut, on_step=crash_at(3))
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("loaded again")
-
-    monkeypatch.setattr("selfdistill.methods.failures.load_matching", refuse)
-    train(cut, resume=True)
-    assert_same_run(whole, cut)
-    lines = (Path(cut.output_dir) / "teacher_samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 6
-    assert any(json.loads(line)["ids"] for line in lines)
-
-
 @pytest.fixture
 def in_order(later: Settings, model_folder: Callable[..., Path]) -> Settings:
     """Two further models, for a run of 7 steps."""
@@ -172,9 +155,19 @@ def test_a_later_model_that_is_the_first_changes_nothing(in_order: Settings) -> 
     assert [line["control"] for line in metrics_of(same_twice)] == [0, 0, 0, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("last", [3, 4])
-def test_a_killed_run_moves_on_as_it_would_have(in_order: Settings, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
-    whole, cut = (in_order(name, save_steps=1) for name in ("whole", "cut"))
+@pytest.mark.parametrize(
+    ("values", "last", "models"),
+    [
+        ({"method_settings": {"later": []}, "max_steps": 4, "save_steps": 2}, 3, 1),
+        ({"save_steps": 1}, 3, 3),
+        ({"save_steps": 1}, 4, 3),
+    ],
+    ids=str,
+)
+def test_a_killed_run_reads_its_samples_and_goes_on_as_it_would_have(
+    in_order: Settings, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], last: int, models: int
+) -> None:
+    whole, cut = (in_order(name, **values) for name in ("whole", "cut"))
     train(whole)
     with pytest.raises(Cut):
         train(cut, on_step=crash_at(last))
@@ -186,7 +179,8 @@ def test_a_killed_run_moves_on_as_it_would_have(in_order: Settings, monkeypatch:
     train(cut, resume=True)
     assert_same_run(whole, cut)
     lines = (Path(cut.output_dir) / "teacher_samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 18
+    assert len(lines) == 6 * models
+    assert any(json.loads(line)["ids"] for line in lines)
 
 
 def test_other_samples_of_a_later_model_are_refused(in_order: Settings) -> None:
