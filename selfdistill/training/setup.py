@@ -268,10 +268,12 @@ def share_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
     """Divide ``max_steps`` among the stages as evenly as possible.
 
     Raises:
-        UserError: there are fewer steps than stages.
+        UserError: there are fewer steps than stages, or than a stage needs to use all that is drawn for it.
     """
     assert config.max_steps is not None
     check_steps(config.max_steps, config.method, stages)
     ends = [config.max_steps * number // len(stages) for number in range(len(stages) + 1)]
     for stage, start, end in zip(stages, ends[:-1], ends[1:], strict=True):
         stage.first_step, stage.steps = start, end - start
+        if stage.task.method.fixed:
+            stage.task.method.fixed.check_steps(stage.steps)
