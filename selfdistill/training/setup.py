@@ -227,6 +227,16 @@ def repeated_prompts(examples: Sequence[Example], rows: Sequence[Demonstration])
     return [x.demonstration.source for x in examples if json.dumps(x.demonstration.prompt) in prompts]
 
 
+def note_test_prompts(stage: Stage, questions: Sequence[Demonstration]) -> None:
+    """Note prompts beside the task that are test questions, too: there, the model is held where it was."""
+    for part in stage.sampled[1:]:
+        if repeated := repeated_prompts(part.examples, questions):
+            say_note(
+                f"{len(repeated)} of {part.counted} are also test questions ({first_ten(repeated)}); on these, anchors "
+                "preserve the replies from before the run"
+            )
+
+
 def data_fingerprint(stages: Sequence[Stage], chat: ChatFormat) -> str:
     """SHA-256 of the encoded examples; a resumed run must find them unchanged."""
     examples = [example for stage in stages for part in stage.parts for example in part.examples]
