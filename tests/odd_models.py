@@ -10,6 +10,8 @@ from transformers import (
     BloomForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     FalconH1Config,
@@ -18,6 +20,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     Llama4ForCausalLM,
@@ -73,10 +77,34 @@ MAKERS: dict[str, Any] = {
 }
 NAMES = tuple(MAKERS)
 
+
+def doge() -> DogeForCausalLM:
+    """A model whose ``dt_proj`` is an ordinary layer, with the effect that training gives it."""
+    model = DogeForCausalLM(DogeConfig(**SIZE))
+    for layer in model.model.layers:
+        torch.nn.init.ones_(layer.self_attn.A)
+    return model
+
+
 EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LATENT: dict[str, Any] = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 ODD_LAYERS: dict[str, tuple[Any, str]] = {
     "mamba": (MAKERS["mamba, recurrent"], "LoRA on 4 linear layers, not on mixer.dt_proj (2), mixer.out_proj (2)"),
+    "doge": (doge, "LoRA on 16 linear layers"),
+    "jamba": (
+        lambda: JambaForCausalLM(
+            JambaConfig(
+                **SIZE,
+                attn_layer_period=2,
+                attn_layer_offset=1,
+                num_experts=1,
+                mamba_d_state=4,
+                mamba_dt_rank=4,
+                use_mamba_kernels=False,
+            )
+        ),
+        "LoRA on 13 linear layers, not on mamba.dt_proj (1)",
+    ),
     "falcon-h1": (
         lambda: FalconH1ForCausalLM(
             FalconH1Config(**SIZE, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)

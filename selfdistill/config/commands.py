@@ -23,6 +23,7 @@ from selfdistill.config.base import (
 )
 from selfdistill.config.method import MethodName, anchor_sources
 from selfdistill.config.train import OneRun, Precision, TrainConfig, TrainingSettings
+from selfdistill.environments import IN_PYTHON
 from selfdistill.errors import UserError, closest
 
 
@@ -266,6 +267,11 @@ class LearnConfig(TrainingSettings, OneRun):
             raise UserError(f"learn {self.action} needs {what}")
         if self.stop_on_collapse:
             raise UserError("setting 'stop_on_collapse' is for train; in learn, the gates refuse a harmful skill")
+        if self.environment.startswith(IN_PYTHON):
+            raise UserError(
+                "setting 'environment': learn plays it again whenever another skill is added, found functions given in "
+                "Python, which end with this process; put the list into a module and give python:module.NAME"
+            )
 
 
 class QuestionsConfig(QuestionSettings, EngineSettings):

@@ -21,6 +21,7 @@ from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import text_to_score, verdicts_on
+from selfdistill.methods.encoders import encoder_of
 from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts
 from selfdistill.methods.guides import GuidedAfterFailure
@@ -62,6 +63,7 @@ __all__ = [
     "State",
     "begun",
     "check_steps",
+    "encoder_of",
     "episode_rules",
     "examples_of_prompts",
     "lacks_of",

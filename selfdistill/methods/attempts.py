@@ -19,6 +19,7 @@ from selfdistill.data import (
     with_feedback,
 )
 from selfdistill.errors import UserError
+from selfdistill.methods.encoders import cut
 from selfdistill.methods.examples import ScoredExamples
 from selfdistill.methods.sequences import Completion
 
@@ -90,8 +91,7 @@ class AttemptContexts:
         """With a sibling and feedback of about this many tokens; cut to the allowed length."""
         text = " a" * tokens
         sibling = replace(example.demonstration, privileged_context=text)
-        ids = self._encoded(example, sibling, text, replace(encode, max_prompt_length=None, window=None))
-        return replace(example, teacher_ids=(ids or [])[: encode.limit])
+        return replace(example, teacher_ids=cut(lambda whole: self._encoded(example, sibling, text, whole), encode))
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         """The problem of a row for whose prompt the context can show no sibling."""

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ContextEncoder, Demonstration, Example, Verdict, with_guide
+from selfdistill.data import ContextEncoder, Demonstration, Example, Verdict
+from selfdistill.errors import UserError
 from selfdistill.methods.checking import ScorerChecker, verdicts_on
+from selfdistill.methods.encoders import cut, guided
 from selfdistill.methods.examples import ScoredExamples
 from selfdistill.methods.grpo import GroupAdvantages
 from selfdistill.methods.samples_file import Sample, SamplesFile
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.methods.slots import Method, Schedule, State
-from selfdistill.model import LoadedModel, load_matching, sample, sample_seed
+from selfdistill.model import LoadedModel, check_matching, load_matching, sample, sample_seed
 
 
 def failed_groups(verdicts: Sequence[Verdict], group: int) -> list[int]:
@@ -64,13 +66,12 @@ class References:
     @staticmethod
     def _shown(example: Example, encode: ContextEncoder) -> list[int] | None:
         row = example.demonstration
-        return encode(row, with_guide(row.prompt, row.privileged_context or ""))
+        return guided(row, row.privileged_context or "", encode)
 
     def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
         if not self.planned:
             return example
-        ids = self._shown(example, replace(encode, max_prompt_length=None, window=None))
-        return replace(example, teacher_ids=(ids or [])[: encode.limit])
+        return replace(example, teacher_ids=cut(lambda whole: self._shown(example, whole), encode))
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class OthersSuccesses(DrawnSamples):
     what = "other model's samples"
 
     @property
-    def other(self) -> str:
-        return self.model
+    def others(self) -> tuple[str, ...]:
+        return (self.model,)
 
     def sampler(self, loaded: LoadedModel) -> LoadedModel:
         return load_matching(self.model, loaded, dtype=self.config.dtype)
@@ -122,7 +123,23 @@ class SuccessesInOrder(OthersSuccesses):
 
     later: tuple[OthersSuccesses, ...] = field(kw_only=True)
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        return (self.model, *(found.model for found in self.later))
+
+    def check_steps(self, steps: int) -> None:
+        """See :class:`DrawnSamples`."""
+        if steps < len(self.others):
+            raise UserError(
+                f"setting 'max_steps': found {steps}, expected at least {len(self.others)}, one for teacher_model and "
+                "each model of 'later'"
+            )
+
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], file: SamplesFile) -> list[Example]:
+        kept = file.read()
+        for found in self.later:  # now, because the first may draw for long
+            if found.lacks(kept, examples):
+                check_matching(found.model, loaded)
         first = super().__call__(loaded, examples, file)
         drawn = [found(loaded, examples, file) for found in self.later]
         later = zip(*drawn, strict=True)

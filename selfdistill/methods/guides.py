@@ -9,8 +9,9 @@ from itertools import count, islice
 from typing import Literal
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat, ContextEncoder, Demonstration, Example, first_ten, with_guide
+from selfdistill.data import ChatFormat, ContextEncoder, Demonstration, Example, first_ten
 from selfdistill.methods.checking import ScorerChecker, verdicts_on
+from selfdistill.methods.encoders import cut, encoder_of, guided
 from selfdistill.methods.examples import ScoredExamples
 from selfdistill.methods.failures import failed_groups
 from selfdistill.methods.sequences import Completion, StudentSamples
@@ -28,15 +29,6 @@ def beginnings(text: str, unit: Unit) -> list[str]:
     return [text[: end.start()] for end in re.finditer(_ENDS[unit], text)] + [text]
 
 
-def _encoder(config: TrainConfig, loaded: LoadedModel, chat: ChatFormat) -> ContextEncoder:
-    return ContextEncoder(chat, config.max_prompt_length, config.max_completion_length, loaded.window)
-
-
-def _guided(row: Demonstration, guide: str, encode: ContextEncoder) -> list[int] | None:
-    """The prompt with the guide; None if it does not fit."""
-    return encode(row, with_guide(row.prompt, guide))
-
-
 @dataclass(frozen=True)
 class GuidedExamples(ScoredExamples):
     """Prompts with a demonstration to guide by: ``privileged_context`` if given, else the completion."""
@@ -46,12 +38,12 @@ class GuidedExamples(ScoredExamples):
 
     def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
         """Those of other demonstrations, and whose guides are never tried whole, as they do not fit."""
-        encode, whole, none = _encoder(self.config, loaded, chat), [], 0
+        encode, whole, none = encoder_of(self.config, chat, loaded.window), [], 0
         for row in (example.demonstration for example in examples):
             guides = beginnings(row.shown, self.unit)
-            if _guided(row, guides[-1], encode) is None:
+            if guided(row, guides[-1], encode) is None:
                 whole.append(row.source)
-                none += _guided(row, guides[0], encode) is None
+                none += guided(row, guides[0], encode) is None
         notes = super().notes(examples, loaded, chat)
         if whole:
             notes.append(
@@ -96,7 +88,7 @@ class GuidedAfterFailure:
         made = StudentSamples(self.sampling, self.group, self.seed)(loaded, examples, step)
         config, chat = self.config, loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
         check = ScorerChecker(config.scorer)
-        encode = _encoder(config, loaded, chat)
+        encode = encoder_of(config, chat, loaded.window)
         verdicts = verdicts_on(check, made, chat)
         made = [replace(one, verdict=verdict) for one, verdict in zip(made, verdicts, strict=True)]
         searches = {first: self._search(examples, first // self.group) for first in failed_groups(verdicts, self.group)}
@@ -116,8 +108,7 @@ class GuidedAfterFailure:
     def longest_prompt(self, example: Example, encode: ContextEncoder) -> list[int]:
         """The prompt with about the longest guide that is tried; for memory plans."""
         row = example.demonstration
-        ids = _guided(row, beginnings(row.shown, self.unit)[-1], replace(encode, max_prompt_length=None, window=None))
-        return (ids or [])[: encode.limit]
+        return cut(lambda whole: guided(row, beginnings(row.shown, self.unit)[-1], whole), encode)
 
     def _search(self, examples: Sequence[Example], place: int) -> _Search:
         """A search for the example at a place of the batch; the example may also occur earlier in the batch."""
@@ -135,7 +126,7 @@ class GuidedAfterFailure:
         sizes: list[int] = []
         for search in tried:
             row, (step, number) = search.example.demonstration, at
-            ids = _guided(row, search.guides[search.middle - 1], encode)
+            ids = guided(row, search.guides[search.middle - 1], encode)
             sizes.append(0 if ids is None else self.replaced)
             prompts += [ids or []] * sizes[-1]
             first = (search.earlier * _MOST_ROUNDS + number) * self.replaced

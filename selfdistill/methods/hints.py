@@ -20,6 +20,7 @@ from selfdistill.data import (
 )
 from selfdistill.errors import UserError, number_of
 from selfdistill.methods.checking import ScorerChecker, verdicts_on
+from selfdistill.methods.encoders import encoder_of
 from selfdistill.methods.examples import DemonstrationExamples, ScoredExamples
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.methods.slots import Method, Schedule, State
@@ -84,7 +85,7 @@ class ShortestHints(DrawnSamples):
     def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
         config = self.config
         chat = loaded.chat(config.chat_template_kwargs, config.template_date)
-        encode = ContextEncoder(chat, config.max_prompt_length, config.max_completion_length, loaded.window)
+        encode = encoder_of(config, chat, loaded.window)
         check = ScorerChecker(config.scorer)
         found = [self.prompt(example) for example in examples]
         open_ = list(range(len(examples)))

@@ -9,9 +9,10 @@ from statistics import fmean
 from typing import Any, Literal
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ContextEncoder, Example, Verdict, with_guide
+from selfdistill.data import ContextEncoder, Example, Verdict
 from selfdistill.errors import UserError
 from selfdistill.methods.checking import ScorerChecker, verdicts_on
+from selfdistill.methods.encoders import cut, encoder_of, guided
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
 
@@ -67,7 +68,7 @@ def prompted(
         UserError: such a prompt is too long, or the chat template cannot show it.
     """
     chat = loaded.chat(config.chat_template_kwargs, config.template_date)
-    encode = ContextEncoder(chat, config.max_prompt_length, config.max_completion_length, loaded.window)
+    encode = encoder_of(config, chat, loaded.window)
     shown = [_prompted(x, prefix, encode) for x, prefix in zip(examples, prefixes, strict=True)]
     if encode.unfit:
         raise UserError(f"{encode.unfit[0]}, with a prefix of the demonstration; lower 'longest', or use where: reply")
@@ -78,8 +79,7 @@ def prompted(
 def _prompted(example: Example, prefix: Sequence[int], encode: ContextEncoder) -> Example:
     """The example with the text of these tokens at the end of its prompt; as it is if there is none, or it is unfit."""
     text = encode.chat.decode(prefix).rstrip("\N{REPLACEMENT CHARACTER}")  # a token may end within a character
-    row = example.demonstration
-    ids = encode(row, with_guide(row.prompt, text)) if text else None
+    ids = guided(example.demonstration, text, encode) if text else None
     return example if ids is None else replace(example, student_ids=ids)
 
 
@@ -117,10 +117,9 @@ class GuidedSamples:
         """The example with about the longest prompt that it is sampled with; for memory plans."""
         if self.where == "reply":
             return example
-        whole = replace(encode, max_prompt_length=None, window=None)
         ids = example.completion_ids[:-1]
-        shown = _prompted(example, ids[: int(len(ids) * self.longest)], whole)
-        return replace(shown, student_ids=shown.student_ids[: encode.limit])
+        prefix = ids[: int(len(ids) * self.longest)]
+        return replace(example, student_ids=cut(lambda whole: _prompted(example, prefix, whole).student_ids, encode))
 
 
 @dataclass(frozen=True)

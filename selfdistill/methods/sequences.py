@@ -174,9 +174,20 @@ class DrawnSamples:
             EngineFailed: the engine failed; the file keeps the earlier batches.
         """
         kept, keys = file.read(), [self._key(example) for example in examples]
-        if not kept.keys() >= set(keys):
+        if self.lacks(kept, examples):
             self._complete(kept, loaded, examples, keys, file)
         return [self._with(x, kept[key]) for x, key in zip(examples, keys, strict=True)]
+
+    def lacks(self, kept: dict[str, list[int]], examples: Sequence[Example]) -> bool:
+        """Whether samples of these examples are missing in ``kept``."""
+        return not kept.keys() >= {self._key(example) for example in examples}
+
+    def check_steps(self, steps: int) -> None:
+        """Check that a stage with this many steps uses all that is drawn.
+
+        Raises:
+            UserError: it does not.
+        """
 
     def _complete(
         self,
@@ -225,9 +236,9 @@ class DrawnSamples:
         return 1
 
     @property
-    def other(self) -> str | None:
-        """The model that samples, if it is another than the one to be trained."""
-        return None
+    def others(self) -> tuple[str, ...]:
+        """The models that sample, one after the other; none if it is the one to be trained."""
+        return ()
 
     def sampler(self, loaded: LoadedModel) -> LoadedModel:
         """The model that samples: by default the one to be trained."""

@@ -5,7 +5,7 @@ from selfdistill.model.compiled import CompiledLayers, layers_of
 from selfdistill.model.device import deterministic, fast_products, has_gpu
 from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, use_engine
 from selfdistill.model.episode_sampling import TurnSampler
-from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, fake_model, tensor_bytes
+from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, check_matching, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.forward import ForwardOutput, ForwardPass
 from selfdistill.model.four_bits import (
@@ -85,6 +85,7 @@ __all__ = [
     "cache_dir",
     "cached_casts",
     "can_be_in_4bit",
+    "check_matching",
     "checkpoint_activations",
     "close_engine",
     "count_of",

@@ -38,7 +38,7 @@ from selfdistill.model.lora import add_lora
 from selfdistill.model.pictures import PictureInputs, pictures_for
 from selfdistill.model.prefix_cache import in_attention_dtype
 from selfdistill.model.quantisation import loading_options
-from selfdistill.model.weights import auto_class, causal_config, first_line
+from selfdistill.model.weights import auto_class, causal_config, first_line, refuse_other_vocabulary
 
 
 def fake_model(
@@ -133,17 +133,33 @@ def alike_layers(loaded: LoadedModel) -> list[nn.Module]:
 def _from_files(
     name: str, dtype: str, adapter_base: str | None, trained: bool
 ) -> tuple[Any, Any, PictureInputs | None]:
-    path = base_path = resolve(name)
-    if (Path(path) / "adapter_config.json").is_file():
-        named = adapter_base or read_config(Path(path), name).base_model_name_or_path
-        base_path = resolve(str(named))
-    config = causal_config(base_path, name)
+    path, base_path, config = _configured(name, adapter_base)
     loading_options(config, local_folder(base_path), name, training=trained)
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     kind = auto_class(config, local_folder(base_path))
     model = kind.from_config(config, dtype=saved if dtype == "auto" else getattr(torch, dtype))
     tokenizer = load_tokenizer(path, base_path, name)
     return model, tokenizer, pictures_for(model, base_path, tokenizer, name)
+
+
+def _configured(name: str, adapter_base: str | None) -> tuple[str, str, Any]:
+    """Folder or hub id of a model, and of an adapter's base, whose configuration it has."""
+    path = base_path = resolve(name)
+    if (Path(path) / "adapter_config.json").is_file():
+        named = adapter_base or read_config(Path(path), name).base_model_name_or_path
+        base_path = resolve(str(named))
+    return path, base_path, causal_config(base_path, name)
+
+
+def check_matching(name: str, other: LoadedModel) -> None:
+    """Check, without reading weights, that there is a model to compare with ``other``.
+
+    Raises:
+        UserError: ``config.json`` or the tokenizer cannot be used, or the vocabulary size differs.
+    """
+    path, base_path, config = _configured(name, None)
+    load_tokenizer(path, base_path, name)
+    refuse_other_vocabulary(name, config, other.name, other.model.config)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -26,7 +26,13 @@ from selfdistill.model.files import has_tokenizer, local_folder, resolve
 from selfdistill.model.four_bits import plain, scales
 from selfdistill.model.pictures import PictureInputs, divided, has_own_positions, pictures_for
 from selfdistill.model.sampled import Sampled
-from selfdistill.model.weights import check_vocabulary, embedding_rows, first_line, load_causal
+from selfdistill.model.weights import (
+    check_vocabulary,
+    embedding_rows,
+    first_line,
+    load_causal,
+    refuse_other_vocabulary,
+)
 from selfdistill.runtime import library_warnings
 
 
@@ -383,13 +389,7 @@ def matched(loaded: LoadedModel, other: LoadedModel) -> LoadedModel:
     Raises:
         UserError: its vocabulary size differs.
     """
-    # Compare the width of the logits: a tokenizer may have fewer entries, and padding differs.
-    own, others = (model.config.get_text_config().vocab_size for model in (loaded.model, other.model))
-    if own != others:
-        raise UserError(
-            f"model {loaded.name!r} has a vocabulary of {own} tokens, model {other.name!r} one of {others}; use models "
-            "with the same vocabulary"
-        )
+    refuse_other_vocabulary(loaded.name, loaded.model.config, other.name, other.model.config)
     loaded.model.to(other.device)
     loaded.engine = other.engine
     return loaded

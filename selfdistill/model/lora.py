@@ -68,13 +68,17 @@ def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> 
 
 def _without(model: Any) -> set[str]:
     """Regular expressions for the names of linear layers that get no adapter; numbers stand for all numbers."""
-    bypassed = {"dt_proj"}  # Mamba layers read its weight, so an adapter would have no effect
+    bypassed = {
+        id(part.dt_proj)  # its weight is read, so an adapter would have no effect
+        for part in model.modules()
+        if "Mamba" in type(part).__name__ and hasattr(part, "dt_proj")
+    }
     if model.config.get_text_config().model_type in _WITHOUT_OUTPUT:
-        bypassed.add("out_proj")
+        bypassed |= {id(module) for name, module in model.named_modules() if name.endswith(".out_proj")}
     names = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (not _is_plain(module) or name.rpartition(".")[2] in bypassed)
+        if isinstance(module, nn.Linear) and (not _is_plain(module) or id(module) in bypassed)
     }
     return {re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names}
 

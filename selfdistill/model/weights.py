@@ -227,6 +227,20 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> list[str]:
     return [f"the tokenizer has {_tokens(len(rest))} without a row in the embedding, which no text produces: {names}"]
 
 
+def refuse_other_vocabulary(name: str, config: Any, other: str, others: Any) -> None:
+    """Refuse to compare two models, given by name and configuration, whose logits differ in width.
+
+    Raises:
+        UserError: they do. A tokenizer may have fewer entries, and padding differs.
+    """
+    size, other_size = (one.get_text_config().vocab_size for one in (config, others))
+    if size != other_size:
+        raise UserError(
+            f"model {name!r} has a vocabulary of {size} tokens, model {other!r} one of {other_size}; use models with "
+            "the same vocabulary"
+        )
+
+
 def embedding_rows(model: Any) -> float:
     """Number of tokens for which embedding and head have a row; infinite if unknown."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())

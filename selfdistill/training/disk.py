@@ -9,7 +9,13 @@ from torch import Tensor
 
 from selfdistill.errors import UserError
 from selfdistill.runtime import free_bytes, unfinished
-from selfdistill.training.checkpoint import AT_LEAST, checkpoint_bytes, list_checkpoints, saved_position
+from selfdistill.training.checkpoint import (
+    AT_LEAST,
+    checkpoint_bytes,
+    list_checkpoints,
+    saved_position,
+    trained_parameters,
+)
 from selfdistill.training.collapse import COLLAPSE_WINDOW
 from selfdistill.training.trainer import Trainer
 
@@ -29,7 +35,7 @@ def check_disk(trainer: Trainer, output_dir: Path, checkpoint: Path | None) -> l
     """
     config, model = trainer.config, trainer.loaded.model
     adapter = hasattr(model, "peft_config") and not trainer.loaded.merged_adapter
-    final = _bytes(trainer.parameters if adapter else model.parameters())
+    final = _bytes(trained_parameters(model).values() if adapter else model.parameters())
     one = checkpoint_bytes(model, config.optim, trainer.teacher)
     kept = max(AT_LEAST, config.save_total_limit) + 1 if config.save_steps else 0
     if config.stop_on_collapse:

@@ -276,6 +276,17 @@ class _Watch:
             file.__exit__()
 
 
+def say_signs(loop: Loop, output_dir: Path) -> None:
+    """Report signs of collapse and steps without a gradient."""
+    if loop.signs:
+        say(f"note: the run showed signs of collapse: {'; '.join(loop.signs)}. See docs/reliability.md")
+    if idle := without_gradient(output_dir):
+        say(
+            f"note: in {idle} of {loop.step} steps no sample taught anything, for example because all samples of a "
+            "prompt had the same reward; try easier prompts, a more lenient scorer or more num_generations"
+        )
+
+
 def without_gradient(output_dir: Path) -> int:
     """Number of steps with rewards in which the method could use no sample, so the gradient was zero."""
     lines = read_lines(output_dir / "metrics.jsonl")

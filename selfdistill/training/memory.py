@@ -189,7 +189,7 @@ class MemoryPlanner:
     def _samplers(self, config: TrainConfig) -> dict[str, LoadedModel]:
         """Models other than the student that sample before the first step, by name."""
         drawn = [method.fixed for method in planned_methods(config) if method.fixed]
-        return {fixed.other: self._other(fixed.other, config) for fixed in drawn if fixed.other is not None}
+        return {name: self._other(name, config) for fixed in drawn for name in fixed.others}
 
     def _other(self, name: str, config: TrainConfig) -> LoadedModel:
         if name not in self._teachers:
@@ -355,7 +355,7 @@ def _phases(
             peaks = [step.learning(part, min(size, own), again=number > 0 or own > size) for step in steps]
             if config.engine == "none":
                 peaks = [step.sampling(part, own) | peak for step, peak in zip(steps, peaks, strict=True)]
-            if part.method.fixed and (config.engine == "none" or part.method.fixed.other):
+            if part.method.fixed and (config.engine == "none" or part.method.fixed.others):
                 peaks = [step.drawing(part, samplers) | peak for step, peak in zip(steps, peaks, strict=True)]
             for (phase, _), whole in _extrapolated(peaks, layers).items():
                 added = sharding(phase, whole) if sharding else whole

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, ContextEncoder, Verdict
-from selfdistill.methods import Checker, Completion, Method, verdicts_on
+from selfdistill.methods import Checker, Completion, Method, encoder_of, verdicts_on
 from selfdistill.runtime import say_note
 
 
@@ -71,8 +71,7 @@ class Selector:
 
     def encoder(self) -> ContextEncoder:
         """Encodes contexts within the limits of the run."""
-        config = self.config
-        return ContextEncoder(self.chat, config.max_prompt_length, config.longest_completion, self.window)
+        return encoder_of(self.config, self.chat, self.window)
 
     def _selected(self, part: BatchPart, verdicts: Sequence[Verdict]) -> Selected:
         if part.method.select is None:

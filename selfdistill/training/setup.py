@@ -227,6 +227,16 @@ def repeated_prompts(examples: Sequence[Example], rows: Sequence[Demonstration])
     return [x.demonstration.source for x in examples if json.dumps(x.demonstration.prompt) in prompts]
 
 
+def note_test_prompts(stage: Stage, questions: Sequence[Demonstration]) -> None:
+    """Note prompts beside the task that are test questions, too: there, the model is held where it was."""
+    for part in stage.sampled[1:]:
+        if repeated := repeated_prompts(part.examples, questions):
+            say_note(
+                f"{len(repeated)} of {part.counted} are also test questions ({first_ten(repeated)}); on these, anchors "
+                "preserve the replies from before the run"
+            )
+
+
 def data_fingerprint(stages: Sequence[Stage], chat: ChatFormat) -> str:
     """SHA-256 of the encoded examples; a resumed run must find them unchanged."""
     examples = [example for stage in stages for part in stage.parts for example in part.examples]
@@ -268,10 +278,12 @@ def share_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
     """Divide ``max_steps`` among the stages as evenly as possible.
 
     Raises:
-        UserError: there are fewer steps than stages.
+        UserError: there are fewer steps than stages, or than a stage needs to use all that is drawn for it.
     """
     assert config.max_steps is not None
     check_steps(config.max_steps, config.method, stages)
     ends = [config.max_steps * number // len(stages) for number in range(len(stages) + 1)]
     for stage, start, end in zip(stages, ends[:-1], ends[1:], strict=True):
         stage.first_step, stage.steps = start, end - start
+        if stage.task.method.fixed:
+            stage.task.method.fixed.check_steps(stage.steps)

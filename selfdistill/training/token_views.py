@@ -11,6 +11,7 @@ Legend: N tokens of a completion, n tokens in one chunk, D hidden size, V vocabu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from selfdistill.data import Demonstration, Example, as_transcript, shown_text, speaker_of
 from selfdistill.loss import CHUNK_TOKENS, forward_kl
-from selfdistill.methods import Completion, play, rules_of
+from selfdistill.methods import Completion, play, rules_of, scorer_judges, verdicts_on
 from selfdistill.model import Sampling, cached_casts, root_unsharded, sample, unsharded
 from selfdistill.training.selection import BatchPart
 from selfdistill.training.trainer import Trainer
@@ -95,7 +96,7 @@ def _rollouts(trainer: Trainer) -> list[Completion]:
     rows = [source[number * len(source) // count] for number in range(count)]
     if with_context or task.method.teacher is None:
         return _greedy(trainer, rows)
-    samples = task.method.sequence(trainer.loaded, rows, 0)
+    samples = _judged(trainer, task.method.sequence(trainer.loaded, rows, 0))
     (selected,) = trainer.selector([BatchPart(task.name, task.method, samples, task.share)])
     first = {one.example.demonstration.row: one for one in reversed(selected.completions) if one.example.teacher_ids}
     return [first[row.demonstration.row] for row in rows if row.demonstration.row in first]
@@ -105,9 +106,18 @@ def _greedy(trainer: Trainer, rows: Sequence[Example]) -> list[Completion]:
     """Greedy rollouts, or episodes where the method learns from them."""
     policy = Sampling(trainer.config.max_completion_length, temperature=0)
     if rules := rules_of(trainer.stage.task.method):
-        return play(trainer.loaded, trainer.chat, rows, policy, rules, [0] * len(rows))
+        return _judged(trainer, play(trainer.loaded, trainer.chat, rows, policy, rules, [0] * len(rows)))
     rollouts = sample(trainer.loaded, [row.student_ids for row in rows], policy)
     return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(rows, rollouts, strict=True)]
+
+
+def _judged(trainer: Trainer, rollouts: list[Completion]) -> list[Completion]:
+    """Episodes with the verdicts that the method learns from, where its scorer gives them; else they are unchanged."""
+    method = trainer.stage.task.method
+    if method.checker is None or not rules_of(method) or not scorer_judges(trainer.config):
+        return rollouts
+    verdicts = verdicts_on(method.checker, rollouts, trainer.chat)
+    return [replace(one, verdict=verdict) for one, verdict in zip(rollouts, verdicts, strict=True)]
 
 
 def _demonstration(row: Demonstration) -> str:

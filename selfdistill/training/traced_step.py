@@ -140,7 +140,7 @@ class TracedStep:
         return found
 
     def drawing(self, part: PlannedPart, others: dict[str, LoadedModel]) -> Segments:
-        """Draw the samples of a batch before the first step, all of maximum length.
+        """Draw the samples of a batch before the first step, all of maximum length; of several models the largest.
 
         Args:
             part: whose samples.
@@ -149,13 +149,17 @@ class TracedStep:
         fixed = part.method.fixed
         if fixed is None or part.sampling is None:
             return {}
-        sampler = self.loaded if fixed.other is None else others[fixed.other]
         count = math.ceil(fixed.batch_size * fixed.at_once / self._device.processes)
         prompts = longest([fixed.prompt(x) for x in part.examples], count)
-        length = part.sampling.max_completion_length
-        peaks = self._sampled(sampler, prompts, replace(fixed.sampling, max_completion_length=length), "drawing")
-        held = 0 if fixed.other is None else tensor_bytes(weight_tensors(sampler.model))
-        return {segment: peak + Bytes({"other model": held}) for segment, peak in peaks.items()}
+        policy = replace(fixed.sampling, max_completion_length=part.sampling.max_completion_length)
+        if not fixed.others:
+            return self._sampled(self.loaded, prompts, policy, "drawing")
+        found: Segments = {}
+        for sampler in (others[name] for name in fixed.others):
+            held = Bytes({"other model": tensor_bytes(weight_tensors(sampler.model))})
+            for segment, peak in self._sampled(sampler, prompts, policy, "drawing").items():
+                found[segment] = max(found.get(segment, Bytes()), peak + held, key=Bytes.total)
+        return found
 
     def _sampled(
         self, loaded: LoadedModel, prompts: Sequence[Ids], sampling: Sampling, phase: str, kind: str = ""

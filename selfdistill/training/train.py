@@ -43,7 +43,7 @@ from selfdistill.training.disk import check_disk
 from selfdistill.training.export import whole_folder, write_model
 from selfdistill.training.first_lines import first_lines
 from selfdistill.training.fitting import check_fits
-from selfdistill.training.loop import Loop, OnStep, without_gradient
+from selfdistill.training.loop import Loop, OnStep, say_signs
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.model_card import model_card
@@ -117,10 +117,9 @@ def train(
         config = plan.config if plan else config
         config = with_context(_on_its_day(config) if begun else config, demonstrations, loaded)
         begin = None if checkpoint else partial(_begin, output_dir, lock)  # nothing may change if it is refused
-        trainer = Trainer(config, demonstrations, evaluator, loaded, begin)
-        if checkpoint:
-            agreed(partial(_refuse_changed_settings, output_dir, checkpoint, trainer))
-        sizes = [*memory, *broadcast_from_rank0(partial(check_disk, trainer, output_dir, checkpoint))]
+        sizes = list(memory)
+        check = partial(_check, output_dir, checkpoint, sizes)
+        trainer = Trainer(config, demonstrations, evaluator, loaded, begin, check)
         position = _start(trainer, checkpoint)  # before anything is written: a refused resume changes nothing
         _begin(output_dir, lock, trainer.config)
         _write_samples(trainer, output_dir)
@@ -134,7 +133,7 @@ def train(
         except RunCollapsed:
             _save_final(trainer, output_dir, loop.step, [])  # restored from before the collapse
             raise
-        _say_signs(loop, output_dir)
+        say_signs(loop, output_dir)
         return _save_final(trainer, output_dir, loop.step, loop.signs)
 
 
@@ -178,6 +177,17 @@ def _lock(output_dir: Path, held: ExitStack) -> None:
     """Lock the run folder while ``held`` is open."""
     if is_rank0():
         held.enter_context(folder_lock(output_dir, f"output_dir {str(output_dir)!r}"))
+
+
+def _check(output_dir: Path, checkpoint: Path | None, sizes: list[str], trainer: Trainer) -> None:
+    """Check what needs no samples, before hours may be spent on drawing them; adds lines about the disk to ``sizes``.
+
+    Raises:
+        UserError: the run cannot be resumed with these settings, or there is not enough disk space.
+    """
+    if checkpoint:
+        agreed(partial(_refuse_changed_settings, output_dir, checkpoint, trainer))
+    sizes += broadcast_from_rank0(partial(check_disk, trainer, output_dir, checkpoint))
 
 
 def _refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Trainer) -> None:
@@ -314,17 +324,6 @@ def _where(output_dir: Path, checkpoint: Path | None, position: Position, config
         return resuming
     change = f"max_steps was {planned} and is now {config.max_steps}"
     return f"{resuming}; {change}: the learning rate follows the new schedule from here on"
-
-
-def _say_signs(loop: Loop, output_dir: Path) -> None:
-    """Report signs of collapse and steps without a gradient."""
-    if loop.signs:
-        say(f"note: the run showed signs of collapse: {'; '.join(loop.signs)}. See docs/reliability.md")
-    if idle := without_gradient(output_dir):
-        say(
-            f"note: in {idle} of {loop.step} steps no sample taught anything, for example because all samples of a "
-            "prompt had the same reward; try easier prompts, a more lenient scorer or more num_generations"
-        )
 
 
 def _check_unchanged(

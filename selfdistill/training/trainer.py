@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import Demonstration, Example, first_ten, load_demonstrations
+from selfdistill.data import Demonstration, Example, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Drift, Evaluator
 from selfdistill.methods import Completion, SamplesFile, State
@@ -59,8 +59,8 @@ from selfdistill.training.setup import (
     chosen_rows,
     make_accelerator,
     make_stages,
+    note_test_prompts,
     refuse_with_pictures,
-    repeated_prompts,
     share_steps,
     teacher_rules,
     with_defaults,
@@ -79,6 +79,7 @@ class Trainer:
         loaded: the model, if already loaded; else ``config.model`` is loaded.
         begin: creates the run folder with the resolved settings, to keep what is drawn before the first step as it is
             drawn; None: nothing is written.
+        check: may refuse the run, given the trainer as it is before anything is drawn.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Trainer:
         evaluator: Evaluator | None = None,
         loaded: LoadedModel | None = None,
         begin: Callable[[TrainConfig], object] | None = None,
+        check: Callable[[Trainer], object] | None = None,
     ) -> None:
         self.accelerator = make_accelerator(config)
         if demonstrations is None:
@@ -122,21 +124,12 @@ class Trainer:
         weights = self.began_as or config.model  # with a merged adapter they are known by their place
         folder, opens = Path(config.output_dir), None if begin is None else partial(begin, self.config)
         self.samples_file = SamplesFile(folder, self.chat, weights, opens)
-        self._prepare()
+        self._prepare(check)
         self.evaluator = evaluator or (Evaluator(self.config, self.loaded) if config.test is not None else None)
-        self._note_test_prompts()
+        if self.evaluator:
+            note_test_prompts(self.stages[0], self.evaluator.questions.demonstrations)
 
-    def _note_test_prompts(self) -> None:
-        """Note prompts beside the task that are test questions, too: there, the model is held where it was."""
-        for part in self.stages[0].sampled[1:] if self.evaluator else []:
-            assert self.evaluator is not None
-            if repeated := repeated_prompts(part.examples, self.evaluator.questions.demonstrations):
-                say_note(
-                    f"{len(repeated)} of {part.counted} are also test questions ({first_ten(repeated)}); on these, "
-                    "anchors preserve the replies from before the run"
-                )
-
-    def _prepare(self) -> None:
+    def _prepare(self, check: Callable[[Trainer], object] | None) -> None:
         config, model = self.config, self.loaded.model
         if not config.fsdp:  # the whole model may exceed the device's memory
             model.to(self.accelerator.device)
@@ -159,6 +152,8 @@ class Trainer:
         if config.fsdp:
             self._shard(*self.teachers.values())
         self.engine()  # before any long work
+        if check is not None:
+            check(self)
         for stage in self.stages:
             self._draw(stage)
         self.prefix_caches = {} if config.fsdp else self._make_caches()

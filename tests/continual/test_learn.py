@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_worlds
 import torch
 import yaml
 from conftest import CHATML, ENDS
@@ -906,6 +907,14 @@ def test_a_skill_is_named_after_its_file(make: Settings, tmp_path: Path, file: s
             add(config)
     else:
         assert add(config)["name"] == name
+
+
+@pytest.mark.parametrize("action", ["add", "stream"])
+def test_functions_that_end_with_this_process_are_refused(make: Settings, action: str) -> None:
+    for given in (tiny_worlds.FUNCTIONS, "functions:look_up,count"):
+        with pytest.raises(UserError, match=r"^setting 'environment': learn plays it .*; put the list into a module"):
+            make(action=action, environment=given)
+    assert make(action=action, environment="python:tiny_worlds.FUNCTIONS").environment == "python:tiny_worlds.FUNCTIONS"
 
 
 def test_what_had_not_begun_to_learn_gives_way_to_another_addition(

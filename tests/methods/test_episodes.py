@@ -570,7 +570,28 @@ def test_where_there_are_no_rewards_the_scorer_gives_them(
     assert any(0 < line["reward"] < 1 for line in metrics_of(config))
     for line in metrics_of(config):
         assert line["episode/reward"] == line["reward"]
-    assert "scorer" in (Path(config.output_dir) / "config.yaml").read_text(encoding="utf-8")
+    written = (Path(config.output_dir) / "config.yaml").read_text(encoding="utf-8")
+    assert "\nscorer: python:tiny_worlds.long_enough\n" in written
+
+
+@pytest.mark.parametrize("method", ["grpo", "sdpo"])
+def test_views_have_the_verdicts_of_the_scorer(
+    talks: Settings, model_folder: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    model, own = str(model_folder(ends=ENDS, room=1024)), {"method": method, "num_generations": 4, "max_steps": 1}
+    own |= {"scorer": "python:tiny_worlds.long_enough", "view_rows": 6}
+    config = talks(model=model, environment=tiny_worlds.FUNCTIONS, **own)
+    train(config)
+    lines = (Path(config.output_dir) / "token_views.jsonl").read_text(encoding="utf-8").splitlines()
+    views = [json.loads(line) for line in lines]
+    whole = [view for view in views if not view["truncated"]]
+    assert {view["reward"] for view in whole} >= {1}
+    for view in whole:
+        said = "".join(token["text"] for token in view["tokens"][:-1])  # without the end token
+        assert view["reward"] == (len(said.strip()) > 4)
+    page = tmp_path / "report.html"
+    assert main(["report", config.output_dir, "-o", str(page)]) == 0
+    assert "not judged" not in page.read_text(encoding="utf-8")
 
 
 def test_an_episode_of_a_run_is_judged_by_its_last_reply_alone(

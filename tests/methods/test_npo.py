@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +29,12 @@ from conftest import (
 from formulas import advantages, chosen, judged, mean_over_rows, moved, trained_in_one_and_two
 
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import Verdict
+from selfdistill.data import Verdict, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import Sampling, load_model, sample, sample_seed
+from selfdistill.training.memory import memory_plan
+from selfdistill.training.traced_step import Device
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
@@ -100,35 +103,21 @@ def test_where_the_later_model_has_no_right_sample_npo_is_grpo(
     assert same(final_weights(npo), final_weights(grpo))
 
 
-def test_a_later_model_is_needed_and_has_the_same_vocabulary(
-    later: Settings, tmp_path: Path, model_folder: Callable[..., Path]
-) -> None:
+@pytest.fixture
+def wide(tmp_path: Path, model_folder: Callable[..., Path]) -> str:
+    """A model with a larger vocabulary."""
+    folder, model = tmp_path / "wide", load_model(str(model_folder(ends=ENDS)))
+    model.model.resize_token_embeddings(310)
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_later_model_is_needed_and_has_the_same_vocabulary(later: Settings, wide: str) -> None:
     with pytest.raises(UserError, match="setting 'teacher_model': npo needs a later checkpoint"):
         Trainer(later(teacher_model=None))
-    other = tmp_path / "wide"
-    model = load_model(str(model_folder(ends=ENDS)))
-    model.model.resize_token_embeddings(310)
-    model.model.save_pretrained(other)
-    model.tokenizer.save_pretrained(other)
     with pytest.raises(UserError, match="has a vocabulary of 310 tokens"):
-        Trainer(later(teacher_model=str(other)))
-
-
-def test_a_killed_run_reads_its_samples(later: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, cut = (later(name, max_steps=4, save_steps=2) for name in ("whole", "cut"))
-    train(whole)
-    with pytest.raises(Cut):
-        train(cut, on_step=crash_at(3))
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("loaded again")
-
-    monkeypatch.setattr("selfdistill.methods.failures.load_matching", refuse)
-    train(cut, resume=True)
-    assert_same_run(whole, cut)
-    lines = (Path(cut.output_dir) / "teacher_samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 6
-    assert any(json.loads(line)["ids"] for line in lines)
+        Trainer(later(teacher_model=wide))
 
 
 @pytest.fixture
@@ -163,6 +152,40 @@ def test_the_run_moves_on_to_later_models(in_order: Settings) -> None:
     assert learnt == [expected[number] for number in (0, 0, 0, 1, 1, 2, 2)]
 
 
+def test_all_later_models_are_looked_at_before_the_first_draws(
+    in_order: Settings, wide: str, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded to draw")
+
+    monkeypatch.setattr("selfdistill.methods.failures.load_matching", refuse)
+    first = str(model_folder(ends=ENDS, seed=2))
+    for name, problem in ((f"{first}-mistyped", "no such folder"), (wide, "has a vocabulary of 310 tokens")):
+        with pytest.raises(UserError, match=f"^model '{re.escape(name)}'.*{problem}"):
+            train(in_order(method_settings={"later": [first, name]}))
+
+
+def test_every_model_needs_a_step(in_order: Settings) -> None:
+    with pytest.raises(UserError) as caught:
+        Trainer(in_order(max_steps=2))
+    assert str(caught.value) == (
+        "setting 'max_steps': found 2, expected at least 3, one for teacher_model and each model of 'later'"
+    )
+
+
+def test_the_plan_of_memory_is_that_of_the_largest_model(in_order: Settings, model_folder: Callable[..., Path]) -> None:
+    large = str(model_folder(ends=ENDS, seed=4, layers=6))
+
+    def drawing(**values: Any) -> int:
+        config = in_order(**values)
+        plan = memory_plan(config, load_demonstrations(config.data), Device("cpu", "no"))
+        return next(phase.total for phase in plan.phases if phase.name == "drawing")
+
+    alone = drawing(teacher_model=large, method_settings={"later": []})
+    assert drawing(method_settings={"later": [large, str(model_folder(ends=ENDS, seed=2))]}) == alone
+    assert drawing(method_settings={"later": []}) < alone
+
+
 def test_a_later_model_that_is_the_first_changes_nothing(in_order: Settings) -> None:
     one = in_order("one", method_settings={"later": []})
     same_twice = in_order("twice", method_settings={"later": [one.teacher_model]})
@@ -172,9 +195,19 @@ def test_a_later_model_that_is_the_first_changes_nothing(in_order: Settings) -> 
     assert [line["control"] for line in metrics_of(same_twice)] == [0, 0, 0, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("last", [3, 4])
-def test_a_killed_run_moves_on_as_it_would_have(in_order: Settings, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
-    whole, cut = (in_order(name, save_steps=1) for name in ("whole", "cut"))
+@pytest.mark.parametrize(
+    ("values", "last", "models"),
+    [
+        ({"method_settings": {"later": []}, "max_steps": 4, "save_steps": 2}, 3, 1),
+        ({"save_steps": 1}, 3, 3),
+        ({"save_steps": 1}, 4, 3),
+    ],
+    ids=str,
+)
+def test_a_killed_run_reads_its_samples_and_goes_on_as_it_would_have(
+    in_order: Settings, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], last: int, models: int
+) -> None:
+    whole, cut = (in_order(name, **values) for name in ("whole", "cut"))
     train(whole)
     with pytest.raises(Cut):
         train(cut, on_step=crash_at(last))
@@ -186,7 +219,8 @@ def test_a_killed_run_moves_on_as_it_would_have(in_order: Settings, monkeypatch:
     train(cut, resume=True)
     assert_same_run(whole, cut)
     lines = (Path(cut.output_dir) / "teacher_samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 18
+    assert len(lines) == 6 * models
+    assert any(json.loads(line)["ids"] for line in lines)
 
 
 def test_other_samples_of_a_later_model_are_refused(in_order: Settings) -> None:

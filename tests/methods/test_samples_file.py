@@ -173,6 +173,23 @@ def test_a_refused_resume_keeps_nothing(make: Settings) -> None:
     assert not file_of(config).exists()
 
 
+def test_what_needs_no_samples_is_checked_before_they_are_drawn(
+    make: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("drew")
+
+    config = make()
+    train(config)
+    monkeypatch.setattr(DrawnSamples, "draw", fail)
+    with pytest.raises(CannotResume, match="seed was 0 and is now 1"):
+        train(config.model_copy(update={"seed": 1}), resume=True)
+    monkeypatch.setattr("selfdistill.training.disk.free_bytes", lambda _: 0)
+    with pytest.raises(UserError, match=r"other: 0.0 GiB free, checkpoints and the final model need about"):
+        train(make("other"))
+    assert not Path(make("other").output_dir).exists()
+
+
 def test_a_run_that_fails_in_its_first_batch_leaves_no_folder(make: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise EngineFailed("engine: late")

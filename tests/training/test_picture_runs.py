@@ -19,14 +19,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import selfdistill
 from selfdistill.config import ExportConfig, MergeConfig, TrainConfig
-from selfdistill.data import anchor_prompts, draw_shapes, encode, load_demonstrations, parse_context
+from selfdistill.data import anchor_prompts, draw_shapes, encode, load_demonstrations, parse_context, pictures_in
 from selfdistill.data.shapes import COLOURS, draw_shape
 from selfdistill.errors import UserError
 from selfdistill.evaluation import spill
 from selfdistill.loss import CrossEntropy, Divergence
-from selfdistill.model import ForwardPass, Sampling, load_model, make_optimizer
+from selfdistill.model import ForwardPass, Sampling, fake_model, load_model, make_optimizer
 from selfdistill.training import export, merge, train
 from selfdistill.training.memory import memory_plan
+from selfdistill.training.planned_parts import planned_stages
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
@@ -310,6 +311,21 @@ def test_the_plan_of_memory_counts_tower_and_picture_tokens(
     assert fixed["weights"] >= size
     if not values:
         assert fixed["teacher"] < 0.9 * size
+
+
+@pytest.mark.parametrize(
+    ("method", "own"), [("pope", {"where": "prompt"}), ("actguide", {}), ("sort", {}), ("sdpo", {"show": "sibling"})]
+)
+def test_the_plan_of_memory_keeps_the_pictures_of_longer_prompts(
+    make: Make, write_rows: Callable[..., Path], tmp_path: Path, method: str, own: dict[str, Any]
+) -> None:
+    data = write_rows([{**row, "privileged_context": "a"} for row in rows_of(tmp_path, "a", 8)], name="guided.jsonl")
+    config = make(BY_NAME["gemma3"], data=data, method=method, num_generations=2, method_settings=own)
+    demonstrations = load_demonstrations(config.data)
+    for part in planned_stages(config, demonstrations, fake_model(config.model, dtype="auto"), 4)[0]:
+        teachers = [x.teacher_ids for x in part.examples if x.teacher_ids is not None]
+        assert all(map(pictures_in, [*(x.student_ids for x in part.examples), *teachers, *part.guided]))
+    assert memory_plan(config, demonstrations, Device("cpu", "no")).untraced is None
 
 
 @pytest.mark.parametrize(
