@@ -157,31 +157,28 @@ def answer(
     parts = [thought_and_said(chat, prompt, rollout.ids) for prompt, rollout in zip(prompts, done, strict=True)]
     names = [default_scorer(row, scorer) for row in demonstrations]
     ids = [rollout.ids for rollout in done]
-    given = [scored_text(chat, *reply) for reply in zip(prompts, ids, demonstrations, names, strict=True)]
-    found, lenient = grade(demonstrations, given, names, judge) if scored else ([], None)
+    texts = [scored_text(chat, *reply) for reply in zip(prompts, ids, demonstrations, names, strict=True)]
+    found, lenient = grade(list(zip(names, texts, demonstrations, strict=True)), judge) if scored else ([], None)
     correct = [verdict.reward == 1 for verdict in found]
     thinking = [len(chat.encode_text(thought)) for thought, _ in parts]
     return Answers(replies, correct, lenient, ids, thinking, sum(r.truncated for r in done))
 
 
 def grade(
-    demonstrations: Sequence[Demonstration], replies: Sequence[str], names: Sequence[str], judge: Judge | None
+    given: Sequence[tuple[str, str, Demonstration]], judge: Judge | None
 ) -> tuple[list[Verdict], list[bool] | None]:
     """The verdict on each reply, and whether it is correct by the lenient standard; the latter is None without a judge.
 
     Args:
-        demonstrations: what the replies are scored against.
-        replies: their texts as their scorers compare them.
-        names: the scorer of each.
+        given: for each reply its scorer, its text as the scorer compares it, and the row.
         judge: required if a scorer is ``judge``.
     """
-    given = list(zip(names, replies, demonstrations, strict=True))
     compared = iter(verdicts([one for one in given if one[0] != JUDGE]))
     judged = [(row, reply) for name, reply, row in given if name == JUDGE]
     if not judged:
         return list(compared), None
     assert judge is not None, "the settings reject a judge without an address"
     judgements = iter(judge.grades([row for row, _ in judged], [reply for _, reply in judged]))
-    found = [next(judgements) if name == JUDGE else next(compared) for name in names]
+    found = [next(judgements) if name == JUDGE else next(compared) for name, *_ in given]
     strict = [one if isinstance(one, Verdict) else Verdict(float(one == "strict")) for one in found]
     return strict, [one.reward == 1 if isinstance(one, Verdict) else one in ("strict", "lenient") for one in found]

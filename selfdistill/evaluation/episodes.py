@@ -16,7 +16,6 @@ from selfdistill.data import (
     Message,
     Verdict,
     check_scorer,
-    default_scorer,
     encode,
     nothing_to_score,
     thought_and_said,
@@ -33,7 +32,7 @@ from selfdistill.methods import (
     limits_of,
     play,
     scorer_judges,
-    text_to_score,
+    to_score,
 )
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time
 from selfdistill.runtime import ProgressBar
@@ -152,10 +151,7 @@ class EpisodePlayer:
     ) -> tuple[list[Completion], list[bool] | None]:
         """The episodes with the scorers' verdicts, also by the lenient standard. One that was cut has failed."""
         whole = [episode for episode in episodes if episode.verdict is None]
-        rows = [episode.example.demonstration for episode in whole]
-        names = [default_scorer(row, self.scorer) for row in rows]
-        texts = [text_to_score(episode, self.chat, name) for episode, name in zip(whole, names, strict=True)]
-        found, lenient = grade(rows, texts, names, judge)
+        found, lenient = grade(to_score(whole, self.chat, self.scorer), judge)
         verdicts, right = iter(found), iter(lenient or ())
         return (
             [replace(one, verdict=next(verdicts)) if one.verdict is None else one for one in episodes],

@@ -20,7 +20,7 @@ from selfdistill.config import MethodName, MethodSettings, TrainConfig
 from selfdistill.data import Demonstration, Lacks
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
-from selfdistill.methods.checking import text_to_score, verdicts_on
+from selfdistill.methods.checking import to_score, verdicts_on
 from selfdistill.methods.encoders import encoder_of
 from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts
@@ -74,7 +74,7 @@ __all__ = [
     "scorer_judges",
     "shows_parts",
     "stages_of",
-    "text_to_score",
+    "to_score",
     "unused_settings",
     "uses",
     "verdicts_on",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from selfdistill.data import ChatFormat, Verdict, default_scorer, scored_text, verdicts
+from selfdistill.data import ChatFormat, Demonstration, Verdict, default_scorer, scored_text, verdicts
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Checker
 from selfdistill.runtime import gathered, rank_slice
@@ -18,15 +18,22 @@ class ScorerChecker:
     scorer: str | None
 
     def __call__(self, completions: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
-        given = []
-        for completion in completions:
-            row = completion.example.demonstration
-            name = default_scorer(row, self.scorer)
-            given.append((name, text_to_score(completion, chat, name), row))
-        return verdicts(given)
+        return verdicts(to_score(completions, chat, self.scorer))
 
 
-def text_to_score(completion: Completion, chat: ChatFormat, scorer: str) -> str:
+def to_score(
+    completions: Sequence[Completion], chat: ChatFormat, scorer: str | None
+) -> list[tuple[str, str, Demonstration]]:
+    """For each completion its scorer, what this compares, and the row; ``scorer`` is for rows that name none."""
+    given = []
+    for completion in completions:
+        row = completion.example.demonstration
+        name = default_scorer(row, scorer)
+        given.append((name, _text_to_score(completion, chat, name), row))
+    return given
+
+
+def _text_to_score(completion: Completion, chat: ChatFormat, scorer: str) -> str:
     """What a scorer compares: the reply with its given beginning, of an episode the last; ``tool_call`` all replies."""
     example = completion.example
     spans = completion.reply_spans if completion.turns > 1 else [(0, len(completion.ids))]
