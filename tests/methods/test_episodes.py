@@ -533,7 +533,9 @@ def test_the_first_step_that_fails_is_noted_with_its_row(talks: Settings, capsys
 def test_the_first_episode_that_a_template_refuses_is_noted_with_its_row(
     talks: Settings, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    strict = "{% for m in messages if m.role == 'narrator' %}{{ raise_exception('no narrators') }}{% endfor %}" + CHATML
+    strict = (
+        "{% for m in messages if m.content == 'Meanwhile.' %}{{ raise_exception('no narrators') }}{% endfor %}" + CHATML
+    )
     model = str(model_folder(template=strict, ends=ENDS))
     config = talks(model=model, environment="python:tiny_worlds.Narrates")
     train(config)
