@@ -151,6 +151,26 @@ def test_calls_go_to_the_object_and_its_rubric_judges(factory: EnvironmentFactor
     environment.close()
 
 
+def test_a_function_that_imports_the_library_is_called_in_the_main_thread(
+    factory: EnvironmentFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = """
+    import threading
+
+    def load():
+        import verifiers
+        from verified_world import World
+        World.loaded.append(threading.current_thread() is threading.main_thread())
+        return World()
+    """
+    (tmp_path / "verified_later.py").write_text(textwrap.dedent(text), encoding="utf-8")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "verifiers"]:
+        monkeypatch.delitem(sys.modules, name)
+    environment = make_environment("python:verified_later.load")()
+    assert environment.reset(ROW) == []
+    assert sys.modules["verified_world"].World.loaded == [1, True, 1]
+
+
 def test_episodes_share_the_object_and_not_the_state(factory: EnvironmentFactory) -> None:
     one, other = factory(), factory()
     for environment in (one, other):
