@@ -183,6 +183,7 @@ def test_hopeless_data_is_called_unlikely(
     assert result.verdict.startswith("Self-distillation is unlikely to help: ")
     assert result.memory_rows == 4
     out = " ".join(repr(result).split())
+    assert "Expected with batch_size 32: " in out
     assert "GiB with 4 rows per micro-batch" in out
     assert "All layouts have the same accuracy, so log p(demo) alone decides their order." in out
     assert f"No context is good enough; the least bad: {result.best.context} " in out
