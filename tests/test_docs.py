@@ -160,19 +160,20 @@ def test_the_two_commands_are_make_targets_that_set_up_first() -> None:
 
 
 def test_the_caption_says_what_was_measured() -> None:
-    """The percentages under the figure of the site's first page, from the comparison that drew it."""
+    """The percentages under the figure of the results' first page, from the comparison that drew it."""
     kept = json.loads((DOCS / "comparisons" / "facts.json").read_text(encoding="utf-8"))
     last = [run["evaluations"][-1] for run in kept["runs"] if run["method"] == "sdft"]
     shares = [sum(found[key] for found in last) / len(last) for key in ("accuracy", "prior_accuracy")]
     numbers = [round(100 * share) for share in shares]
     assert numbers == [80, 71]
-    text = " ".join(PAGES["docs/index.md"].split())
+    text = " ".join(PAGES["docs/results.md"].split())
     assert "SDFT ends at 80% of the facts" in text
-    assert "71% of the old questions" in text
-    assert "sft 0.545, the base 0.878" in " ".join(PAGES["docs/results.md"].replace("\n> ", " ").split())
+    assert "71% of the prior questions" in text
+    assert "sft 0.545, the base 0.878" in " ".join(PAGES["docs/results_paper.md"].replace("\n> ", " ").split())
 
 
-def test_the_readmes_figures_are_those_of_the_study() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_pages_figures_are_those_of_the_study(page: str) -> None:
     lines = (DOCS / "comparisons" / "studies" / "routing.jsonl").read_text(encoding="utf-8").splitlines()
     kept: dict[str, list[str]] = {}
     for line in map(json.loads, lines):
@@ -182,7 +183,7 @@ def test_the_readmes_figures_are_those_of_the_study() -> None:
     half = ("sft+1/2", "sdft+1/2", "sft+narrow", "sdft+narrow")
     anchored = [share for arm in half for share in kept[arm]]
     base, sft, sdft, least = (span(shares) for shares in (kept["base"], kept["sft"], kept["sdft"], anchored))
-    text = " ".join(README.split())
+    text = " ".join(PAGES[page].split())
     assert len(kept["sft"]) == len(kept["sdft"]) == 3
     assert f"The base gets {base} right. After SFT it still gets {sft} right, after SDFT {sdft} (three seeds)." in text
     assert f"With them it gets {least}" in text
