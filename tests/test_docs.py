@@ -238,9 +238,23 @@ def test_the_settings_of_each_method_are_those_that_it_reads() -> None:
 
 def test_the_components_are_those_of_the_package() -> None:
     packages = sorted(folder.name for folder in (ROOT / "selfdistill").iterdir() if (folder / "__init__.py").is_file())
-    for page, heading in (("CONTRIBUTING.md", "## Components"), ("docs/design.md", "## Components")):
-        cells = [cell.strip("`").rstrip("/") for cell in first_cells(page, heading)]
-        assert sorted(cell for cell in cells if "." not in cell) == packages
+    cells = [cell.strip("`").rstrip("/") for cell in first_cells("docs/design.md", "## Components")]
+    assert sorted(cell for cell in cells if "." not in cell) == packages
+
+
+def test_every_module_is_in_the_table_of_where_to_look() -> None:
+    """Once; a name without a folder is at the top, and a file of a method is not named."""
+    rows = PAGES["docs/design.md"].split("\n## Where to look\n")[1].split("\n## ")[0].split("|---|---|\n")[1]
+    named = []
+    for cell in re.findall(r"^\| .* \| (.*) \|$", rows, re.MULTILINE):
+        folder = ""
+        for name in re.findall(r"`([^`]+)`", cell):
+            folder = name if name.endswith("/") else folder
+            named += [f"{folder}{name}"] if name != folder else []
+    package = ROOT / "selfdistill"
+    files = [file.relative_to(package).with_suffix("").as_posix() for file in package.rglob("*.py")]
+    modules = [file for file in files if not file.endswith("__")] + ["data/bundled"]
+    assert sorted(named) == sorted(set(modules) - {f"methods/{name}" for name in METHODS})
 
 
 # --- links and the site ---

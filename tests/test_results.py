@@ -38,7 +38,7 @@ def test_a_run_compared_with_itself_loses_what_the_design_says() -> None:
             gap = matched(run["evaluations"], last.accuracy).prior_accuracy - last.prior_accuracy
             lost[run["method"]] = max(gap, lost.get(run["method"], 0))
     most = max(lost, key=lambda method: lost[method])
-    text = " ".join((DOCS / "design.md").read_text(encoding="utf-8").split())
+    text = " ".join((DOCS / "design_running.md").read_text(encoding="utf-8").split())
     said = f"lost up to {100 * lost[most]:.0f} points ({most.upper()}; SFT up to {100 * lost['sft']:.0f})"
     assert f"a run compared with itself {said}" in text
 
