@@ -26,6 +26,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data.contexts import CONTEXTS, ONE_DEMONSTRATION, parse_context
 from selfdistill.data.demonstrations import COLUMNS, SCORER_NAMES
 from selfdistill.methods import METHODS, own_names, uses
+from selfdistill.runtime import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -218,7 +219,7 @@ def test_tables_name_what_there_is() -> None:
     assert columns == list(COLUMNS)
     scorers = [cell.strip("`") for cell in first_cells("docs/data.md", "## Scorers")]
     assert scorers == [*SCORER_NAMES, "code", "judge", "python:module.function"]
-    methods = [cell.strip("`") for cell in first_cells("docs/methods.md", "## Loss and cost")]
+    methods = [cell.strip("`") for cell in first_cells("docs/methods.md", "## Formulas and cost of every method")]
     assert sorted(methods) == sorted(METHODS)
     settings = re.findall(r"`([\w]+)`", " ".join(first_cells("docs/methods.md", "## Settings of the loss")))
     assert set(settings) <= set(TrainConfig.model_fields)
@@ -260,14 +261,21 @@ def test_every_module_is_in_the_table_of_where_to_look() -> None:
 # --- links and the site ---
 
 
-def generated() -> dict[str, str]:
-    spec = importlib.util.spec_from_file_location("gen_commands", DOCS / "gen_commands.py")
+def generated(*hooks: str) -> dict[str, str]:
+    """The pages that these hooks make, by default all."""
+    found: dict[str, str] = {}
+    for hook in hooks or ("gen_commands", "gen_pages"):
+        found |= hook_of(hook).pages()
+    return found
+
+
+def hook_of(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    pages: dict[str, str] = module.pages()
-    return pages
+    return module
 
 
 def test_links_lead_to_files() -> None:
@@ -290,7 +298,7 @@ def test_the_site_has_every_page() -> None:
 
 
 def test_the_command_reference_has_every_option() -> None:
-    pages = generated()
+    pages = generated("gen_commands")
     assert list(pages) == ["commands/index.md", *(f"commands/{name}.md" for name in COMMANDS)]
     for name, (kind, text) in COMMANDS.items():
         page = pages[f"commands/{name}.md"]
@@ -300,6 +308,18 @@ def test_the_command_reference_has_every_option() -> None:
         assert sorted(shown) == sorted({*kind.model_fields, *others, *(["json"] if name != "train" else [])})
     assert "| `--max_completion_length`<br>`256` |" in pages["commands/train.md"]
     assert "`forward_kl`, `reverse_kl`, `jsd`" in pages["commands/train.md"]
+
+
+def test_the_page_of_metrics_has_every_key() -> None:
+    page = generated("gen_pages")["metrics.md"]
+    assert re.findall(r"^\| `(\S+)` \| \S", page, re.MULTILINE) == list(METRICS)
+    assert "| `kl/forward` | KL(teacher\\|\\|student), nats per token over the retained tokens |" in page
+
+
+def test_a_page_of_the_root_links_to_pages_of_the_site() -> None:
+    text = "[a](docs/gpu.md#x) and [b](selfdistill/api.py), [c](SECURITY.md), [d](#here), [e](https://f.org)"
+    shown = hook_of("gen_pages").root_page(text)
+    assert shown == "[a](gpu.md#x) and b, [c](security.md), [d](#here), [e](https://f.org)"
 
 
 def test_the_api_pages_have_every_public_name() -> None:
