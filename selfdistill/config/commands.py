@@ -146,6 +146,8 @@ def run_settings(config: CheckConfig) -> dict[str, Any]:
 class EvalConfig(TaskSettings):
     """Settings of ``selfdistill eval``."""
 
+    batch_size: int = Field(default=32, ge=1)
+    """Prompts per forward batch. It changes time and memory."""
     prior: str | None = None
     """File or folder of questions about the base model's prior abilities, e.g. ``bundled:prior/test``."""
     base: str | None = None
