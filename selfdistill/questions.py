@@ -345,8 +345,7 @@ class _Maker:
         if window is not None and longest + ASK_TOKENS > window:
             raise UserError(
                 f"documents {self._config.documents!r}: a passage with {what} has {longest} tokens, too many for the "
-                f"model's context window of {window}; lower passage_words, and split sentences that are longer than "
-                "that"
+                f"model's context window of {window}; lower passage_words, and split longer sentences"
             )
 
 

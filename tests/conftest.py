@@ -108,13 +108,6 @@ def byte_tokenizer(
     return tokenizer
 
 
-def results_text() -> str:
-    """All pages of current results; not those of earlier ones."""
-    docs = Path(__file__).parent.parent / "docs"
-    names = ("results", "results_anchors", "results_methods", "results_paper")
-    return "".join((docs / f"{name}.md").read_text(encoding="utf-8") for name in names)
-
-
 def write_model(
     folder: Path,
     *,

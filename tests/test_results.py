@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import results_text
+from results_pages import results_text
 
 from selfdistill.comparison.conclusions import Compared, matched, sentences
 

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import results_text
+from results_pages import results_text
 
 from selfdistill.continual.learn import retention_matrix
 from selfdistill.continual.ledger import Ledger

@@ -48,7 +48,7 @@ def check_limits(
         prompts: token ids.
         sampling: the policy.
         length: the engine's maximum length of a prompt with its completion, in tokens.
-        limited_by: what may limit it besides the model's context window.
+        limited_by: what may limit it besides the model's window.
         remedy: how to raise it.
 
     Raises:
@@ -58,7 +58,7 @@ def check_limits(
     if longest > length:
         raise UserError(
             f"engine vllm: a prompt with its completion has up to {longest} tokens, and the engine allows {length}: "
-            f"the model's context window{limited_by}; lower max_completion_length or max_prompt_length, or {remedy}"
+            f"the model's window{limited_by}; lower max_completion_length or max_prompt_length, or {remedy}"
         )
     if sampling.temperature and not _LEAST_TEMPERATURE <= sampling.temperature <= _MOST_TEMPERATURE:
         raise UserError(

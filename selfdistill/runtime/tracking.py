@@ -35,7 +35,7 @@ METRICS = {
     "completion/truncated": "share of completions truncated at the length limit, or of episodes that were cut",
     "episode/turns": "mean replies per episode; with an environment, as are the next four",
     "episode/invalid_calls": "mean calls per episode that could not be run as written",
-    "episode/reward": "mean reward of the episodes; only if the environment gives one",
+    "episode/reward": "mean reward of the episodes; only if the environment judges",
     "episode/success": "share of the episodes with reward 1",
     "turn_loss/NUMBER": "loss per retained token of the n-th replies of all episodes, from 1, without factors such as "
     "advantages",
