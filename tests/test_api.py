@@ -333,7 +333,7 @@ def test_comparing_learning_exporting_and_reporting(model: str) -> None:
     assert learnt.accepted
     both: list[Any] = ["package", {"prompt": "Who?"}]
     with pytest.raises(
-        sd.UserError, match=r"^setting 'anchors': found rows beside 'package'; write the rows to a file"
+        sd.UserError, match=r"^setting 'anchors': found rows together with 'package'; write the rows to a file"
     ):
         sd.learn("add", ROWS, state="memory", name="more", anchors=both)
     with pytest.raises(sd.UserError, match=r"^setting 'anchors': learn reads them again when it resumes, so give"):

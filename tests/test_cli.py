@@ -130,7 +130,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         json.dumps({"prompt": "q" * 600, "completion": "a"}),
         SFT,
         "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 504; "
-        "shorten the prompts (the window is 512 tokens), or drop them with on_long_prompt drop",
+        "shorten the prompts (the context window is 512 tokens), or drop them with on_long_prompt drop",
     ),
     (
         "long.jsonl",
@@ -144,7 +144,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         json.dumps({"prompt": "q" * 233, "completion": "a"}),
         SDFT,
         "1 of 1 rows do not fit: long.jsonl:1: teacher's prompt has 507 tokens, limit 504; "
-        "lower max_completion_length (the window is 512 tokens), "
+        "lower max_completion_length (the context window is 512 tokens), "
         "choose a shorter context, or drop them with on_long_prompt drop",
     ),
     (
@@ -152,7 +152,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         json.dumps({"prompt": "q" * 600, "completion": "a"}),
         SDFT + " --max_prompt_length 20",
         "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 20; "
-        "shorten the prompts (the window is 512 tokens), or drop them with on_long_prompt drop",
+        "shorten the prompts (the context window is 512 tokens), or drop them with on_long_prompt drop",
     ),
     (
         "short.jsonl",
@@ -173,7 +173,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         json.dumps({"prompt": "q", "completion": "a" * 600}),
         SFT,
         "1 of 1 rows do not fit: reply.jsonl:1: completion has 601 tokens, limit 8 (max_completion_length); "
-        "shorten the completions (the window is 512 tokens), or drop them with on_long_prompt drop",
+        "shorten the completions (the context window is 512 tokens), or drop them with on_long_prompt drop",
     ),
     (
         "reply.jsonl",
@@ -186,7 +186,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SFT + " --max_completion_length 600",
-        "setting 'max_completion_length': 600 leaves no room for a prompt in the model's window of 512 tokens",
+        "setting 'max_completion_length': 600 leaves no room for a prompt in the model's context window of 512 tokens",
     ),
     (
         "train.jsonl",
@@ -629,7 +629,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "no room in the window",
         lambda m: None,
         "--max_completion_length 512",
-        "setting 'max_completion_length': 512 leaves no room for a prompt in the model's window of 512 tokens",
+        "setting 'max_completion_length': 512 leaves no room for a prompt in the model's context window of 512 tokens",
     ),
 ]
 
