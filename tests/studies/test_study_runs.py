@@ -47,7 +47,7 @@ def write(
 
     def make(**values: Any) -> list[str]:
         settings = {
-            "model": str(model_folder(ends=ENDS)),
+            "model": str(model_folder(ends=ENDS, layers=1)),
             "data": data,
             "test": test,
             "prior": str(tmp_path / "prior"),
