@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from children import train_together
-from conftest import ENDS, timeless, write_model
+from shared import ENDS, timeless, write_model
 from safetensors.torch import load_file
 
 from selfdistill.config.train import TrainConfig
