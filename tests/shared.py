@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import contextlib
 import datetime
+import functools
 import importlib.util
 import json
 import signal
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from selfdistill import cli_parser
 from selfdistill.config.train import SCORED_METHODS, MethodName, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluation import endpoint
@@ -75,6 +77,7 @@ def _once_by_architecture(probe: Callable[[LoadedModel], bool]) -> Callable[[Loa
 
 head._agrees = _once_by_architecture(head._agrees)
 prefix_cache._continues = _once_by_architecture(prefix_cache._continues)
+cli_parser.parser = functools.cache(cli_parser.parser)  # most commands of tests end sooner than a parser is made
 
 
 VOCABULARY = 300
