@@ -563,7 +563,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "other shape",
         other_shape,
         "",
-        "model 'model': weights are missing or have a different shape from config.json: lm_head.weight and 20 more",
+        "model 'model': weights are missing or have a different shape from config.json: lm_head.weight and 11 more",
     ),
     (
         "no end token",

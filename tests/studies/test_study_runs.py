@@ -154,7 +154,7 @@ def test_after_shows_the_demonstration(
     load: Callable[..., LoadedModel],
     write_rows: Callable[..., Path],
 ) -> None:
-    base = load(ends=ENDS)
+    base = load(ends=ENDS, layers=1)
     bare = [{"role": "user", "content": "a?"}]
     shown = [*bare, {"role": "assistant", "content": "b"}, *bare]
     replies = generate(base, [bare, shown], max_completion_length=10)
