@@ -34,7 +34,7 @@ from selfdistill.evaluation import endpoint
 from selfdistill.methods import stages_of
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
-from selfdistill.model import head, prefix_cache
+from selfdistill.model import episode_sampling, forward, sampling
 from selfdistill.model.engine import close_engine
 from selfdistill.model.loading import LoadedModel, load_model
 from selfdistill.training.batch_gradient import PartResult
@@ -59,24 +59,25 @@ def _no_wait(descriptor: int) -> None:
 os.fsync = _no_wait
 
 
-def _once_by_architecture(probe: Callable[[LoadedModel], bool]) -> Callable[[LoadedModel], bool]:
-    """A start-up probe that runs once for all plain Llamas that differ in their weights alone: it takes five passes."""
+def _once_by_architecture(probe: Callable[[LoadedModel], bool], field: str) -> Callable[[LoadedModel], bool]:
+    """A start-up probe that runs once for all plain Llamas that differ in their weights alone; it takes passes."""
     found: dict[str, bool] = {}
 
     def probed(loaded: LoadedModel) -> bool:
-        model = loaded.model
-        if type(model) is not LlamaForCausalLM:
-            return probe(loaded)
-        key = repr((sorted(item for item in vars(model.config).items() if item[0] != "_name_or_path"), loaded.window))
-        if key not in found:
-            found[key] = probe(loaded)
-        return found[key]
+        if getattr(loaded, field) is None and type(loaded.model) is LlamaForCausalLM:
+            shape = sorted(item for item in vars(loaded.model.config).items() if item[0] != "_name_or_path")
+            key = repr((shape, loaded.window))
+            if key not in found:
+                found[key] = probe(loaded)
+            setattr(loaded, field, found[key])
+        return probe(loaded)
 
     return probed
 
 
-head._agrees = _once_by_architecture(head._agrees)
-prefix_cache._continues = _once_by_architecture(prefix_cache._continues)
+forward.head_agrees = _once_by_architecture(forward.head_agrees, "separate_head")
+forward.can_continue_cache = _once_by_architecture(forward.can_continue_cache, "continues_cache")
+sampling.can_continue_cache = episode_sampling.can_continue_cache = forward.can_continue_cache
 cli_parser.parser = functools.cache(cli_parser.parser)  # most commands of tests end sooner than a parser is made
 
 
