@@ -30,7 +30,7 @@ RUN: dict[str, Any] = TINY | {"batch_size": 2, "max_steps": 2, "save_steps": 0, 
 @pytest.fixture
 def model(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
-    return str(model_folder(ends=ENDS))
+    return str(model_folder(ends=ENDS, layers=1))
 
 
 def loaded(model: str) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """The documentation is executed: every page's files, commands and Python in order, with a tiny model in place of the
-starter model and two steps in place of many. Commands that need a network or devices are parsed.
+starter model, two steps in place of many, and the first rows of the package's training data. Commands that need a
+network or devices are parsed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from selfdistill.cli_parser import COMMANDS, SWITCHES, parse
 from selfdistill.config import TrainConfig
 from selfdistill.data.contexts import CONTEXTS, ONE_DEMONSTRATION, parse_context
 from selfdistill.data.demonstrations import COLUMNS, SCORER_NAMES
+from selfdistill.data.sources import packaged
 from selfdistill.methods import METHODS, own_names, uses
 from selfdistill.runtime import METRICS
 
@@ -38,6 +40,8 @@ STARTER = "smollm2-135m"
 IMAGE_TEXT = "Qwen/Qwen2.5-VL-3B-Instruct"
 """The model of commands with pictures; a tiny Idefics3 takes its place."""
 MOST_WORDS = 700
+FIRST_ROWS = 8
+"""Of the package's training data; ``--scorer code`` runs the tests of every row in a process of its own."""
 REFUSED = {"check": 4, "learn add": 4}
 """Exit codes of a random model, which teaches nothing: ``check`` advises against it, ``learn`` does not accept it."""
 
@@ -65,9 +69,17 @@ def with_code(*languages: str) -> list[str]:
     return sorted(page for page in PAGES if any(block.language in languages for block in blocks(page)))
 
 
+def with_first_rows(found: re.Match[str]) -> str:
+    rows = Path(packaged(found[1])).read_text(encoding="utf-8").splitlines(keepends=True)
+    Path(found[1]).write_text("".join(rows[:FIRST_ROWS]), encoding="utf-8")
+    return found[1]
+
+
 def shortened(text: str, models: dict[str, str]) -> str:
+    """What to run in place of a block; writes the data that it reads."""
     for name, folder in models.items():
         text = text.replace(name, folder)
+    text = re.sub(r"bundled:(\w+\.train\.jsonl)", with_first_rows, text)
     text = re.sub(r"((?:max|eval)_steps[= ])\d+", r"\g<1>2", text)
     return text.replace("--seeds 0,1 ", "--seeds 0 ").replace("seeds=(0, 1)", "seeds=(0,)")
 
@@ -81,7 +93,7 @@ def test_a_page_does_what_it_says(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    models = {STARTER: str(model_folder(ends=ENDS, room=4096))}
+    models = {STARTER: str(model_folder(ends=ENDS, room=4096, layers=1))}
     if IMAGE_TEXT in PAGES[page]:
         models[IMAGE_TEXT] = str(tmp_path / "image-text")
         next(family for family in FAMILIES if family.name == "idefics3").write(tmp_path / "image-text")
