@@ -178,7 +178,9 @@ class TracedStep:
         live = LiveTensors(loaded.model)
         live.component = "workspace"
         with live, self._autocast():
-            sample_at_its_longest(loaded, prompts, sampling, lambda name: live.begin((phase, kind + name)))
+            sample_at_its_longest(
+                loaded, prompts, sampling, lambda name: live.begin((phase, kind + name)), self._device.kind
+            )
             states = FilledCache(loaded).token_bytes * len(prompts)
         states *= len(prompts[0]) + sampling.max_completion_length
         for peak in live.peaks.values():
