@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,5 +208,6 @@ def _can_be_captured(loaded: LoadedModel) -> bool:
 
 def select_rows(cache: DynamicCache, index_B: Tensor) -> None:
     """Select rows of a cache, with the one method that layers with recurrent states also have."""
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         layer.reorder_cache(index_B)

@@ -192,8 +192,8 @@ def decode(
         tokens[alive_B, t], logps[alive_B, t] = token_B, logp_B
         is_last = t == limit - 1
         if is_last or (t + 1) % every == 0:
-            found = _lengths(loaded, tokens[alive_B, : t + 1], checked)
-            ends = {row: found[row] for row, i in enumerate(alive) if found[row] and i not in lengths}
+            found = _ends(loaded, tokens[alive_B, : t + 1], checked)  # waits for the device
+            ends = {row: length for row, length in found.items() if alive[row] not in lengths}
             lengths |= {alive[row]: length for row, length in ends.items()}
             going, checked = [row for row, i in enumerate(alive) if i not in lengths], t + 1
             leaving = sorted([*ends, *going]) if is_last else list(ends)
@@ -230,11 +230,11 @@ def _masked(mask_BL: Tensor, lengths: list[int]) -> Tensor:
     return mask_BL * (place_L < torch.tensor(lengths, device=mask_BL.device)[:, None])
 
 
-def _lengths(loaded: LoadedModel, tokens_BT: Tensor, checked: int) -> list[int | None]:
-    """Number of tokens up to the end of each sample, if it is after the first ``checked``; waits for the device."""
+def _ends(loaded: LoadedModel, tokens_BT: Tensor, checked: int) -> dict[int, int]:
+    """Number of tokens up to the end, for the rows that end after their first ``checked`` tokens."""
     start = max(0, checked - _TAIL)
     found = [_end(loaded, ids, checked - start) for ids in tokens_BT[:, start:].tolist()]
-    return [None if length is None else start + length for length in found]
+    return {row: start + length for row, length in enumerate(found) if length is not None}
 
 
 def _end(loaded: LoadedModel, ids: list[int], checked: int) -> int | None:
@@ -324,7 +324,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> t
             sorted_BV[:, sampling.top_k :] = 0
         sorted_BV /= sorted_BV.sum(-1, keepdim=True)
         # Keep a token if the mass before it is below top_p: the smallest set that reaches top_p, never empty.
-        sorted_BV[running_sum(sorted_BV) - sorted_BV >= sampling.top_p] = 0
+        sorted_BV.masked_fill_(running_sum(sorted_BV) - sorted_BV >= sampling.top_p, 0)
         probs_BV = torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV)
     cumulative_BV = running_sum(probs_BV)
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
