@@ -71,7 +71,7 @@ def token_costs(bench: Bench, layers: int, *, adapter: bool) -> dict[str, float]
     loaded = endless(shape_model(bench, layers, torch.bfloat16))
     if adapter:
         add_lora(loaded, 16, None, 0)
-    short, long = (8, 40) if bench.cuda else (2, 6)
+    short, long = (16, 48) if bench.cuda else (10, 14)
 
     def timed(graphs: bool, tokens: int) -> Callable[[], float]:
         def run() -> float:

@@ -29,6 +29,9 @@ COMPARED_TOKENS = 2
 """Tokens for which a model's first captured pass is compared with the pass itself: one could be right by chance, such
 as when the captured pass does nothing."""
 
+LEAST_TOKENS = 8
+"""Fewest new tokens that are worth a capture, which takes about as long as three or four that are not captured."""
+
 
 @dataclass
 class ReadRows:
@@ -194,7 +197,8 @@ class FixedSteps:
 
 def steps_for(loaded: LoadedModel, rows: ReadRows, most: int, kind: str) -> GrowingSteps | FixedSteps:
     """The passes for these rows on a device of this kind."""
-    fixed = has_graphs(kind) and _can_be_captured(loaded) and can_be_fixed(rows.cache)
+    is_worth_it = has_graphs(kind) and most >= LEAST_TOKENS
+    fixed = is_worth_it and _can_be_captured(loaded) and can_be_fixed(rows.cache)
     return FixedSteps(loaded, rows, most) if fixed else GrowingSteps(loaded, rows, most)
 
 

@@ -164,7 +164,7 @@ def test_between_looks_nothing_waits_for_the_device(load: Loader, on_a_gpu: Call
         return seen.count
 
     # If the cache grows, transformers looks for padding in the mask.
-    assert waits(14) - waits(4) == (0 if fixed else 10)
+    assert waits(15) - waits(10) == (0 if fixed else 5)
 
 
 # --- passes of fixed shapes ---
@@ -177,7 +177,7 @@ def test_passes_of_fixed_shapes_give_the_same_samples(load: Loader, on_a_gpu: Ca
         on_a_gpu(1, fixed=False)
         wanted = sample(loaded, BATCH, sampling, SEEDS)
         on_a_gpu(4)
-        assert isinstance(steps_for(loaded, read(loaded, BATCH), 4, "cuda"), FixedSteps)
+        assert isinstance(steps_for(loaded, read(loaded, BATCH), 20, "cuda"), FixedSteps)
         assert_alike(sample(loaded, BATCH, sampling, SEEDS), wanted)
         on_a_gpu(16)
         assert_alike(sample(loaded, BATCH, sampling, SEEDS), wanted)
@@ -186,19 +186,25 @@ def test_passes_of_fixed_shapes_give_the_same_samples(load: Loader, on_a_gpu: Ca
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("llama", "gpt2", "bloom"))])
 def test_models_that_do_not_declare_it_have_passes_that_grow(load: Loader, name: str) -> None:
     loaded = of_kind(load, lambda: odd_model(name)[0])
-    assert isinstance(steps_for(loaded, read(loaded, BATCH), 4, "cuda"), GrowingSteps)
+    assert isinstance(steps_for(loaded, read(loaded, BATCH), 20, "cuda"), GrowingSteps)
+
+
+def test_few_tokens_are_not_worth_a_capture(load: Loader) -> None:
+    loaded = load()
+    for tokens, kind in ((7, GrowingSteps), (8, FixedSteps)):
+        assert type(steps_for(loaded, read(loaded, BATCH), tokens, "cuda")) is kind
 
 
 def test_a_cpu_has_passes_that_grow(load: Loader) -> None:
     loaded = load()
-    assert isinstance(steps_for(loaded, read(loaded, BATCH), 4, "cpu"), GrowingSteps)
+    assert isinstance(steps_for(loaded, read(loaded, BATCH), 20, "cpu"), GrowingSteps)
 
 
 def test_only_attention_of_pytorch_has_passes_of_fixed_shapes(load: Loader) -> None:
     loaded = load()
     rows = read(loaded, BATCH)
     loaded.model.config._attn_implementation = "flash_attention_2"
-    assert isinstance(steps_for(loaded, rows, 4, "cuda"), GrowingSteps)
+    assert isinstance(steps_for(loaded, rows, 20, "cuda"), GrowingSteps)
 
 
 def addresses(loaded: LoadedModel, steps: FixedSteps, token_B: Tensor) -> list[tuple[Any, ...]]:
@@ -259,7 +265,7 @@ def test_an_adapter_takes_part_in_passes_of_fixed_shapes(
     wanted = sample(loaded, BATCH, Sampling(12), SEEDS)
     assert ([r.ids for r in wanted] == [r.ids for r in plain]) is not active
     on_a_gpu()
-    assert isinstance(steps_for(loaded, read(loaded, BATCH), 4, "cuda"), FixedSteps)
+    assert isinstance(steps_for(loaded, read(loaded, BATCH), 20, "cuda"), FixedSteps)
     assert_alike(sample(loaded, BATCH, Sampling(12), SEEDS), wanted)
 
 
@@ -269,10 +275,10 @@ def test_passes_of_fixed_shapes_keep_states_in_the_numbers_of_autocast(
     loaded = replace(load(), end_token_ids=(-1,))
     with torch.autocast("cpu", torch.bfloat16):
         on_a_gpu(1, fixed=False)
-        wanted = sample(loaded, BATCH, Sampling(6), SEEDS)
+        wanted = sample(loaded, BATCH, Sampling(12), SEEDS)
         on_a_gpu()
-        found = sample(loaded, BATCH, Sampling(6), SEEDS)
-        steps = steps_for(loaded, read(loaded, BATCH), 4, "cuda")
+        found = sample(loaded, BATCH, Sampling(12), SEEDS)
+        steps = steps_for(loaded, read(loaded, BATCH), 20, "cuda")
     assert {layer.keys.dtype for layer in steps.cache.layers} == {torch.bfloat16}
     for a, b in zip(found, wanted, strict=True):
         same = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=True)) if x != y), len(a.ids))
@@ -305,6 +311,14 @@ def repeated(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
         return second_BV
 
     return twice
+
+
+class Forbidden(Waits):
+    """Counts what no capture allows: waits, and numbers of the CPU that are copied to the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ == "lift_fresh"
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def frozen(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
@@ -345,6 +359,26 @@ def test_a_pass_of_fixed_shapes_can_be_repeated(load: Loader, with_graphs: Calla
     assert_alike(sample(loaded, BATCH, Sampling(20), SEEDS), wanted)
 
 
+@pytest.mark.parametrize("name", FIXED)
+def test_a_pass_of_fixed_shapes_does_nothing_that_a_capture_forbids(
+    load: Loader, with_graphs: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    counts: list[int] = []
+
+    def watched(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+        with monkeypatch.context() as during:
+            during.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
+            with Forbidden() as seen:
+                run()
+        counts.append(seen.count)
+        return run
+
+    with_graphs(watched)
+    sample(of_kind(load, FIXED[name]), BATCH, Sampling(20), SEEDS)
+    assert counts
+    assert set(counts) == {0}
+
+
 def test_passes_are_captured_once_for_each_number_of_rows(load: Loader, with_graphs: Callable[..., list[int]]) -> None:
     loaded = replace(load(), end_token_ids=MANY_ENDS)
     wanted = sample(loaded, BATCH, Sampling(40), SEEDS)
@@ -357,9 +391,9 @@ def test_passes_are_captured_once_for_each_number_of_rows(load: Loader, with_gra
     loaded, tried = replace(loaded, end_token_ids=(-1,)), len(captures)
     with torch.no_grad():  # weights that change in place are read by the next rollouts
         loaded.model.lm_head.weight.mul_(1.5)
-    shapes = pass_shapes(loaded, lambda: sample(loaded, BATCH, Sampling(5), SEEDS))
+    shapes = pass_shapes(loaded, lambda: sample(loaded, BATCH, Sampling(12), SEEDS))
     assert captures[tried:] == [len(BATCH)]
-    assert len(shapes) == 1 + 3 + 4  # the prompts, the capture and its count of rows, and a pass per token
+    assert len(shapes) == 1 + 3 + 11  # the prompts, the capture and its count of rows, and a pass per token
 
 
 @pytest.mark.parametrize(
@@ -386,7 +420,7 @@ def test_what_cannot_be_captured_runs_without_and_is_noted_once(
     assert capsys.readouterr().err == note
     assert loaded.captures is False
     assert captures == [len(BATCH)]
-    assert isinstance(steps_for(loaded, read(loaded, BATCH), 4, "cuda"), GrowingSteps)
+    assert isinstance(steps_for(loaded, read(loaded, BATCH), 20, "cuda"), GrowingSteps)
 
 
 # --- memory ---
