@@ -30,7 +30,7 @@ COMPARED_TOKENS = 2
 as when the captured pass does nothing."""
 
 LEAST_TOKENS = 8
-"""Fewest new tokens that are worth a capture, which takes about as long as three or four that are not captured."""
+"""Fewest new tokens that are worth a capture, estimated to take as long as three or four without one."""
 
 
 @dataclass
