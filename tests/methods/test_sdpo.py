@@ -30,7 +30,7 @@ from formulas import chosen, kl, mean_over_rows, moved, trained_in_one_and_two
 from torch import Tensor
 
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import ContextEncoder, Verdict
+from selfdistill.data import ContextEncoder, Demonstration, Verdict
 from selfdistill.data.contexts import CONTEXTS, ONE_DEMONSTRATION
 from selfdistill.errors import UserError
 from selfdistill.methods import stages_of
@@ -79,6 +79,20 @@ def test_a_sibling_is_the_first_other_sample_that_is_right(all_of_them: Settings
         ]
         assert run.loaded.tokenizer.decode(c.example.teacher_ids) == run.chat.render(messages)
         assert c.example.student_ids == run.chat.encode_prompt(messages[:1])
+
+
+@pytest.mark.parametrize(("cut", "sibling"), [([0, 1], 2), ([0, 1, 2], 0)], ids=str)
+def test_a_sample_that_was_cut_is_a_sibling_only_if_no_other_is_right(
+    all_of_them: Settings, cut: list[int], sibling: int
+) -> None:
+    run = Trainer(all_of_them(method="sdpo"))
+    samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:1], 1)
+    samples = [replace(c, truncated=number in cut) for number, c in enumerate(samples)]
+    encode = ContextEncoder(run.chat, None, run.config.max_completion_length, run.loaded.window)
+    learnt = AttemptContexts(4, "sibling", "turns")(samples, [RIGHT, RIGHT, RIGHT, WRONG], encode)
+    (turn,) = samples[3].example.demonstration.prompt
+    reply = {"role": "assistant", "content": said(run, samples[sibling])}
+    assert learnt[3].example.teacher_ids == run.chat.encode_prompt([turn, reply, turn])
 
 
 @pytest.mark.parametrize(
@@ -150,8 +164,17 @@ def test_an_episode_that_the_context_cannot_show_is_refused_before_any_step(
     row = {"messages": [{"role": role, "content": text} for role, text in turns], "answer": "ab"}
     data = str(write_rows([row], name="e.jsonl"))
     config = all_of_them(method="sdpo", data=data, turns="all", method_settings={"show": show})
-    with pytest.raises(UserError, match="cannot show an episode; use turns") if refused else nullcontext():
+    way = "give method_settings with context turns, or use turns last$"
+    with pytest.raises(UserError, match=f"cannot show an episode; {way}") if refused else nullcontext():
         Trainer(config)
+
+
+def test_a_prompt_without_a_question_needs_the_context_turns() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    row = Demonstration(prompt=(call, {"role": "tool", "content": "rain"}))
+    problem = "column 'prompt': no user turn, which context 'example' needs; give method_settings with context turns"
+    assert AttemptContexts(4, "either", "example").lacks(row) == problem
+    assert AttemptContexts(4, "either", "turns").lacks(row) is None
 
 
 # --- the loss, against float64 ---
@@ -322,6 +345,22 @@ def test_a_mixture_as_teacher_takes_the_place_of_others(all_of_them: Settings, v
     config = all_of_them(method="sdpo", method_settings=own, **values)
     with pytest.raises(UserError, match=r"mixes its own teacher: leave 'teacher', 'teacher_model' and 'ema_rate' out$"):
         stages_of(config)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"teacher": "frozen", "method_settings": {"ema_rate": 0.1}}, "'ema_rate' needs teacher ema: leave it or the"),
+        ({"teacher_model": "other", "method_settings": {"ema_rate": 0.1}}, "'ema_rate' needs teacher ema: leave it"),
+        ({"method_settings": {"show": "feedback", "context": "turns"}}, "'context' shows siblings, found show 'feedb"),
+    ],
+    ids=str,
+)
+def test_own_settings_without_effect_are_refused(
+    all_of_them: Settings, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"^setting 'method_settings', {message}"):
+        stages_of(all_of_them(method="sdpo", **values))
 
 
 # --- steps and runs ---
