@@ -45,6 +45,8 @@ class Completion:
     """The environment's, or the checker's if what sampled it needed it; None: not yet judged."""
     messages: tuple[Message, ...] = ()
     """All messages after the prompt; empty without an environment."""
+    guided: bool = False
+    """Sampled from another prompt than the example's, so that ``logps`` are far from the student's."""
 
     @property
     def is_own(self) -> list[bool]:

@@ -6,6 +6,8 @@ Dimensions in names: T completion tokens, V vocabulary, K entries that are compa
 from __future__ import annotations
 
 import copy
+import html
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,9 +28,10 @@ from conftest import (
     largest_difference,
     metrics_of,
 )
-from formulas import chosen, kl, mean_over_rows, moved, trained_in_one_and_two
+from formulas import chosen, judged, kl, mean_over_rows, moved, trained_in_one_and_two
 from torch import Tensor
 
+from selfdistill.cli import main
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import ContextEncoder, Demonstration, Verdict
 from selfdistill.data.contexts import CONTEXTS, ONE_DEMONSTRATION
@@ -356,11 +359,34 @@ def test_a_mixture_as_teacher_takes_the_place_of_others(all_of_them: Settings, v
     ],
     ids=str,
 )
-def test_own_settings_without_effect_are_refused(
-    all_of_them: Settings, values: dict[str, Any], message: str
-) -> None:
+def test_own_settings_without_effect_are_refused(all_of_them: Settings, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^setting 'method_settings', {message}"):
         stages_of(all_of_them(method="sdpo", **values))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_teachers_gain_is_apart_for_right_and_wrong_samples(all_of_them: Settings, micro_batches: int) -> None:
+    config = all_of_them(method="sdpo", batch_size=2, gradient_accumulation_steps=micro_batches, learning_rate=1e-2)
+    run = moved(config)
+    samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:2], 2)
+    results = judged(run, samples, [1.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0])  # the fifth has no sibling
+    student, teacher = (copy.deepcopy(run.loaded.model).double() for _ in range(2))
+    assert run.teacher is not None
+    with torch.no_grad(), run.teacher.model() as network:
+        teacher.load_state_dict(network.state_dict())
+    gains: dict[str, list[float]] = {"right": [], "wrong": []}
+    with torch.no_grad():
+        for c in results[0].selected.completions:
+            mine, theirs = (
+                chosen(logits(model, context or [], c.ids).log_softmax(-1), c.ids)
+                for model, context in ((student, c.example.student_ids), (teacher, c.example.teacher_ids))
+            )
+            assert c.verdict is not None
+            gains["right" if c.verdict.reward == 1 else "wrong"].append(float((theirs - mine).mean()))
+    assert [len(found) for found in gains.values()] == [2, 5]
+    expected = {f"teacher_gain/{kind}": statistics.mean(found) for kind, found in gains.items()}
+    assert min(map(abs, expected.values())) > 1e-3
+    assert results[0].teacher_gains == pytest.approx(expected, abs=1e-5)
 
 
 # --- steps and runs ---
@@ -399,6 +425,26 @@ def test_the_teachers_view_is_of_samples_that_are_learnt(all_of_them: Settings) 
         logits_TV = logits(run.loaded.model, c.example.teacher_ids, c.ids)  # an EMA that has not moved
         expected = chosen(logits_TV.log_softmax(-1), c.ids).tolist()
         assert [token["logq"] for token in view["tokens"]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_report_shows_what_the_teacher_saw_and_not_the_rows_completion(
+    all_of_them: Settings, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "the gold one", "answer": "no such reply"} for i in range(4)]
+    data = str(write_rows(rows, name="hard.jsonl"))
+    config = all_of_them(method="sdpo", data=data, view_rows=2, max_steps=1, method_settings={"show": "feedback"})
+    train(config)
+    lines = (Path(config.output_dir) / "token_views.jsonl").read_text(encoding="utf-8").splitlines()
+    views = [json.loads(line) for line in lines]
+    assert [view["step"] for view in views] == [0, 0, 1, 1]
+    page = tmp_path / "report.html"
+    assert main(["report", config.output_dir, "-o", str(page)]) == 0
+    shown = html.unescape(page.read_text(encoding="utf-8"))
+    for view in views:
+        assert "the feedback on it:\n\nexpected 'no such reply', found " in view["teacher_sees"]
+        assert view["teacher_sees"] in shown
+        assert "the gold one" not in json.dumps(view)
+    assert "the gold one" not in shown
 
 
 def test_a_step_without_anything_to_learn_leaves_the_average_where_it_is(
@@ -441,6 +487,8 @@ def test_metrics_of_a_mixture(all_of_them: Settings) -> None:
         assert line["unfit"] == 0
     assert {0 < line["learnt"] <= 1 for line in metrics_of(config)} == {True}
     assert min(line["learnt"] for line in metrics_of(config)) < 1
+    gains = [line.keys() & {"teacher_gain/right", "teacher_gain/wrong"} for line in metrics_of(config)]
+    assert all(bool(found) == bool(line["learnt"]) for found, line in zip(gains, metrics_of(config), strict=True))
 
 
 @pytest.mark.parametrize("own", [OWN, {"context": "turns", "trust_region": 0.3}], ids=str)
