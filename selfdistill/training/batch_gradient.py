@@ -99,9 +99,9 @@ class PartResult:
 
     @property
     def teacher_gains(self) -> dict[str, float]:
-        """Mean log q - log p of right and of wrong samples that are learnt, as names of metrics.
+        """Mean log q - log p of the learnt samples with reward 1, and of others with a verdict, as names of metrics.
 
-        Empty if the method has no checker or no teacher, or what it learns are not samples.
+        Empty without a teacher.
         """
         gains = {name: total for name, total in self.statistics.items() if name.startswith("teacher_gain/")}
         return {name: total / self.statistics[name.replace("gain", "weight")] for name, total in gains.items()}

@@ -225,8 +225,9 @@ def plain_loss(
         policy.append(-advantages[-1] * chosen(log_p_TV, c.ids))
         right = [i for i in group if i != number and rewards[i] == 1]
         if right:
+            whole = [i for i in right if not samples[i].truncated]
             turn = c.example.demonstration.prompt[0]
-            reply = {"role": "assistant", "content": said(run, samples[right[0]])}
+            reply = {"role": "assistant", "content": said(run, samples[(whole or right)[0]])}
             with torch.no_grad():
                 context = run.chat.encode_prompt([turn, reply, turn])
                 seen = [logits(teacher, context, c.ids) for teacher in teachers]
