@@ -46,7 +46,7 @@ METRICS = {
     "teacher_gain/wrong": "the same of the other learnt samples: a teacher that helps has less here than above",
     "learnt": "share of the samples that are learnt; only for methods that may leave some out, such as ``sdpo``",
     "unfit": "share of the samples whose context is too long, or that the chat template does not show",
-    "control": "number of the method's controller, such as the share of the demonstration that the teacher sees",
+    "control": "value chosen by the method's controller, such as the share of the demonstration that the teacher sees",
     "importance": "mean importance weight of the completions",
     "engine/gap": "mean difference between a token's log-probability by engine and by student, nats; with an engine",
     "engine/gap_max": "the largest of these differences",
