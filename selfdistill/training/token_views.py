@@ -3,7 +3,7 @@
 It also shows episodes that no teacher scores.
 
 The rollouts are greedy. Where the teacher's contexts are made of a step's samples, they are samples, with the seeds of
-the first step.
+the first step. Where the teacher sees more or less of the demonstration from step to step, it sees the most here.
 
 Legend: N tokens of a completion, n tokens in one chunk, D hidden size, V vocabulary.
 """
