@@ -398,6 +398,16 @@ def test_tags_in_another_form_are_text(changed: str, by: str) -> None:
         ("hermes", '<tool_call>\n{"arguments": {}}\n</tool_call>', "the call has no name"),
         ("hermes", '<tool_call>\n{"name": "f", "arguments": [1]}\n</tool_call>', "the arguments of f are not a JSON"),
         ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": NaN}}\n</tool_call>', "NaN is not a JSON value"),
+        (
+            "hermes",
+            '<tool_call>\n{"name": "f", "arguments": {"a": 1, "a": 9}}\n</tool_call>',
+            "the call is not valid JSON: duplicate key 'a'; remove one",
+        ),
+        (
+            "hermes",
+            r'<tool_call>{"name": "f", "arguments": "{\"a\": 2}, {\"a\": 3}"}</tool_call>',
+            "the arguments of f go on after their JSON value",
+        ),
         ("hermes", "<tool_call>", "the call is not valid JSON"),
         ("llama3_1", '{"name": "f", "parameters": {"a": ', "the call is not valid JSON"),
         ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}', "the call is not valid JSON"),
@@ -440,6 +450,7 @@ def test_tags_in_another_form_are_text(changed: str, by: str) -> None:
             'Action: f\nAction Input: {"a": NaN}',
             "must be followed by 'Action Input:' and a JSON object",
         ),
+        ("plain ChatML", 'Action: f\nAction Input: {"a": 1, "a": 9}', "a JSON object, in which no key comes twice"),
         ("plain ChatML", "Action: f\nAction Input: [1]", "the arguments of f are not a JSON object"),
     ],
 )
@@ -457,6 +468,7 @@ def test_a_call_that_cannot_be_read_says_why(template: str, reply: str, problem:
         '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>',
         '<tool_call>\n{"arguments": {"city": "Oslo"}, "name": "weather"}',
         '<tool_call>\n{"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}\n</tool_call>\n',
+        '<tool_call>\n{"name": "weather", "arguments": " {\\"city\\": \\"Oslo\\"}\\n"}\n</tool_call>\n',
     ],
 )
 def test_other_spellings_of_a_call_are_read(reply: str) -> None:
