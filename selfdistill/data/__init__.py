@@ -40,6 +40,7 @@ from selfdistill.data.images import (
     MOST_PIXELS,
     PICTURE_FOLDER,
     Picture,
+    PictureRefusal,
     PictureTokens,
     PromptIds,
     pictures_in,
@@ -54,6 +55,7 @@ from selfdistill.data.messages import (
     said_in,
     speaker_of,
     text_of,
+    without_thoughts,
     wrong,
 )
 from selfdistill.data.named import FUNCTION, named
@@ -115,6 +117,7 @@ __all__ = [
     "Note",
     "NothingFits",
     "Picture",
+    "PictureRefusal",
     "PictureTokens",
     "PromptIds",
     "RawRow",
@@ -186,6 +189,7 @@ __all__ = [
     "verdicts",
     "with_feedback",
     "with_guide",
+    "without_thoughts",
     "words_of",
     "write_demonstrations",
     "wrong",

@@ -35,6 +35,10 @@ _MARK = re.compile(f"{_BORDER}([0-9a-f]{{64}}){_BORDER}")
 _WANT = "a path, a PIL image or an object with bytes and path"
 
 
+class PictureRefusal(UserError):
+    """The model's processor rejects a picture."""
+
+
 class _BadPicture(ValueError):
     """A picture that cannot be used; the message says why."""
 

@@ -43,9 +43,18 @@ from torch import Tensor
 from selfdistill.cli import main
 from selfdistill.config import EngineSettings, load_yaml
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import ChatFormat, Demonstration, Picture, load_demonstrations, packaged
+from selfdistill.data import (
+    ChatFormat,
+    ContextEncoder,
+    Demonstration,
+    Picture,
+    Verdict,
+    load_demonstrations,
+    packaged,
+)
 from selfdistill.errors import UserError
 from selfdistill.methods import begun, lacks_of, rules_of, stages_of, unused_settings
+from selfdistill.methods.attempts import AttemptContexts
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import LoadedModel, Rollout, Sampling
 from selfdistill.training.memory import MemoryPlanner
@@ -296,6 +305,23 @@ def test_sdpos_teacher_sees_an_episode_that_succeeded(talks: Settings) -> None:
     assert shown
     with pytest.raises(UserError, match="found 'example', and only turns shows episodes"):
         stages_of(talks(method="sdpo", method_settings={"context": "example"}))
+
+
+def test_sdpos_teacher_sees_an_episode_without_its_thoughts(talks: Settings) -> None:
+    run = Trainer(talks(method="sdpo", num_generations=2))
+    example = run.stage.task.examples[0]
+    first = {"role": "assistant", "content": "<think>a long way</think>\nOne."}
+    asked, last = {"role": "user", "content": "Go on."}, {"role": "assistant", "content": "<think></think>Two."}
+    right = Completion(example, [1, 2, 3], None, False, verdict=Verdict(1.0), messages=(first, asked, last))
+    wrong = replace(right, verdict=Verdict(0.0))
+    contexts = AttemptContexts(2, "sibling", "turns", episodes=True)
+    encode = ContextEncoder(run.chat, None, 16, run.loaded.window)
+    (learnt,) = contexts([right, wrong], [Verdict(1.0), Verdict(0.0)], encode)
+    seen = run.chat.tokenizer.decode(learnt.example.teacher_ids)
+    assert "<|im_start|>assistant\nOne.<|im_end|>" in seen
+    assert "<|im_start|>assistant\nTwo.<|im_end|>" in seen
+    assert "think" not in seen
+    assert right.messages[0] == first
 
 
 def test_views_of_tokens_are_of_episodes(talks: Settings) -> None:
