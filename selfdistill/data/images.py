@@ -94,6 +94,11 @@ class PictureTokens(Protocol):
         ...
 
 
+def continued_by(prompt: Sequence[int], ids: Sequence[int]) -> PromptIds:
+    """A prompt with further tokens at its end, and its pictures."""
+    return PromptIds([*prompt, *ids], pictures_in(prompt))
+
+
 def pictures_in(ids: Sequence[int]) -> tuple[Picture, ...]:
     """The pictures of a prompt; none of plain token ids."""
     return ids.pictures if isinstance(ids, PromptIds) else ()
