@@ -33,7 +33,7 @@ from selfdistill.data.encoding import (
     own_tokens,
     reply_spans,
 )
-from selfdistill.data.episodes import Replies, notes_on_episodes, turns_of
+from selfdistill.data.episodes import Replies, changed_when_shown_anew, notes_on_episodes, turns_of
 from selfdistill.data.feedback import with_feedback, with_guide
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable, no_part
 from selfdistill.data.images import (
@@ -136,6 +136,7 @@ __all__ = [
     "as_verdict",
     "by_reason",
     "by_tests",
+    "changed_when_shown_anew",
     "check_rows",
     "check_scorer",
     "context_of",

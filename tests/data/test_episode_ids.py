@@ -12,6 +12,8 @@ from tool_templates import CALL_TAGS, HERMES, TOOL_TEMPLATES, ToolTemplate
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import Verbatim
 from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.encoding import reply_spans
+from selfdistill.data.episodes import changed_when_shown_anew, encode_replies
 from selfdistill.data.scorers import score, scored_text
 from selfdistill.data.template import TemplateRefusal
 
@@ -386,6 +388,51 @@ def test_tags_in_another_form_are_text(changed: str, by: str) -> None:
     message = chat.message_of(chat.encode_reply(calls(CITY), OPTIONS))
     assert message.keys() == {"role", "content"}
     assert "weather" in message["content"]
+
+
+# --- earlier turns that are shown anew ---
+
+THOUGHT = "<think>\nhm\n</think>"
+WEATHER = {
+    "thought of a call": [calls(CITY, content=THOUGHT), result("rain"), says("It rains.")],
+    "thought": [says(f"{THOUGHT}\n\nIt rains."), user("And now?"), says("Still.")],
+    "text": [calls(CITY, content="I look that up."), result("rain"), says("It rains.")],
+    "call": [says("Wait."), user("Well?"), calls(ODD), result("rain"), says("It rains.")],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "changed"),
+    [
+        ("hermes", "thought", ""),
+        ("qwen3", "thought of a call", ""),
+        ("qwen3", "thought", "leaves out the thought of the reply '<think> hm </think> It rains.'"),
+        ("qwen3", "text", "leaves out the empty thought of the reply '<think> </think> I look that up. "),
+        ("llama3_1", "thought of a call", "leaves out the thought of the reply '<think> hm </think> "),
+        ("llama3_1", "text", "leaves out the text beside the call in the reply 'I look that up. {"),
+        ("mistral", "call", ""),
+        ("mistral", "text", "leaves out the text beside the call in the reply 'I look that up. [TOOL_CALLS] "),
+        *((template.name, "call", "") for template in TOOL_TEMPLATES if template.name != "qwen3"),
+    ],
+)
+def test_what_a_template_changes_in_earlier_turns_is_found(name: str, turns: str, changed: str) -> None:
+    chat = chat_of(next(template for template in TOOL_TEMPLATES if template.name == name))
+    row = Demonstration((user("Weather?"),), "", episode=tuple(WEATHER[turns]), tools=[TOOL])
+    ids, given = encode_replies(row, chat)
+    prompt = chat.encode_prompt(row.prompt, OPTIONS)
+    before = [*row.prompt, *row.episode[:-1]]
+    found = changed_when_shown_anew(chat, before, OPTIONS, prompt, ids, reply_spans(len(ids), given)[:-1])
+    assert found.startswith(changed) if changed else not found
+
+
+def test_a_reply_that_is_written_otherwise_is_found() -> None:
+    chat = chat_of(TOOL_TEMPLATES[0])
+    sampled = '<tool_call>\n{"arguments": {"city": "Oslo"}, "name": "weather"}\n</tool_call>'
+    ids = [*chat.encode_text(sampled), chat.end_token_id]
+    before = [user("Weather?"), chat.message_of(ids), result("rain")]
+    prompt = chat.encode_prompt(before[:1], OPTIONS)
+    found = changed_when_shown_anew(chat, before, OPTIONS, prompt, ids, [(0, len(ids))])
+    assert found.startswith('rewrites the reply \'<tool_call> {"arguments": {"city"')
 
 
 # --- replies that are not calls ---

@@ -191,6 +191,54 @@ def test_an_episode_that_is_cut_has_failed(talks: Settings, values: dict[str, An
     assert all(not c.given or c.given[-1][1] < len(c.ids) for c in found)  # none ends with an observation
 
 
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [
+        ({"max_turns": 2}, r"at turn 2: the episode was cut after 2 turns, so it has reward 0; raise max_turns"),
+        (
+            {"max_episode_length": 50},
+            r"at turn \d: the episode was cut near 50 tokens, so it has reward 0; raise max_episode_length, which counts "
+            "replies, observations, and room for one more reply",
+        ),
+        ({"max_completion_length": 3, "max_episode_length": 300}, None),
+    ],
+)
+def test_the_first_episode_that_a_limit_cuts_is_noted_and_all_are_counted(
+    talks: Settings, capsys: pytest.CaptureFixture[str], values: dict[str, Any], note: str | None
+) -> None:
+    config = talks(batch_size=6, max_steps=2, **values)
+    train(config)
+    notes = re.findall(r"note: (.* the episode was cut .*)", capsys.readouterr().err)
+    assert len(notes) == (note is not None)
+    assert note is None or re.fullmatch(rf".*talks.jsonl:\d, {note}", notes[0])
+    cut, truncated = ([line[name] for line in metrics_of(config)] for name in ("episode/cut", "completion/truncated"))
+    assert all(x <= y for x, y in zip(cut, truncated, strict=True))
+    assert any(cut) == (note is not None)
+    assert any(truncated)
+
+
+def test_the_first_reply_that_the_template_shows_otherwise_is_noted(
+    talks: Settings, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    begins = "<|im_start|>assistant\n"
+    template = CHATML.replace(begins, f"{begins}<think>\n\n</think>\n\n")
+    noted = r"note: (.*talks.jsonl:\d: as an earlier turn, the chat template .*)"
+    for out, model in (("plain", {}), ("thinks", {"template": template})):
+        folder = str(model_folder(ends=ENDS, **model))
+        for again in ("", "again"):
+            train(talks(out + again, model=folder, batch_size=6))
+        notes = re.findall(noted, capsys.readouterr().err)
+        assert len(notes) == 2 * (out == "thinks")
+        assert all(" chat template leaves out the empty thought of the reply " in note for note in notes)
+        assert all(
+            note.endswith(
+                "; here it stays as it was sampled, but applications that send the messages again show the "
+                "model what the template writes"
+            )
+            for note in notes
+        )
+
+
 def test_tools_and_what_the_environment_says_first_are_shown_to_both(
     talks: Settings, model_folder: Callable[..., Path]
 ) -> None:
