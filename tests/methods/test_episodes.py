@@ -197,8 +197,8 @@ def test_an_episode_that_is_cut_has_failed(talks: Settings, values: dict[str, An
         ({"max_turns": 2}, r"at turn 2: the episode was cut after 2 turns, so it has reward 0; raise max_turns"),
         (
             {"max_episode_length": 50},
-            r"at turn \d: the episode was cut near 50 tokens, so it has reward 0; raise max_episode_length, which counts "
-            "replies, observations, and room for one more reply",
+            r"at turn \d: the episode was cut near 50 tokens, so it has reward 0; raise max_episode_length, which "
+            "counts replies, observations, and room for one more reply",
         ),
         ({"max_completion_length": 3, "max_episode_length": 300}, None),
     ],
