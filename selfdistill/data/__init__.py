@@ -91,6 +91,7 @@ from selfdistill.data.scorers import (
 from selfdistill.data.shapes import draw_shapes
 from selfdistill.data.sources import Note, located
 from selfdistill.data.template_columns import schema_of
+from selfdistill.data.text_ids import texts_of
 from selfdistill.data.words import WORD, includes, plain, words_of
 
 __all__ = [
@@ -186,6 +187,7 @@ __all__ = [
     "shown_text",
     "speaker_of",
     "text_of",
+    "texts_of",
     "thought_and_said",
     "turns_of",
     "verdict",

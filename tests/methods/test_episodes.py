@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,41 @@ def test_views_of_tokens_are_of_episodes(talks: Settings) -> None:
         assert view["feedback"]
         assert 0 <= view["reward"] <= 1
     assert not any("<|im_start|>" in token["text"] for view in views for token in view["tokens"])
+
+
+def test_views_show_tools_and_the_prompts_earlier_turns(
+    talks: Settings, model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
+    data = str(write_rows([{"prompt": prompt, "completion": "ab", "answer": 2}], name="one.jsonl"))
+    model = str(model_folder(ends=ENDS, room=1024))
+    run = Trainer(talks(data=data, model=model, environment="python:tiny_worlds.Asks", view_rows=1, batch_size=1))
+    (view,) = token_views(run)
+    assert (view["before"], view["prompt"]) == ("system: Be brief.\nuser: q", "Go on, 2 times.")
+    assert [json.loads(tool) for tool in view["tools"]] == [tiny_worlds.LOOK_UP["function"]]
+
+
+@pytest.mark.parametrize("method", ["sdft", "grpo"])
+def test_a_character_of_several_tokens_is_shown_whole(
+    talks: Settings, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    own = {"num_generations": 2} if method == "grpo" else {}
+    run = Trainer(talks(method=method, view_rows=2, **own))
+    ids = [*run.chat.encode_text("a 界😀"), run.chat.end_token_id]
+    monkeypatch.setattr("selfdistill.methods.episodes.TurnSampler", partial(Always, ids))
+    for view in token_views(run):
+        texts = [token["text"] for token in view["tokens"]]
+        assert texts[:10] == ["a", " ", "", "", "界", "", "", "", "😀", "<|im_end|>"]
+
+
+class Always:
+    """A sampler of one and the same reply."""
+
+    def __init__(self, ids: list[int], *_: Any) -> None:
+        self._ids = ids
+
+    def __call__(self, episodes: list[int], *_: Any) -> list[Rollout]:
+        return [Rollout(self._ids, [-0.5] * len(self._ids), truncated=False) for _ in episodes]
 
 
 def test_without_a_teacher_views_are_transcripts(talks: Settings, tmp_path: Path) -> None:
