@@ -410,7 +410,6 @@ WEATHER = {
         ("qwen3", "text", "leaves out the empty thought of the reply '<think> </think> I look that up. "),
         ("llama3_1", "thought of a call", "leaves out the thought of the reply '<think> hm </think> "),
         ("llama3_1", "text", "leaves out the text beside the call in the reply 'I look that up. {"),
-        ("mistral", "call", ""),
         ("mistral", "text", "leaves out the text beside the call in the reply 'I look that up. [TOOL_CALLS] "),
         *((template.name, "call", "") for template in TOOL_TEMPLATES if template.name != "qwen3"),
     ],

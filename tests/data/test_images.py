@@ -218,6 +218,10 @@ def test_what_is_no_picture_is_refused(value: dict[str, Any], problem: str) -> N
     assert problem_of(value) == problem
 
 
+def test_a_path_with_half_of_a_surrogate_pair_is_refused() -> None:
+    assert problem_of(row("\ud800.png")).startswith(r"column 'images[0]': '\ud800.png' cannot be read (")
+
+
 def test_as_many_pictures_as_places() -> None:
     place, text = {"type": "image"}, {"type": "text", "text": "Look"}
     two = [{"role": "user", "content": [place, text, place]}]
