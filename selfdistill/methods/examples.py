@@ -207,8 +207,8 @@ class DocumentExamples:
         room = (loaded.window or 2 * length) - length
         if room < 1:
             raise UserError(
-                f"setting 'max_completion_length': {length} leaves no room for preceding text in the model's window of "
-                f"{loaded.window} tokens; lower it"
+                f"setting 'max_completion_length': {length} leaves no room for preceding text in the model's context "
+                f"window of {loaded.window} tokens; lower it"
             )
         room = min(room, config.max_prompt_length or room)
         begin = loaded.tokenizer.bos_token_id

@@ -45,7 +45,7 @@ METRICS = {
     "reward": "mean reward of the samples; only for methods with a checker, such as ``grpo``",
     "learnt": "share of the samples that are learnt; only for methods that may leave some out, such as ``sdpo``",
     "unfit": "share of the samples whose context is too long, or that the chat template does not show",
-    "control": "number of the method's controller, such as the share of the demonstration that the teacher sees",
+    "control": "value chosen by the method's controller, such as the share of the demonstration that the teacher sees",
     "importance": "mean importance weight of the completions",
     "engine/gap": "mean difference between a token's log-probability by engine and by student, nats; with an engine",
     "engine/gap_max": "the largest of these differences",
