@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -167,7 +168,35 @@ class Lies(Talk):
 
 
 class Narrates(Talk):
-    """Speaks in a role that chat templates do not know."""
+    """Answers with what a chat template may refuse."""
 
     def step(self, message: Message) -> Step:
-        return Step(({"role": "narrator", "content": "Meanwhile."},))
+        return Step(({"role": "user", "content": "Meanwhile."},))
+
+
+class Rambles(Talk):
+    """Says more than the model reads."""
+
+    observation_limit = 20
+
+    def step(self, message: Message) -> Step:
+        step = super().step(message)
+        return step if step.done else Step(({"role": "user", "content": "and so on " * 3},))
+
+
+class Slow(Talk):
+    """Takes its time to be made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        time.sleep(0.2)
+
+
+class Fickle(Talk):
+    """Has other tools in every episode."""
+
+    made = itertools.count()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tools = [LOOK_UP] * (next(self.made) % 2)  # type: ignore[misc]

@@ -4,14 +4,17 @@ from selfdistill.environments.factory import IN_PYTHON, make_environment, name_o
 from selfdistill.environments.protocol import Environment, EnvironmentFactory, Step
 from selfdistill.environments.runner import ToolRunner
 from selfdistill.environments.shop import PRODUCTS, price_of, stock_of
+from selfdistill.environments.threads import THREADS, in_threads
 
 __all__ = [
     "IN_PYTHON",
     "PRODUCTS",
+    "THREADS",
     "Environment",
     "EnvironmentFactory",
     "Step",
     "ToolRunner",
+    "in_threads",
     "make_environment",
     "name_of_functions",
     "price_of",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from selfdistill.data import COLUMNS, Message, Verdict, as_verdict, said_in
-from selfdistill.environments.hosted import NOTHING, Hosted, as_messages, copied
+from selfdistill.environments.hosted import NOTHING, Hosted, copied
 from selfdistill.environments.protocol import Environment, Step
 from selfdistill.environments.runner import ToolRunner
+from selfdistill.environments.texts import Mistake, Reader
 from selfdistill.errors import UserError
 
 _NO_TOOLS = ("reset", "reward", "close")
@@ -29,31 +30,46 @@ class OwnClass:
     def __init__(self, host: Hosted) -> None:
         self._host = host
         self.tools = host.object.tools
+        for number, tool in enumerate(self.tools):
+            if not isinstance(tool, dict):
+                raise host.mistake(f"tools[{number}] is {type(tool).__name__!r}, expected a JSON schema")
 
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
         """The messages that the class returns."""
-        returned = self._host.must("reset", lambda: self._host.object.reset(copied(row)))
-        if not isinstance(returned, list) or not all(isinstance(one, dict) for one in returned):
-            raise self._host.mistake(f"reset returned {returned!r:.60}, expected a list of messages")
-        return as_messages(returned)
+        return list(self._host.must("reset", lambda: self._host.object.reset(copied(row)), self._first))
 
     def step(self, message: Message) -> Step:
         """The class's step; one that fails ends the episode with reward 0."""
-        step = self._host.attempt("step", lambda: self._host.object.step(copied(message)))
-        if not isinstance(step, Step):
-            raise self._host.mistake(f"step returned {step!r:.60}, expected a Step")
-        if step.reward is not None and not step.done:
-            raise self._host.mistake("step returned a reward before the end, expected it only at the end")
+        step: Step = self._host.attempt("step", lambda: self._host.object.step(copied(message)), self._read)
         if step.reward is not None:
             as_verdict(step.reward, f"environment {self._host.name!r}: step")
-        observations = () if step.done else tuple(as_messages(list(step.observations)))
-        if not step.done and not observations:
-            raise self._host.mistake("step returned neither observations nor the end, expected one of them")
-        return replace(step, observations=observations)
+        return step
 
     def close(self) -> None:
         """Close the object and its thread."""
         self._host.close()
+
+    def _first(self, returned: Any) -> list[Message]:
+        if not isinstance(returned, list) or not _are_messages(returned):
+            raise Mistake(f"reset returned {returned!r:.60}, expected a list of messages")
+        return Reader().messages(returned)
+
+    def _read(self, step: Any) -> Step:
+        if not isinstance(step, Step):
+            raise Mistake(f"step returned {step!r:.60}, expected a Step")
+        if step.reward is not None and not step.done:
+            raise Mistake("step returned a reward before the end, expected it only at the end")
+        if not _are_messages(step.observations):
+            raise Mistake(f"step returned the observations {step.observations!r:.60}, expected messages")
+        reader = Reader(self._host.observation_limit)
+        observations = () if step.done else tuple(reader.messages(list(step.observations)))
+        if not step.done and not observations:
+            raise Mistake("step returned neither observations nor the end, expected one of them")
+        return replace(step, observations=observations, cut=reader.cut)
+
+
+def _are_messages(returned: Iterable[Any]) -> bool:
+    return all(isinstance(one, dict) and "role" in one for one in returned)
 
 
 class ToolClass:
@@ -69,7 +85,7 @@ class ToolClass:
         self._host = host
         methods = [getattr(host.object, name) for name in tool_names(type(host.object))]
         try:
-            self._runner = ToolRunner(methods, host.time_limit, host.worker)
+            self._runner = ToolRunner(methods, host.time_limit, host.observation_limit, host.worker)
         except UserError as error:
             raise host.mistake(
                 f"{error}; if the model should not call it, begin its name with an underscore"
@@ -79,13 +95,13 @@ class ToolClass:
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
         """The result of the object's ``reset``, as a user turn."""
         arguments = _wanted(self._host, copied(row), row=copied(row))
-        return as_messages(self._host.must("reset", lambda: self._host.object.reset(**arguments)))
+        return list(self._host.must("reset", lambda: self._host.object.reset(**arguments), Reader().messages))
 
     def step(self, message: Message) -> Step:
         """Run the message's calls; without calls, the episode is done."""
-        observations, invalid = self._runner.answer(message)
-        if observations:
-            return Step(observations, invalid_calls=invalid)
+        answer = self._runner.answer(message)
+        if answer.observations:
+            return answer
         found = self._verdict(said_in(message))
         return Step((), True, found.reward, found.feedback) if found else Step(done=True)
 
@@ -132,21 +148,23 @@ class StepClass:
         """The first observation, as a user turn."""
         self._sum = 0.0
         arguments = _wanted(self._host, {}, row=copied(row), options=copied(row), seed=seed_of(row))
-        returned = self._host.must("reset", lambda: self._host.object.reset(**arguments))
-        if isinstance(returned, tuple) and len(returned) == 2:
-            returned = returned[0]
-        return as_messages(getattr(returned, "observation", returned))
+        return list(self._host.must("reset", lambda: self._host.object.reset(**arguments), _first_observation))
 
     def step(self, message: Message) -> Step:
         """The object's step; one that fails ends the episode with reward 0."""
-        returned = self._host.attempt("step", lambda: self._host.object.step(said_in(message)))
-        if isinstance(returned, Step) and returned.failed:
-            return returned
-        observation, reward, done = self._parts(returned)
-        self._sum += reward or 0.0
-        observations = tuple(as_messages(observation))
+        reader = Reader(self._host.observation_limit)
+
+        def read(returned: Any) -> tuple[tuple[Message, ...], float, bool]:
+            observation, reward, done = _parts(returned)
+            return tuple(reader.messages(observation)), reward, done
+
+        found = self._host.attempt("step", lambda: self._host.object.step(said_in(message)), read)
+        if isinstance(found, Step):
+            return found
+        observations, reward, done = found
+        self._sum += reward
         if not done:
-            return Step(observations or (NOTHING,))
+            return Step(observations or (NOTHING,), cut=reader.cut)
         who = f"environment {self._host.name!r}: the sum of the episode's rewards, which step"
         total = round(self._sum, 9)  # ten steps of 0.1 are 1
         return Step((), True, as_verdict(total, who).reward, "\n".join(one["content"] for one in observations))
@@ -155,25 +173,30 @@ class StepClass:
         """Close the object and its thread."""
         self._host.close()
 
-    def _parts(self, returned: Any) -> tuple[Any, float, bool]:
-        """Observation, reward and whether the episode is done."""
-        if isinstance(returned, tuple) and len(returned) in (4, 5):
-            observation, reward, *ends = returned[:-1]
-            done = any(ends)
-        elif isinstance(returned, Step):
-            raise self._host.mistake(
-                "step returned a Step, which needs a class that also has tools and close; add them"
-            )
-        elif hasattr(returned, "reward") and hasattr(returned, "done"):
-            observation = getattr(returned, "observation", None)
-            reward, done = returned.reward, bool(returned.done)
-        else:
-            want = "expected (observation, reward, terminated, truncated, info) or an object with reward and done"
-            raise self._host.mistake(f"step returned {returned!r:.60}, {want}")
-        try:
-            return observation, float(reward or 0.0), done
-        except (TypeError, ValueError):
-            raise self._host.mistake(f"step returned the reward {reward!r:.60}, expected a number") from None
+
+def _first_observation(returned: Any) -> list[Message]:
+    if isinstance(returned, tuple) and len(returned) == 2:
+        returned = returned[0]
+    return Reader().messages(getattr(returned, "observation", returned))
+
+
+def _parts(returned: Any) -> tuple[Any, float, bool]:
+    """Observation, reward and whether the episode is done, of what ``step`` returned."""
+    if isinstance(returned, tuple) and len(returned) in (4, 5):
+        observation, reward, *ends = returned[:-1]
+        done = any(ends)
+    elif isinstance(returned, Step):
+        raise Mistake("step returned a Step, which needs a class that also has tools and close; add them")
+    elif hasattr(returned, "reward") and hasattr(returned, "done"):
+        observation = getattr(returned, "observation", None)
+        reward, done = returned.reward, bool(returned.done)
+    else:
+        want = "expected (observation, reward, terminated, truncated, info) or an object with reward and done"
+        raise Mistake(f"step returned {returned!r:.60}, {want}")
+    try:
+        return observation, float(reward or 0.0), done
+    except (TypeError, ValueError):
+        raise Mistake(f"step returned the reward {reward!r:.60}, expected a number") from None
 
 
 class Functions:
@@ -198,8 +221,8 @@ class Functions:
 
     def step(self, message: Message) -> Step:
         """Run the message's calls; without calls, the episode is done."""
-        observations, invalid = self._runner.answer(message)
-        return Step(observations, not observations, invalid_calls=invalid)
+        answer = self._runner.answer(message)
+        return replace(answer, done=not answer.observations)
 
     def close(self) -> None:
         """Let the thread end."""
@@ -257,7 +280,9 @@ def seed_of(row: Mapping[str, Any]) -> int:
 
 
 def _wanted(host: Hosted, columns: Mapping[str, Any], **others: Any) -> dict[str, Any]:
-    """The columns and other values that ``reset`` has parameters for; all columns if it takes any keyword.
+    """The columns and other values that ``reset`` has parameters for.
+
+    If it takes any keyword, also all columns, and Gymnasium's ``seed`` and ``options``, which a wrapper passes on.
 
     Raises:
         UserError: ``reset`` has another parameter without a default.
@@ -272,4 +297,5 @@ def _wanted(host: Hosted, columns: Mapping[str, Any], **others: Any) -> dict[str
             raise host.mistake(f"the row has no column {name!r}, which reset takes")
         known = f"row or columns of the data: {', '.join(ROW_COLUMNS)} (docs/data.md)" if columns else ", ".join(others)
         raise host.mistake(f"reset takes {name!r}, expected only {known}")
-    return {**columns, **named} if takes_all else named
+    passed_on: dict[str, Any] = {name: others[name] for name in ("seed", "options") if name in others}
+    return {**passed_on, **columns, **named} if takes_all else named

@@ -9,8 +9,8 @@ from typing import Any
 from selfdistill.data import Message
 from selfdistill.environments.protocol import Step
 from selfdistill.environments.runner import TIME_LIMIT, what_failed
-from selfdistill.environments.texts import MOST_CHARACTERS, as_text, cleaned
-from selfdistill.environments.worker import Failed, Late, Worker
+from selfdistill.environments.texts import OBSERVATION_LIMIT, Mistake, cleaned
+from selfdistill.environments.worker import Failed, Late, TooManyLate, Worker, same
 from selfdistill.errors import UserError
 
 SETUP_LIMIT = 300.0
@@ -19,58 +19,73 @@ SETUP_LIMIT = 300.0
 NOTHING: Message = {"role": "user", "content": "(nothing)"}
 """The observation if the environment returns none and the episode continues."""
 
-_KEYS = ("role", "content", "name", "tool_call_id")
-"""Keys that a message from an environment may have."""
+_MOST = 1_000_000_000
+"""The largest limit that an object may set."""
 
 
 class Hosted:
     """A user's object in its own thread.
 
-    Its attribute ``time_limit`` sets how many seconds a step or a tool may take; the default is 10.
+    Its attribute ``time_limit`` sets how many seconds a step or a tool may take; the default is 10. Its attribute
+    ``observation_limit`` sets how many characters of an observation the model reads; the default is 2,000.
 
     Args:
         name: the environment's name, for messages.
         make: creates the object, in the thread.
 
     Raises:
-        UserError: the object cannot be created.
+        UserError: the object cannot be created, or a limit of it is none.
     """
 
     def __init__(self, name: str, make: Callable[[], Any]) -> None:
         self.name = name
         self.worker = Worker()
         self._closed = False
+        self.object: Any = None
+        self.time_limit: float = TIME_LIMIT
+        self.observation_limit = OBSERVATION_LIMIT
         try:
             self.object = self.must("creating it", make)
+            self.time_limit = self._limit("time_limit", self.time_limit, (int, float), "a number")
+            self.observation_limit = self._limit("observation_limit", self.observation_limit, (int,), "a whole number")
         except UserError:
-            self.worker.close()
+            self.close()
             raise
-        self.time_limit = float(getattr(self.object, "time_limit", TIME_LIMIT))
 
-    def must(self, what: str, function: Callable[[], Any]) -> Any:
-        """Call ``function`` and return its result; a failure is a mistake in the user's class.
+    def must(self, what: str, function: Callable[[], Any], then: Callable[[Any], Any] = same) -> Any:
+        """Call ``function`` and return what ``then`` makes of its result; a failure is a mistake in the user's class.
 
         Raises:
             UserError: the call raised an exception, or took too long.
         """
         try:
-            return self.worker.call(function, SETUP_LIMIT)
+            return self.worker.call(function, SETUP_LIMIT, then)
         except Failed as failed:
+            if isinstance(failed.__cause__, Mistake):
+                raise self.mistake(str(failed.__cause__)) from None
             if isinstance(failed.__cause__, UserError):
                 raise failed.__cause__ from None
             raise self.mistake(f"{what} failed: {cleaned(what_failed(failed), 300)}") from failed.__cause__
-        except Late as late:
+        except (Late, TooManyLate) as late:
             raise self.mistake(f"{what} failed: {late}") from None
 
-    def attempt(self, what: str, function: Callable[[], Any]) -> Any:
-        """Call ``function`` and return its result, or a :class:`Step` that ends the episode if it raises or is late.
+    def attempt(self, what: str, function: Callable[[], Any], then: Callable[[Any], Any] = same) -> Any:
+        """Call ``function`` and return what ``then`` makes of its result.
 
-        A model can make an environment fail, so the episode gets reward 0 and the run continues.
+        If the call raises or is late, return a :class:`Step` that ends the episode with reward 0: a model can make an
+        environment fail, and the run continues.
+
+        Raises:
+            UserError: ``then`` raised :class:`Mistake`, or too many calls that took too long are still running.
         """
         try:
-            return self.worker.call(function, self.time_limit)
+            return self.worker.call(function, self.time_limit, then)
         except Failed as failed:
+            if isinstance(failed.__cause__, Mistake):
+                raise self.mistake(str(failed.__cause__)) from None
             said = what_failed(failed)
+        except TooManyLate as late:
+            raise self.mistake(f"{what}: {late}") from None
         except Late as late:
             said = str(late)
         return Step(done=True, reward=0.0, feedback=cleaned(f"{what} failed: {said}", 300), failed=True)
@@ -86,32 +101,24 @@ class Hosted:
         self._closed = True
         close = getattr(self.object, "close", None)
         if callable(close):
-            self.attempt("close", close)
+            self.finish("close", close)
         self.worker.close()
+
+    def finish(self, what: str, function: Callable[[], Any]) -> None:
+        """Call ``function`` as :meth:`attempt` does, or without waiting if a late call has to end before."""
+        if self.worker.is_late:
+            self.worker.leave(function, self.time_limit)
+        else:
+            self.attempt(what, function)
+
+    def _limit(self, name: str, default: Any, kinds: tuple[type, ...], what: str) -> Any:
+        value = getattr(self.object, name, default)
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not (is_number and 0 < value <= _MOST):
+            raise self.mistake(f"its {name} is {value!r:.60}, expected {what} above 0, at most {_MOST:,}")
+        return value
 
 
 def copied(row: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the row, which the user's code may change."""
     return copy.deepcopy(dict(row))
-
-
-def as_messages(returned: Any) -> list[Message]:
-    """The user's return value as messages: none if empty, a list of messages with cleaned text, else one user turn."""
-    if returned is None or (isinstance(returned, str | list) and not returned):  # an array has no truth value
-        return []
-    if isinstance(returned, list) and all(isinstance(one, dict) and "role" in one for one in returned):
-        return [_message(one) for one in returned]
-    return [{"role": "user", "content": as_text(returned)}]
-
-
-def _message(given: Mapping[str, Any]) -> Message:
-    """A message as the model reads it, with its text cleaned and truncated.
-
-    Raises:
-        UserError: the message has other keys, which would be lost.
-    """
-    if others := [key for key, value in given.items() if key not in _KEYS and value]:
-        raise UserError(f"a message has the key {others[0]!r}, expected only {', '.join(_KEYS)}")
-    content = given.get("content")
-    kept = {key: str(given[key]) for key in ("name", "tool_call_id") if given.get(key)}
-    return {"role": str(given["role"]), **kept, "content": as_text("" if content is None else content, MOST_CHARACTERS)}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from selfdistill.data import schema_of
 from selfdistill.errors import UserError
@@ -21,6 +22,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "null": (type(None),),
 }
+_HINTS = (str, int, float, bool, type(None), list, dict, Any, Union, types.UnionType, Literal)
+"""Types of arguments that JSON can hold, and of which a tool gets what it declared."""
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -65,9 +68,12 @@ def tool_of(function: Callable[..., Any]) -> Tool:
     """A function as a tool, with a schema made from its name, type hints and docstring (Google style).
 
     Raises:
-        UserError: type hints or a docstring line for an argument are missing, or one cannot be passed by name.
+        UserError: type hints or a docstring line for an argument are missing, one cannot be passed by name, or its type
+            is none of JSON's; or it is an async generator.
     """
     name = getattr(function, "__qualname__", repr(function))
+    if inspect.isasyncgenfunction(function):
+        raise UserError(f"tool {name}: found an async generator, expected a function that returns its result")
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in _BY_NAME:
             raise UserError(
@@ -78,7 +84,23 @@ def tool_of(function: Callable[..., Any]) -> Tool:
     except UserError as error:
         raise UserError(f"tool {name}: {error}") from error
     schema["function"].pop("return", None)  # of no use to a model
+    for argument, hint in get_type_hints(function).items():
+        if argument != "return" and (unfit := _unfit(hint)):
+            raise UserError(f"tool {name}: argument {argument!r} has the type {unfit}")
     return Tool(function, schema)
+
+
+def _unfit(hint: Any) -> str:
+    """The part of a type hint that no call can give, and what to write instead; empty if there is none."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Literal:
+        return ""
+    if kind not in _HINTS:
+        shown = getattr(kind, "__name__", repr(kind))
+        return f"{shown}, which a call cannot give; use Literal[...], list[...] or another type of JSON"
+    if kind is dict and parts and parts[0] not in (str, Any):
+        return "dict with other keys than str, which a call cannot give; use dict[str, ...]"
+    return next((found for part in parts if (found := _unfit(part))), "")
 
 
 def _fitted(value: Any, schema: Mapping[str, Any], name: str) -> Any:
@@ -95,13 +117,14 @@ def _fitted(value: Any, schema: Mapping[str, Any], name: str) -> Any:
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if isinstance(value, float) and "integer" in kinds and "number" not in kinds and value.is_integer():
         value = int(value)
-    known = all(kind in _TYPES for kind in kinds)
-    if kinds and known and not any(_is(value, kind) for kind in kinds):
+    if kinds and not any(_is(value, kind) for kind in kinds):
         raise BadArguments(f"argument '{name}' is {_shown(value)}, expected {' or '.join(kinds)}")
     if "enum" in schema and value not in schema["enum"]:
         raise BadArguments(f"argument '{name}' is {_shown(value)}, expected one of {_shown(schema['enum'])}")
     if isinstance(value, list) and "items" in schema:
         return [_fitted(item, schema["items"], f"{name}[{at}]") for at, item in enumerate(value)]
+    if isinstance(value, dict) and "additionalProperties" in schema:
+        return {key: _fitted(item, schema["additionalProperties"], f"{name}.{key}") for key, item in value.items()}
     return value
 
 

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import signal
+import sys
 import uuid
 from collections.abc import Callable, Container, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from selfdistill.data import Message, as_verdict, one_line
 from selfdistill.environments.hosted import NOTHING, Hosted, copied
 from selfdistill.environments.protocol import Step
 from selfdistill.environments.runner import ToolRunner
-from selfdistill.environments.texts import as_text
+from selfdistill.environments.texts import Mistake, Reader
 from selfdistill.errors import UserError
 
 _METHODS = ("env_response", "is_completed", "rubric")
@@ -29,12 +30,15 @@ def loaded(name: str, make: Callable[[], Any]) -> Any:
     """The ``verifiers`` environment that ``make`` creates; None if it creates something else.
 
     It is created in this thread, because the library sets signal handlers, which only the main thread may do. The
-    handlers are then restored, because Ctrl-C must reach the run. A class without ``env_response`` is not called.
+    handlers are then restored, because Ctrl-C must reach the run. What cannot make one is not called: a class without
+    ``env_response``, and a function if the library is neither imported nor named in it.
 
     Raises:
         UserError: the environment cannot be created.
     """
-    if inspect.isclass(make) and not hasattr(make, _METHODS[0]):
+    names = getattr(getattr(make, "__code__", None), "co_names", ())
+    may_make = hasattr(make, _METHODS[0]) if inspect.isclass(make) else "verifiers" in (*sys.modules, *names)
+    if not may_make:
         return None
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -67,15 +71,27 @@ class VerifiersEpisode:
         self._state: Any = {}
         self._to_clean = False
         """Whether the episode has begun, and its ``cleanup`` was not called yet."""
-        self._no_tools = ToolRunner((), host.time_limit, host.worker)
-        self.tools = [_schema(one) for one in getattr(self._env, "tool_defs", None) or ()]
+        self._no_tools = ToolRunner((), worker=host.worker)
+        tools = getattr(self._env, "tool_defs", None) or ()
+        try:
+            self.tools = [_schema(one) for one in tools]
+        except (AttributeError, TypeError) as error:
+            raise host.mistake(
+                f"its tool_defs cannot be read: {one_line(error)}; use objects of verifiers.types.Tool"
+            ) from error
 
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
-        """Create the episode's state; returns no messages, because the object adds none to the row's prompt."""
+        """Create the episode's state; returns no messages, because they would follow the row's prompt.
+
+        Raises:
+            UserError: the object has turns for the beginning of prompts, which the library puts only into its own rows,
+                and the row's prompt has none.
+        """
         types, normalised = self._library()
         values = copied(row)
         prompt = values.get("prompt") or ""
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        self._check_beginning({turn["role"] for turn in turns})
         self._messages = normalised(turns)
         given = {"example_id": 0, "answer": "", "info": {}, **values, "prompt": list(self._messages)}
         state = types.State(input=given)
@@ -94,9 +110,9 @@ class VerifiersEpisode:
     def step(self, message: Message) -> Step:
         """The object's response, or its rubric's reward if one of its stop conditions is met."""
         if message.get("invalid"):
-            observations, invalid = self._no_tools.answer(message)
-            self._messages += self._library()[1]([_said(message), *observations])
-            return Step(observations, invalid_calls=invalid)
+            answer = self._no_tools.answer(message)
+            self._messages += self._library()[1]([_said(message), *answer.observations])
+            return answer
         said = self._library()[1]([_raw(message)])
         self._state["trajectory"].append(self._trajectory_step(said))
         self._messages += said
@@ -109,13 +125,27 @@ class VerifiersEpisode:
         self._messages += answers
         names = {call.id: call.name for call in getattr(said[0], "tool_calls", None) or ()}
         own = {call.get("id") for call in _calls(message)}
-        return Step(tuple(_observation(one, names, own) for one in answers) or (NOTHING,))
+        reader = Reader(self._host.observation_limit)
+        try:
+            observations = tuple(_observation(one, names, own, reader) for one in answers)
+        except Mistake as mistake:
+            raise self._host.mistake(str(mistake)) from None
+        return Step(observations or (NOTHING,), cut=reader.cut)
 
     def close(self) -> None:
         """Clean up an episode that was not scored, and let the thread end; the object is shared and stays open."""
         if self._to_clean:
-            self._host.attempt("cleanup", self._clean)  # not while a late call runs
+            self._to_clean = False
+            self._host.finish("cleanup", self._clean)
         self._host.worker.close()
+
+    def _check_beginning(self, roles: Container[str]) -> None:
+        for name, role in (("system_prompt", "system"), ("few_shot", "assistant")):
+            if getattr(self._env, name, None) and role not in roles:
+                raise self._host.mistake(
+                    f"the object has a {name}, but the row's prompt has no turn of the {role}; put it there, as "
+                    "the rows of the object's get_dataset() have it"
+                )
 
     async def _respond(self) -> Any:
         """The object's response; None if the episode is done."""
@@ -185,9 +215,11 @@ def _said(message: Message) -> dict[str, Any]:
     return {"role": "assistant", "content": message["content"]}
 
 
-def _observation(answer: Any, names: Mapping[str, str], own: Container[Any]) -> Message:
+def _observation(answer: Any, names: Mapping[str, str], own: Container[Any], reader: Reader) -> Message:
     """The library's message as one of this package's, with the call's id only if the model gave one."""
     role = answer.role if answer.role in ("user", "tool") else "user"
     call = str(getattr(answer, "tool_call_id", None) or "") if role == "tool" else ""
-    name = {"name": names[call]} if call in names else {}
-    return {"role": role, **name, **({"tool_call_id": call} if call in own else {}), "content": as_text(answer.content)}
+    identity = {"name": names[call]} if call in names else {}
+    identity |= {"tool_call_id": call} if call in own else {}
+    content = [dict(part) for part in answer.content] if isinstance(answer.content, list) else answer.content
+    return {"role": role, **identity, "content": reader.content(content)}

@@ -2,7 +2,8 @@
 
 Python cannot stop a thread. Instead, an exception is raised in a late call, which ends loops in Python code. A call
 that waits in C code, such as a sleep or a socket, keeps running; until it ends, the thread accepts no other call. The
-thread is a daemon: the process may exit while it runs.
+thread is a daemon: the process may exit while it runs. C code that holds the interpreter's lock, such as a slow regular
+expression, stops all threads, so that no limit acts until it ends.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 GRACE_SECONDS = 0.2
 """Seconds that a late call has to end by itself, and again after an exception was raised in it."""
+MOST_LATE = 200
+"""Maximum late calls of this process that are still running, each in its thread."""
 
 
 class Late(Exception):
@@ -28,14 +31,24 @@ class Failed(Exception):
     """A call raised ``__cause__``, which may be any exception, even SystemExit or KeyboardInterrupt."""
 
 
+class TooManyLate(Exception):
+    """A call took too long, as did :data:`MOST_LATE` others that are still running: threads would run out."""
+
+
 class _Stopped(BaseException):
     """Raised in a late call."""
+
+
+def same(returned: Any) -> Any:
+    """Return what is given."""
+    return returned
 
 
 @dataclass(frozen=True)
 class _Job:
     function: Callable[[], Any]
     seconds: float
+    then: Callable[[Any], Any]
     answer: queue.SimpleQueue[tuple[Any, BaseException | None]]
 
 
@@ -47,12 +60,18 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._late: _Job | None = None
 
-    def call(self, function: Callable[[], Any], seconds: float) -> Any:
+    def call(self, function: Callable[[], Any], seconds: float, then: Callable[[Any], Any] = same) -> Any:
         """Call ``function`` in the thread and return its result; a coroutine is run to its end.
+
+        Args:
+            function: what to call.
+            seconds: time limit of the call, with ``then``.
+            then: what is made of the result, in the thread, because the user's ``__str__`` may hang as well.
 
         Raises:
             Late: the call took longer than ``seconds``, or an earlier call is still running.
             Failed: the call raised an exception.
+            TooManyLate: the call is late and does not end, and neither do too many others.
         """
         if self.is_late:
             raise Late("an earlier call is still running")
@@ -60,8 +79,7 @@ class Worker:
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=_work, args=(self._jobs,), name="environment", daemon=True)
             self._thread.start()
-        job = _Job(function, seconds, queue.SimpleQueue())
-        self._jobs.put(job)
+        job = self._add(function, seconds, then)
         try:
             returned, error = job.answer.get(timeout=seconds)
         except queue.Empty:
@@ -74,11 +92,21 @@ class Worker:
     @property
     def is_late(self) -> bool:
         """Whether a late call is still running."""
-        return self._late is not None and self._late.answer.empty()
+        alive = self._thread is not None and self._thread.is_alive()
+        return alive and self._late is not None and self._late.answer.empty()
+
+    def leave(self, function: Callable[[], Any], seconds: float) -> None:
+        """Let the thread call ``function`` once its late call has ended, without waiting for it."""
+        self._add(function, seconds, same)
 
     def close(self) -> None:
         """Let the thread end after its current call."""
         self._jobs.put(None)
+
+    def _add(self, function: Callable[[], Any], seconds: float, then: Callable[[Any], Any]) -> _Job:
+        job = _Job(function, seconds, then, queue.SimpleQueue())
+        self._jobs.put(job)
+        return job
 
     def _stop(self, job: _Job) -> None:
         """Wait for a job to end by itself; otherwise raise an exception in the thread.
@@ -90,8 +118,26 @@ class Worker:
             return
         thread = ctypes.c_ulong(self._thread.ident or 0)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_Stopped))
-        if not _ends(job):
-            self._late = job
+        if _ends(job):  # perhaps by itself just before, so the next job would be hit
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)
+            return
+        self._late = job
+        if _count_late(job) > MOST_LATE:
+            raise TooManyLate(
+                f"{MOST_LATE} calls that took too long are still running; give them a time-out of their own"
+            )
+
+
+_all_late: list[_Job] = []
+"""Late calls of this process that may still be running."""
+_counting = threading.Lock()
+
+
+def _count_late(job: _Job) -> int:
+    """Number of late calls that are still running, with this one."""
+    with _counting:
+        _all_late[:] = [one for one in _all_late if one.answer.empty()] + [job]
+        return len(_all_late)
 
 
 def _ends(job: _Job) -> bool:
@@ -113,7 +159,7 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
                 loop = loop or asyncio.new_event_loop()
                 limit = job.seconds + GRACE_SECONDS / 2  # the caller has given up by then
                 returned = loop.run_until_complete(asyncio.wait_for(returned, limit))
-            job.answer.put((returned, None))
+            job.answer.put((job.then(returned), None))
         except BaseException as error:  # also SystemExit and KeyboardInterrupt: Ctrl-C reaches only the main thread
             job.answer.put((None, error))
     if loop is not None:

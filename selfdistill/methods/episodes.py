@@ -19,7 +19,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import ColdStart, Completion, DatasetCompletions, StudentSamples
 from selfdistill.methods.slots import Method
-from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of, scorer_judges
+from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of, scorer_judges, tell_cut
 from selfdistill.model import LoadedModel, Rollout, Sampling, TurnSampler, sample_seed
 from selfdistill.runtime import gathered, rank_slice, say_note
 
@@ -182,6 +182,8 @@ def play(
             for number, answer in zip(going, answers, strict=True):
                 episodes[number].take(rollouts[number], answer)
                 _tell_end(rules, examples[number], answer, turn)
+                if answer.step is not None:
+                    tell_cut(examples[number].demonstration, turn, answer.step)
     completions = [episode.completion() for episode in episodes]
     for completion in completions:
         _tell_change(rules, chat, completion)

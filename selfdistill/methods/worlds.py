@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from selfdistill.config import TaskSettings
 from selfdistill.data import Demonstration, Message, Replies, as_row, first_ten, one_line
-from selfdistill.environments import IN_PYTHON, Environment, EnvironmentFactory, Step, make_environment
+from selfdistill.environments import (
+    IN_PYTHON,
+    THREADS,
+    Environment,
+    EnvironmentFactory,
+    Step,
+    in_threads,
+    make_environment,
+)
 from selfdistill.errors import UserError
+from selfdistill.runtime import say_note
 
 Result = TypeVar("Result")
 
-THREADS = 32
-"""Maximum environments that answer at the same time."""
+LEAVE_SECONDS = 2.0
+"""Seconds that environments have to close after an error or Ctrl-C."""
 
 _looked_up: Callable[[str], EnvironmentFactory] = functools.cache(make_environment)
 
@@ -127,34 +136,38 @@ class Worlds:
 
     def __init__(self, name: str, rows: Sequence[EpisodeRow]) -> None:
         self._name, self._rows = name, rows
-        self._environments: list[Environment] = []
-        self._pool = ThreadPoolExecutor(max(1, min(THREADS, len(rows))))
+        self._environments: dict[int, Environment] = {}
+        self._left = False
         self.tools: list[dict[str, Any]] = []
         """The tools, the same for all, once they have begun."""
 
     def __enter__(self) -> Worlds:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close all environments. A failure here affects no result, and must not hide an earlier error."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close all environments. A failure here affects no result, and must not hide an earlier error.
 
-        def close(world: Environment) -> None:
-            with suppress(Exception):
-                world.close()
-
-        list(self._pool.map(close, self._environments))
-        self._pool.shutdown()
+        After an error, do not wait for those that do not answer.
+        """
+        self._left = True
+        worlds = list(self._environments.values())
+        closing = threading.Thread(target=in_threads, args=(_close, worlds), name="closing", daemon=True)
+        closing.start()
+        closing.join(None if kind is None else LEAVE_SECONDS)
 
     def reset(self, *, check: bool = True) -> list[tuple[Message, ...]]:
         """Make the environments and begin; returns their first messages.
 
         With ``check`` these must equal those in the rows.
         """
-        for row in self._rows:
-            self._environments.append(self._guarded(environment_of(self._name), row, "at its start"))
-        self.tools = self._environments[0].tools if self._environments else []
+        factory = environment_of(self._name)
 
-        def reset(world: Environment, row: EpisodeRow) -> tuple[Message, ...]:
+        def begin(number: int, row: EpisodeRow) -> tuple[Message, ...]:
+            world = self._guarded(factory, row, "at its start")
+            self._environments[number] = world
+            if self._left:  # it was made too late to be closed with the others
+                _close(world)
+                return ()
             first = tuple(self._guarded(lambda: world.reset(row.columns), row, "at its start"))
             if check and first != row.first:
                 raise UserError(
@@ -163,7 +176,15 @@ class Worlds:
                 )
             return first
 
-        return list(self._pool.map(reset, self._environments, self._rows))
+        firsts = in_threads(begin, range(len(self._rows)), self._rows)
+        self.tools = self._environments[0].tools if self._rows else []
+        for number, row in enumerate(self._rows):
+            if self._environments[number].tools != self.tools:
+                raise UserError(
+                    f"{row.source}: environment {self._name!r} has other tools than in {self._rows[0].source}, "
+                    "expected the same in every episode"
+                )
+        return firsts
 
     def step(self, numbers: Sequence[int], messages: Sequence[Message], turn: int) -> list[Step]:
         """The answers to messages in some of the episodes, at turn ``turn`` (from 1)."""
@@ -172,7 +193,7 @@ class Worlds:
             world, row = self._environments[number], self._rows[number]
             return self._guarded(lambda: world.step(message), row, f"at turn {turn}")
 
-        return list(self._pool.map(step, numbers, messages))
+        return in_threads(step, numbers, messages)
 
     def _guarded(self, work: Callable[[], Result], row: EpisodeRow, when: str) -> Result:
         """The result of ``work``; its failure becomes one line with row and turn."""
@@ -184,3 +205,18 @@ class Worlds:
             raise UserError(
                 f"{row.source}, {when}: environment {self._name!r} failed: {type(error).__name__}: {one_line(error)}"
             ) from error
+
+
+def _close(world: Environment) -> None:
+    with suppress(Exception):
+        world.close()
+
+
+def tell_cut(row: Demonstration, turn: int, step: Step) -> None:
+    """Report, once in a run, that the model reads only the beginning of an observation."""
+    if step.cut:
+        say_note(
+            f"{row.source}, at turn {turn}: an observation of at least {step.cut:,} characters was cut; a class may "
+            "raise its observation_limit",
+            topic="observation_limit",
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -77,11 +78,37 @@ def test_what_cannot_be_imported_or_made_is_one_line(make: Make) -> None:
         "def World():\n    return None": "the function returned an object of type 'NoneType', expected an",
         "class Bare: pass\ndef World():\n    return Bare()": "the class 'Bare' has no method reset",
     }
+    for value in ("None", "'ten'", "True", "0", "-1", "float('inf')", "float('nan')"):
+        body = f"class World:\n    time_limit = {value}\n    def reset(self): pass\n    def step(self, a): pass"
+        bodies[body] = f"its time_limit is {eval(value)!r}, expected a number above 0, at most 1,000,000,000"
+        bodies[body.replace("time", "observation")] = (
+            f"its observation_limit is {eval(value)!r}, expected a whole number"
+        )
+    bodies[OWN.replace('[{"type": "function", "function"', '[int, {"type": "function", "function"')] = (
+        "tools[0] is 'type', expected a JSON schema"
+    )
     for body, problem in bodies.items():
         with pytest.raises(UserError) as caught:
             make(body)
         assert problem in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_function_is_called_once_to_try_it_and_not_in_the_main_thread(make: Make) -> None:
+    body = """
+    import threading
+    made = []
+
+    class Bare:
+        def reset(self): pass
+        def step(self, a): pass
+
+    def World():
+        made.append(threading.current_thread() is threading.main_thread())
+        return Bare()
+    """
+    make(body)
+    assert sys.modules[f"own_world_{next(NUMBERS) - 1}"].made == [False]
 
 
 # --- functions ---
@@ -241,7 +268,8 @@ def test_a_class_of_the_protocol_is_used_as_it_is(make: Make) -> None:
     assert row == ROW
     assert environment.step(said("2")) == Step(({"role": "user", "content": "No."},))
     assert environment.step(said("3")) == Step(done=True, reward=1.0, feedback="good")
-    assert environment.step(said("long")).observations[0]["content"] == "x" * 1999 + " ... (cut)"
+    step = environment.step(said("long"))
+    assert (step.observations[0]["content"], step.cut) == ("x" * 1999 + " ... (cut)", 3001)
     begun = time.monotonic()
     environment.close()
     environment.close()
@@ -274,11 +302,35 @@ def test_what_a_class_may_not_return_is_the_users_mistake(make: Make) -> None:
     environment = make(OWN.replace("return [{", "return 'Go.' or [{"))()
     with pytest.raises(UserError, match=r"reset returned 'Go\.', expected a list of messages"):
         environment.reset(ROW)
-    environment = make(OWN.replace('"content": "Go.', '"tool_calls": [1], "content": "Go.'))()
-    with pytest.raises(UserError, match="a message has the key 'tool_calls', expected only role, content, name"):
-        environment.reset(dict(ROW))
+    wrong = {
+        '"tool_calls": [1], "role": "user"': "a message has the key 'tool_calls', expected only role, content, name",
+        '"role": "assistant"': "a message has the role 'assistant', expected user or tool",
+        '"role": "developer"': "a message has the role 'developer', expected user or tool",
+        '"to": "user"': r"reset returned \[{'to': 'user'.*, expected a list of messages",
+    }
+    for message, problem in wrong.items():
+        environment = make(OWN.replace('"role": "user", "content": "Go.', message + ', "content": "Go.'))()
+        with pytest.raises(UserError, match=f"^environment 'python:own_world_.*': {problem}"):
+            environment.reset(dict(ROW))
+    wrong = {
+        '{"role": "system", "content": "No."}': "a message has the role 'system', expected user or tool",
+        '{"role": "user", "content": [{"type": "image"}]}': "a message has a part of type 'image', expected only text",
+        '"No."': r"step returned the observations \('No\.',\), expected messages",
+    }
+    for message, problem in wrong.items():
+        environment = make(OWN.replace('{"role": "user", "content": "No."}', message))()
+        environment.reset(ROW)
+        with pytest.raises(UserError, match=f"^environment 'python:own_world_.*': {problem}"):
+            environment.step(said("2"))
     with pytest.raises(UserError, match="reset failed: KeyError: 'answer'"):
         environment.reset({"prompt": "a"})
+
+
+def test_parts_of_text_are_joined(make: Make) -> None:
+    parts = '[{"type": "text", "text": "Go "}, {"type": "text", "text": "on."}]'
+    environment = make(OWN.replace('"Go.\\x00"', parts).replace('"No."', parts))()
+    assert environment.reset(ROW) == [{"role": "user", "content": "Go on."}]
+    assert environment.step(said("2")).observations == ({"role": "user", "content": "Go on."},)
 
 
 # --- TRL's classes of tools ---
@@ -464,6 +516,32 @@ def test_a_tool_that_hangs_hides_a_reward_that_was_set(make: Make, reward: str) 
     environment.close()
 
 
+def test_an_object_is_closed_once_its_late_call_has_ended(make: Make) -> None:
+    text = """
+    import threading
+
+    class World:
+        time_limit, ended, closed = 0.2, threading.Event(), []
+        def reset(self): self.closed.clear()
+        def hang(self):
+            'Hang.'
+            self.ended.wait(60)
+        def close(self): self.closed.append(threading.get_ident())
+    """
+    environment = make(text)()
+    environment.reset(ROW)
+    environment.step(said("", ("hang", {})))
+    world = sys.modules[f"own_world_{next(NUMBERS) - 1}"].World
+    begun = time.monotonic()
+    environment.close()
+    environment.close()
+    assert time.monotonic() - begun < 0.2
+    assert world.closed == []
+    world.ended.set()
+    time.sleep(0.2)
+    assert len(world.closed) == 1
+
+
 def test_a_tool_that_hangs_gives_no_reward_where_there_is_none(make: Make) -> None:
     environment = make(TOOLS + HANGS)()
     environment.reset(ROW)
@@ -503,6 +581,57 @@ def test_a_gymnasium_class_reads_replies_as_text(make: Make) -> None:
     environment.reset(ROW)
     assert [environment.step(said("1")).done for _ in range(3)] == [False, False, True]
     environment.close()
+
+
+@pytest.mark.parametrize("parameters", ["**kwargs", "row=None, **kwargs", "*, seed, **kwargs"])
+def test_reset_with_any_keyword_gets_the_seed_and_the_row(make: Make, parameters: str) -> None:
+    body = GYM.replace("*, seed=None, options=None", parameters).replace('options["answer"]', "3")
+    environment = make(body.replace('f"seed {seed}"', "sorted(kwargs)"))()
+    passed_on = '["options"]' if "seed" in parameters else '["options", "seed"]'
+    assert environment.reset(ROW) == [{"role": "user", "content": passed_on}]
+
+
+LONG = """
+    class World:
+        observation_limit = 100
+        def reset(self): return "x" * 5000
+        def step(self, a): return "y" * int(a), 0, False, {}
+"""
+
+
+def test_the_class_sets_how_much_of_an_observation_is_read(make: Make) -> None:
+    environment = make(LONG)()
+    assert environment.reset(ROW)[0]["content"] == "x" * 5000  # a task is never cut
+    assert environment.step(said("100")) == Step(({"role": "user", "content": "y" * 100},))
+    cut = environment.step(said("150"))
+    assert cut == Step(({"role": "user", "content": "y" * 100 + " ... (cut)"},), cut=150)
+    environment = make(LONG.replace("100", "3000"))()
+    assert environment.step(said("3000")).cut == 0
+    tools = make(TOOLS + "        observation_limit = 2")()
+    tools.reset(ROW)
+    assert tools.step(said("", ("first", {}))).observations[0]["content"] == "ba ... (cut)"
+
+
+def test_an_observation_whose_text_hangs_or_fails_ends_the_episode(make: Make) -> None:
+    body = """
+    import time
+
+    class Odd:
+        def __init__(self, what): self.what = what
+        def __str__(self): return str(time.sleep(1) if self.what == "hang" else 1 / 0)
+
+    class World:
+        time_limit = 0.2
+        def reset(self, answer=None): return "Begin."
+        def step(self, a): return Odd(a), 0, False, {}
+    """
+    environment = make(body)()
+    environment.reset(ROW)
+    assert environment.step(said("fail")).feedback == "step failed: ZeroDivisionError: division by zero"
+    assert environment.step(said("hang")).feedback == "step failed: it took longer than 0.2 s"
+    environment = make(body.replace('"Begin."', "Odd(1)").replace("answer=None", ""))()
+    with pytest.raises(UserError, match="reset failed: ZeroDivisionError"):
+        environment.reset(ROW)
 
 
 OPENENV = """

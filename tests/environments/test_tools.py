@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import enum
 import random
 import signal
 import subprocess
@@ -14,9 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from broken_tools import Odd, Unspeakable, broken, called, circle, deep, endless, later, never, raising, tool
+from PIL.Image import Image
 
-from selfdistill.environments import ToolRunner
+from selfdistill.environments import Step, ToolRunner
 from selfdistill.errors import UserError
 
 
@@ -26,9 +30,8 @@ def calls(*given: tuple[Any, Any]) -> dict[str, Any]:
 
 
 def answer(runner: ToolRunner, name: Any, arguments: Any) -> str:
-    observations, _ = runner.answer(calls((name, arguments)))
-    assert len(observations) == 1
-    return str(observations[0]["content"])
+    (observation,) = runner.answer(calls((name, arguments))).observations
+    return str(observation["content"])
 
 
 # --- schemas and arguments ---
@@ -42,6 +45,7 @@ def weigh(
     unit: Literal["g", "kg"] = "g",
     parts: list[int] | None = None,
     label: str | int = "",
+    sizes: dict[str, list[int]] | None = None,
 ) -> str:
     """Weigh something.
 
@@ -53,8 +57,9 @@ def weigh(
         unit: the unit
         parts: the parts
         label: a label
+        sizes: sizes by name
     """
-    return f"{item} {count!r} {share!r} {exact} {unit} {parts} {label!r}"
+    return f"{item} {count!r} {share!r} {exact} {unit} {parts} {label!r}" + (f" {sizes}" if sizes else "")
 
 
 def test_a_schema_comes_from_hints_and_docstring() -> None:
@@ -71,6 +76,7 @@ RIGHT: list[tuple[Any, str]] = [
     ({"item": "a", "count": 3.0, "share": 2}, "a 3 2 False g None ''"),
     ({"item": "a", "parts": [1, 2.0], "unit": "kg"}, "a 1 0.5 False kg [1, 2] ''"),
     ({"item": "a", "parts": None, "label": 7}, "a 1 0.5 False g None 7"),
+    ({"item": "a", "sizes": {"x": [1.0]}}, "a 1 0.5 False g None '' {'x': [1]}"),
 ]
 
 
@@ -89,6 +95,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     ("weigh", {"item": "a", "exact": 1}, "weigh: argument 'exact' is 1, expected boolean"),
     ("weigh", {"item": "a", "unit": "lb"}, 'weigh: argument \'unit\' is "lb", expected one of ["g", "kg"]'),
     ("weigh", {"item": "a", "parts": [1, "b"]}, "weigh: argument 'parts[1]' is \"b\", expected integer"),
+    ("weigh", {"item": "a", "sizes": {"x": ["1"]}}, "weigh: argument 'sizes.x[0]' is \"1\", expected integer"),
     ("weigh", {"item": "a", "label": []}, "weigh: argument 'label' is [], expected integer or string"),
     ("weigh", {"item": "a", "size": 1}, 'weigh: unknown argument "size", expected item, count, share, exact, unit, '),
     ("weigh", "item=a", 'weigh: the arguments are "item=a", expected a JSON object'),
@@ -103,10 +110,10 @@ WRONG: list[tuple[Any, Any, str]] = [
 
 @pytest.mark.parametrize(("name", "given", "line"), WRONG)
 def test_a_call_that_does_not_fit_is_one_line(name: Any, given: Any, line: str) -> None:
-    observations, invalid = ToolRunner([weigh]).answer(calls((name, given)))
-    assert invalid == 1
-    assert observations[0]["content"].startswith(f"Error: {line}")
-    assert "\n" not in observations[0]["content"]
+    step = ToolRunner([weigh]).answer(calls((name, given)))
+    assert step.invalid_calls == 1
+    assert step.observations[0]["content"].startswith(f"Error: {line}")
+    assert "\n" not in step.observations[0]["content"]
 
 
 def test_arguments_are_the_tools_own() -> None:
@@ -129,19 +136,18 @@ def test_arguments_are_the_tools_own() -> None:
 def test_a_message_has_an_observation_for_each_call_with_its_identity() -> None:
     message = calls(("weigh", {"item": "a"}), ("way", {}), ("weigh", {"item": "b"}))
     message["tool_calls"][0]["id"] = "call_1"
-    observations, invalid = ToolRunner([weigh]).answer(message)
-    assert invalid == 1
-    assert [one["role"] for one in observations] == ["tool"] * 3
-    assert [one["name"] for one in observations] == ["weigh", "way", "weigh"]
-    assert [one.get("tool_call_id") for one in observations] == ["call_1", None, None]
-    assert ToolRunner([weigh]).answer({"role": "assistant", "content": "Hi."}) == ((), 0)
+    step = ToolRunner([weigh]).answer(message)
+    assert step.invalid_calls == 1
+    assert [one["role"] for one in step.observations] == ["tool"] * 3
+    assert [one["name"] for one in step.observations] == ["weigh", "way", "weigh"]
+    assert [one.get("tool_call_id") for one in step.observations] == ["call_1", None, None]
+    assert ToolRunner([weigh]).answer({"role": "assistant", "content": "Hi."}) == Step()
 
 
 def test_an_invalid_message_is_told_why() -> None:
     message = {"role": "assistant", "content": "<tool_call>{", "invalid": "the call is not JSON"}
-    observations, invalid = ToolRunner([weigh]).answer(message)
-    assert observations == ({"role": "user", "content": "Error: the call is not JSON"},)
-    assert invalid == 1
+    step = ToolRunner([weigh]).answer(message)
+    assert step == Step(({"role": "user", "content": "Error: the call is not JSON"},), invalid_calls=1)
 
 
 def test_functions_that_are_no_tools_are_refused() -> None:
@@ -176,6 +182,54 @@ def test_functions_that_are_no_tools_are_refused() -> None:
         ToolRunner([weigh, weigh])
 
 
+class Unit(enum.Enum):
+    KG = "kg"
+
+
+@pytest.mark.parametrize(
+    ("hint", "shown"),
+    [
+        (Unit, "Unit, which a call cannot give; use Literal"),
+        (list[Unit], "Unit, which a call cannot give"),
+        (tuple[int, str], "tuple, which a call cannot give"),
+        (dict[str, tuple[int, int]] | None, "tuple, which a call cannot give"),
+        (torch.Tensor, "Tensor, which a call cannot give"),
+        (Image, "Image, which a call cannot give"),
+        (dict[int, str], "dict with other keys than str, which a call cannot give"),
+    ],
+)
+def test_an_argument_that_would_not_have_the_declared_type_is_refused(hint: Any, shown: str) -> None:
+    def act(a: Any) -> str:
+        """Act.
+
+        Args:
+            a: it
+        """
+        return ""
+
+    act.__annotations__["a"] = hint
+    with pytest.raises(UserError, match=r"tool .*act: argument 'a' has the type ") as caught:
+        ToolRunner([act])
+    assert shown in str(caught.value)
+
+
+def test_an_async_generator_is_refused() -> None:
+    async def act() -> Any:
+        """Act."""
+        yield 1
+
+    with pytest.raises(UserError, match=r"act: found an async generator, expected a function that returns its result"):
+        ToolRunner([act])
+
+
+def test_a_long_name_of_a_tool_stays_whole() -> None:
+    act = tool(lambda: "done")
+    act.__name__ = "server__" + "a" * 60
+    runner = ToolRunner([act])
+    names = [runner.answer(calls((name, {}))).observations[0]["name"] for name in (act.__name__, "b" * 80)]
+    assert names == [act.__name__, "b" * 60 + " ... (cut)"]
+
+
 # --- what tools return ---
 
 
@@ -197,10 +251,16 @@ RETURNED: list[tuple[Callable[[], Any], str]] = [
     (lambda: " \n", "(nothing)"),
     (lambda: Odd(), "odd"),
     (lambda: {1}, "{1}"),
+    (object, "<object object>"),
+    (lambda: {"a": {object}}, "{'a': {<class 'object'>}}"),
+    (lambda: (letter for letter in "ab"), '["a", "b"]'),
+    (lambda: {"all": map(len, ["a"])}, '{"all": [1]}'),
+    (lambda: (one for one in [{1}]), "[{1}]"),
     (lambda: b"bytes", "b'bytes'"),
     (circle, "[[...]]"),
     (later, "later"),
     (raising(ValueError("no\nsuch thing")), "Error: act: ValueError: no such thing"),
+    (raising(KeyError(object())), "Error: act: KeyError: <object object>"),
     (raising(KeyError("a")), "Error: act: KeyError: 'a'"),
     (raising(SystemExit(3)), "Error: act: SystemExit: 3"),
     (raising(KeyboardInterrupt()), "Error: act: KeyboardInterrupt"),
@@ -221,10 +281,19 @@ def test_what_a_tool_returns_or_raises_is_text(body: Callable[[], Any], text: st
 @pytest.mark.parametrize("value", ["x" * 10**7, ["x"] * 10**6, Odd], ids=["text", "list", "generator"])
 def test_long_results_are_cut(value: Any) -> None:
     found = answer(ToolRunner([tool(lambda: [endless_numbers()] if value is Odd else value)]), "act", {})
-    assert found.endswith(" ... (cut)") or value is Odd
-    assert len(found) <= 2010
+    assert found.endswith(" ... (cut)")
+    assert len(found) == 2010
     long_error = answer(ToolRunner([tool(raising(ValueError("y" * 10**6)))]), "act", {})
     assert len(long_error) < 250
+
+
+def test_a_result_that_was_cut_says_how_long_it_was() -> None:
+    runner = ToolRunner([tool(lambda: "x" * 5000), weigh])
+    step = runner.answer(calls(("weigh", {"item": "a"}), ("act", {}), ("weigh", {"item": "b"})))
+    assert step.cut == 5000
+    assert runner.answer(calls(("weigh", {"item": "a"}))).cut == 0
+    longer = ToolRunner([tool(lambda: "x" * 5000)], observation_limit=5000)
+    assert answer(longer, "act", {}) == "x" * 5000
 
 
 # --- tools that do not return ---
@@ -242,17 +311,63 @@ def test_python_code_that_does_not_end_is_stopped(body: Callable[[], Any]) -> No
 def test_a_call_that_cannot_be_stopped_blocks_its_environment_only_until_it_ends() -> None:
     ended = threading.Event()
     runner = ToolRunner([tool(lambda: ended.wait(60)), weigh], time_limit=0.2)
-    observations, invalid = runner.answer(calls(("act", {}), ("weigh", {"item": "a"})))
-    assert [one["content"] for one in observations] == [
+    step = runner.answer(calls(("act", {}), ("weigh", {"item": "a"})))
+    assert [one["content"] for one in step.observations] == [
         "Error: act: it took longer than 0.2 s",
         "Error: not run, because the previous call took too long",
     ]
-    assert invalid == 0
+    assert step.invalid_calls == 0
     assert answer(runner, "weigh", {"item": "a"}) == "Error: weigh: an earlier call is still running"
     assert answer(ToolRunner([weigh]), "weigh", {"item": "a"}).startswith("a 1")
     ended.set()
     time.sleep(0.1)
     assert answer(runner, "weigh", {"item": "a"}).startswith("a 1")
+
+
+def test_a_call_that_ends_just_as_it_is_stopped_does_not_harm_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, stop = threading.Event(), ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+    def late(thread: Any, error: Any) -> None:
+        ended.set()
+        time.sleep(0.1)
+        stop(thread, error)
+
+    monkeypatch.setattr(ctypes.pythonapi, "PyThreadState_SetAsyncExc", late)
+    runner = ToolRunner([tool(lambda: ended.wait(60)), weigh], time_limit=0.2)
+    assert answer(runner, "act", {}) == "Error: act: it took longer than 0.2 s"
+    assert answer(runner, "weigh", {"item": "a"}).startswith("a 1")
+
+
+def test_too_many_calls_that_do_not_end_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr("selfdistill.environments.worker.MOST_LATE", 1)
+
+    def hang() -> str:
+        return answer(ToolRunner([tool(lambda: ended.wait(60))], time_limit=0.1), "act", {})
+
+    assert hang() == "Error: act: it took longer than 0.1 s"
+    problem = "^tool 'act': 1 calls that took too long are still running; give them a time-out of their own$"
+    with pytest.raises(UserError, match=problem):
+        hang()
+    ended.set()
+    time.sleep(0.1)
+    ended.clear()
+    assert hang() == "Error: act: it took longer than 0.1 s"  # those that ended do not count
+    ended.set()
+
+
+def test_a_text_of_a_result_that_takes_too_long_is_late() -> None:
+    class Slow:
+        def __str__(self) -> str:
+            time.sleep(0.5)
+            return "slow"
+
+    async def act() -> Any:
+        return Slow()
+
+    for body in (Slow, act):
+        runner = ToolRunner([tool(body)], time_limit=0.1)
+        assert answer(runner, "act", {}) == "Error: act: it took longer than 0.1 s"
 
 
 def test_a_runner_has_one_thread_for_all_calls_and_it_ends_with_it() -> None:
@@ -281,7 +396,8 @@ ENDS = """
     runner = ToolRunner([act], time_limit={limit})
     call = {{"type": "function", "function": {{"name": "act", "arguments": {{}}}}}}
     print("begun", flush=True)
-    print(runner.answer({{"role": "assistant", "content": "", "tool_calls": [call]}})[0][0]["content"], flush=True)
+    step = runner.answer({{"role": "assistant", "content": "", "tool_calls": [call]}})
+    print(step.observations[0]["content"], flush=True)
 """
 
 
@@ -323,11 +439,11 @@ def test_with_broken_tools_and_calls_a_run_goes_on(seed: int) -> None:
         runner = ToolRunner([tool(broken(chance)), weigh], time_limit=0.05)
         name, given = called(chance)
         begun = time.monotonic()
-        observations, invalid = runner.answer(calls((name, given)))
+        step = runner.answer(calls((name, given)))
         assert time.monotonic() - begun < 5
-        assert invalid in (0, 1)
-        assert [one["role"] for one in observations] == ["tool"]
-        content = observations[0]["content"]
+        assert step.invalid_calls in (0, 1)
+        assert [one["role"] for one in step.observations] == ["tool"]
+        content = step.observations[0]["content"]
         assert content.strip()
         assert len(content) <= 2010
         content.encode("utf-8")  # raises for halves of surrogate pairs

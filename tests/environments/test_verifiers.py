@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ TYPES = """
     @dataclass
     class Message:
         role: str
-        content: str
+        content: str | list
         tool_calls: list | None = None
         tool_call_id: str | None = None
 """
@@ -149,6 +151,26 @@ def test_calls_go_to_the_object_and_its_rubric_judges(factory: EnvironmentFactor
     environment.close()
 
 
+def test_a_function_that_imports_the_library_is_called_in_the_main_thread(
+    factory: EnvironmentFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = """
+    import threading
+
+    def load():
+        import verifiers
+        from verified_world import World
+        World.loaded.append(threading.current_thread() is threading.main_thread())
+        return World()
+    """
+    (tmp_path / "verified_later.py").write_text(textwrap.dedent(text), encoding="utf-8")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "verifiers"]:
+        monkeypatch.delitem(sys.modules, name)
+    environment = make_environment("python:verified_later.load")()
+    assert environment.reset(ROW) == []
+    assert sys.modules["verified_world"].World.loaded == [1, True, 1]
+
+
 def test_episodes_share_the_object_and_not_the_state(factory: EnvironmentFactory) -> None:
     one, other = factory(), factory()
     for environment in (one, other):
@@ -204,6 +226,69 @@ def test_a_reward_above_one_is_the_users_mistake(factory: EnvironmentFactory, mo
     monkeypatch.setattr(sys.modules["verified_world"].Rubric, "score_rollout", score_two)
     with pytest.raises(UserError, match=r"environment 'python:verified_world\.World': its rubric returned 2\.0, exp"):
         environment.step(reply("5"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "role"),
+    [("system_prompt", "Be brief.", "system"), ("few_shot", [{"role": "user", "content": "1"}], "assistant")],
+)
+def test_turns_at_the_beginning_that_the_row_lacks_are_refused(
+    factory: EnvironmentFactory, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, role: str
+) -> None:
+    monkeypatch.setattr(sys.modules["verified_world"].World, name, value, raising=False)
+    with pytest.raises(
+        UserError, match=f"the object has a {name}, but the row's prompt has no turn of the {role}; put"
+    ):
+        factory().reset(ROW)
+    with pytest.raises(UserError, match=f"the object has a {name}"):
+        factory().reset({**ROW, "prompt": "Add."})
+    assert factory().reset({**ROW, "prompt": [{"role": role, "content": "Be brief."}, *ROW["prompt"]]}) == []
+
+
+def test_tools_of_another_form_are_refused(factory: EnvironmentFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["verified_world"].World, "tool_defs", [{"name": "add"}])
+    with pytest.raises(UserError, match=r"^environment 'python:verified_world.World': its tool_defs cannot be read: "):
+        factory()
+
+
+def test_a_long_response_is_cut_and_its_parts_are_joined(
+    factory: EnvironmentFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = sys.modules["verified_world"].World
+    parts: list[dict[str, Any]] = [{"type": "text", "text": "a" * 1500}, {"type": "text", "text": "b" * 1500}]
+
+    async def respond(_self: Any, _messages: Any, _state: Any) -> Any:
+        return [{"role": "user", "content": parts}]
+
+    monkeypatch.setattr(world, "env_response", respond)
+    environment = factory()
+    environment.reset(ROW)
+    step = environment.step(add(1))
+    assert step.observations == ({"role": "user", "content": "a" * 1500 + "b" * 500 + " ... (cut)"},)
+    assert step.cut == 3000
+    parts[0] = {"type": "image_url", "image_url": {"url": "x"}}
+    with pytest.raises(UserError, match="a message has a part of type 'image_url', expected only text"):
+        environment.step(add(1))
+
+
+def test_an_episode_is_cleaned_up_once_its_late_call_has_ended(
+    factory: EnvironmentFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, ended = sys.modules["verified_world"].World, threading.Event()
+
+    async def respond(_self: Any, _messages: Any, _state: Any) -> None:
+        ended.wait(60)
+
+    monkeypatch.setattr(world, "env_response", respond)
+    environment = factory()
+    environment.reset(ROW)
+    assert environment.step(add(1)).failed
+    environment.close()
+    environment.close()
+    assert world.cleaned == []
+    ended.set()
+    time.sleep(0.2)
+    assert world.cleaned == [0]
 
 
 async def score_two(_self: Any, state: Any) -> None:

@@ -58,6 +58,7 @@ from selfdistill.methods import begun, lacks_of, rules_of, stages_of, unused_set
 from selfdistill.methods.attempts import AttemptContexts
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import LoadedModel, Rollout, Sampling
+from selfdistill.runtime import progress_shown
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
@@ -643,7 +644,9 @@ def test_the_first_step_that_fails_is_noted_with_its_row(talks: Settings, capsys
 def test_the_first_episode_that_a_template_refuses_is_noted_with_its_row(
     talks: Settings, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    strict = "{% for m in messages if m.role == 'narrator' %}{{ raise_exception('no narrators') }}{% endfor %}" + CHATML
+    strict = (
+        "{% for m in messages if m.content == 'Meanwhile.' %}{{ raise_exception('no narrators') }}{% endfor %}" + CHATML
+    )
     model = str(model_folder(template=strict, ends=ENDS))
     config = talks(model=model, environment="python:tiny_worlds.Narrates")
     train(config)
@@ -651,6 +654,35 @@ def test_the_first_episode_that_a_template_refuses_is_noted_with_its_row(
     assert len(notes) == 1
     assert re.match(r".*talks.jsonl:\d, at turn 1: the chat template rejects the roles .*: no narrators;", notes[0])
     assert all(line["completion/truncated"] == 1 for line in metrics_of(config))
+
+
+def test_an_observation_that_is_cut_is_noted_once_in_a_run_with_its_row(
+    talks: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in ("once", "again"):
+        with progress_shown(True):  # as every command does
+            train(talks(out, environment="python:tiny_worlds.Rambles"))
+        notes = re.findall(r"note: (.* was cut; .*)", capsys.readouterr().err)
+        assert len(notes) == 1
+        cut = r"an observation of at least 30 characters was cut; a class may raise its observation_limit"
+        assert re.fullmatch(rf".*talks.jsonl:\d, at turn 1: {cut}", notes[0])
+    train(talks("short"))
+    assert "was cut; a class" not in capsys.readouterr().err
+
+
+def test_environments_are_made_at_the_same_time() -> None:
+    rows = [Demonstration("q", answer=number) for number in range(1, 21)]
+    start = time.monotonic()
+    assert len(begun("python:tiny_worlds.Slow", rows)) == 20
+    assert time.monotonic() - start < 2.5  # one after another, 4 seconds
+
+
+def test_episodes_with_other_tools_are_refused() -> None:
+    rows = [Demonstration("q", answer=number, source=f"data:{number}") for number in (1, 2)]
+    with pytest.raises(
+        UserError, match=r"^data:2: environment '.*Fickle' has other tools than in data:1, expected the"
+    ):
+        begun("python:tiny_worlds.Fickle", rows)
 
 
 def test_rows_with_pictures_are_refused() -> None:
