@@ -29,6 +29,7 @@ from selfdistill.config import (
     Settings,
     TrainConfig,
     load_yaml,
+    trl_hint,
 )
 from selfdistill.errors import UserError, closest
 from selfdistill.runtime import GPUS, THIS
@@ -276,10 +277,12 @@ def _explained(message: str, arguments: list[str]) -> str:
         if own := _own_setting(name, unknown[2], arguments):
             return f"unknown option {unknown[1]}; {own}"
         options = [key for key in fields if key not in places]
-        known = [f"--{key}" for key in (*options, "config", *switches, *(["json"] if command != "train" else []))]
+        known = [*options, "config", *switches, *(["json"] if command != "train" else [])]
         what = "option" if unknown[1].startswith("-") else "argument"
-        others = _other_methods(name) if "method_settings" in fields else ""
-        hint = closest(unknown[1], known) or others or "; see --help for the names"
+        hint = trl_hint(name, known, "--") or closest(unknown[1], [f"--{key}" for key in known])
+        if not hint and "method_settings" in fields:
+            hint = _other_methods(name)
+        hint = hint or "; see --help for the names"
         return f"unknown {what} {unknown[1]}{hint}"
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
     if key and value and key[1] in switches:

@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
+from selfdistill.config.trl_names import trl_hint
 from selfdistill.data import CODE, FUNCTION, JUDGE, SCORER_NAMES, Turns
 from selfdistill.environments import name_of_functions
 from selfdistill.errors import UserError, closest
@@ -134,7 +135,7 @@ def _one_line(detail: Any, fields: Mapping[str, FieldInfo]) -> str:
     """One of pydantic's errors, in this package's words."""
     name = ".".join(part for part in detail["loc"] if isinstance(part, str))  # without list indices
     if detail["type"] == "extra_forbidden":
-        return f"unknown setting '{name}'{closest(name, fields, '; remove it')}"
+        return f"unknown setting '{name}'{trl_hint(name, fields) or closest(name, fields, '; remove it')}"
     if detail["type"] == "missing":
         return f"setting '{name}' is required, found none"
     if not name:
