@@ -1,4 +1,4 @@
-"""What TRL's names of settings are here, for messages about unknown settings; the page of ``docs/`` on TRL lists them."""
+"""What TRL's names of settings are here, for messages about unknown settings. The page on TRL lists the same."""
 
 from __future__ import annotations
 
