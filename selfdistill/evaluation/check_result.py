@@ -272,7 +272,7 @@ def _closeness_line(result: CheckResult) -> str:
     text = f"In-context assumption: the teacher {right}is {result.teacher_kl:.2f} nats per "
     text += "token from the base along its own replies"
     if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None or result.student_accuracy is None:
-        return f"{text}; to compare with a fine-tuned model, give it as fine_tuned."
+        return f"{text}. To tell if that is near, compare a model fine-tuned on the same rows: give it as fine_tuned."
     text += (
         f"; the fine-tuned model has {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along its own"
     )
