@@ -356,10 +356,6 @@ def test_asking_shows_both_replies(model: str) -> None:
     run = sd.train(model, ROWS, output_dir="run", context="turns", **RUN)
     answered = sd.ask("run", "Where is ticket 3?", base=model, max_completion_length=12)
     assert answered.reply == run.generate("Where is ticket 3?")
-    with pytest.raises(
-        sd.UserError, match=r"^prompt: found the messages of one conversation, expected .*: \[messages\]$"
-    ):
-        run.generate([{"role": "user", "content": "Where is ticket 3?"}])
     wrong: Any
     for wrong in (5, [5], {"role": "user"}):
         with pytest.raises(sd.UserError, match=r"prompt: found .*, expected text or a list of prompts"):

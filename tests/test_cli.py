@@ -261,7 +261,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SFT + " --split test --data folder-that-is-not",
-        "folder-that-is-not: no such file, and no readable hub data set: ...",
+        "folder-that-is-not: no such file, and the hub was not asked for a data set, because offline mode "
+        "(HF_HUB_OFFLINE) is on",
     ),
     (
         "train.jsonl",

@@ -78,8 +78,6 @@ class Run(Printable):
             UserError: the prompt is neither, or there is no final model.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        if isinstance(prompts, list | tuple) and any(isinstance(one, dict) for one in prompts):
-            raise UserError("prompt: found the messages of one conversation, expected a list of prompts: [messages]")
         if not isinstance(prompts, list | tuple) or not all(isinstance(one, str | list | tuple) for one in prompts):
             raise UserError(f"prompt: found {prompt!r}, expected text or a list of prompts")
         defaults: dict[str, Any] = {
