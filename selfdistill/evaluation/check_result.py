@@ -178,7 +178,8 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
 def _print(result: CheckResult, console: Console) -> None:
     episodes = () if result.student_turns is None else ("turns", "invalid calls")
     title = f"{result.model} on {result.items} rows of {result.data}"
-    table = result_table("context", "right", "log p(demo)", "KL", "tokens", "cut", "prompt", *episodes, title=title)
+    cut = "cut" if episodes else "truncated"
+    table = result_table("context", "right", "log p(demo)", "KL", "tokens", cut, "prompt", *episodes, title=title)
     table.add_row(
         "none (the student)",
         _number(result.student_accuracy),
