@@ -284,8 +284,10 @@ def _view(run: RunFolder) -> Json:
     rows: dict[str, Json] = {}
     for step in steps:
         for view in (view for view in run.views if view["step"] == step):
-            row = rows.setdefault(view["row"], {key: view[key] for key in ("row", "prompt", "demonstration")})
-            row.setdefault("replies", []).append({"heading": _heading(view), "turns": _turns(view)})
+            row = rows.setdefault(view["row"], {"row": view["row"], "prompt": view["prompt"], "replies": []})
+            row.setdefault("demonstration", view.get("demonstration"))
+            reply = {"heading": _heading(view), "teacher_sees": view.get("teacher_sees"), "turns": _turns(view)}
+            row["replies"].append(reply)
     shown: Json = {"run": run.name, "rows": list(rows.values()), "profile": None}
     if not all(_is_scored(view) for view in run.views):
         return shown

@@ -300,7 +300,7 @@ class _Limits:
         if self.prompt is not None and self.prompt < 1:
             raise UserError(
                 f"setting {self.setting!r}: {self.after} leaves no room for a prompt in the "
-                f"model's window of {self.window} tokens"
+                f"model's context window of {self.window} tokens"
             )
 
     def problem(self, example: Example) -> tuple[RowProblem, list[str]] | None:
@@ -319,7 +319,7 @@ class _Limits:
             return RowProblem(source, "completion has ", str(length), after), [way]
         whole = student + len(example.completion_ids)
         if self.completion_must_fit and example.given and self.window is not None and whole > self.window:
-            after = f" tokens, limit {self.window} (the window)"
+            after = f" tokens, limit {self.window} (the context window)"
             return RowProblem(source, "prompt and episode have ", str(whole), after), ["shorten them"]
         return None
 
@@ -337,7 +337,7 @@ class _Limits:
 
     @property
     def _window(self) -> str:
-        return f" (the window is {self.window} tokens)"
+        return f" (the context window is {self.window} tokens)"
 
 
 def _longest_reply(example: Example) -> int:

@@ -31,7 +31,7 @@ class VllmSampling(ABC):
     length: int
     """Maximum length of a prompt with its completion, in tokens."""
     limited_by: str
-    """What else may limit the length besides the model's window, for messages."""
+    """What else may limit the length besides the model's context window, for messages."""
     longer_with: str
     """How to raise that limit."""
 

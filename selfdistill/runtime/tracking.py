@@ -41,9 +41,12 @@ METRICS = {
     "advantages",
     "entropy": "student entropy over the retained tokens, nats per token",
     "reward": "mean reward of the samples; only for methods with a checker, such as ``grpo``",
+    "teacher_gain/right": "mean log q - log p of the learnt samples with reward 1, nats per retained token, q the "
+    "teacher's and p the student's probability; only for methods with a checker and a teacher, such as ``sdpo``",
+    "teacher_gain/wrong": "the same of the other learnt samples: a teacher that helps has less here than above",
     "learnt": "share of the samples that are learnt; only for methods that may leave some out, such as ``sdpo``",
     "unfit": "share of the samples whose context is too long, or that the chat template does not show",
-    "control": "number of the method's controller, such as the share of the demonstration that the teacher sees",
+    "control": "value chosen by the method's controller, such as the share of the demonstration that the teacher sees",
     "importance": "mean importance weight of the completions",
     "engine/gap": "mean difference between a token's log-probability by engine and by student, nats; with an engine",
     "engine/gap_max": "the largest of these differences",

@@ -68,6 +68,7 @@ def step_metrics(
         metrics["importance"] = task.importance
     if task.reward is not None:
         metrics["reward"] = task.reward
+        metrics |= task.teacher_gains
     if control is not None:
         metrics["control"] = control
     if by_part:

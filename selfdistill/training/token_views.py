@@ -3,7 +3,7 @@
 It also shows episodes that no teacher scores.
 
 The rollouts are greedy. Where the teacher's contexts are made of a step's samples, they are samples, with the seeds of
-the first step.
+the first step. Where the teacher sees more or less of the demonstration from step to step, it sees the most here.
 
 Legend: N tokens of a completion, n tokens in one chunk, D hidden size, V vocabulary.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -33,13 +34,14 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
     """Rollouts of ``view_rows`` examples, or episodes, spread over the data, scored by student p and teacher q.
 
     Returns:
-        One dict per example: ``row`` (source), ``prompt`` (its last turn), ``demonstration``, ``truncated`` and
-        ``tokens``, the student's own. Each token has ``text``, ``logp`` and ``logq`` (nats), ``kl`` (KL(q||p), nats)
-        and ``top``, the teacher's most likely tokens with their probabilities. An episode also has ``reward`` (None if
-        it was not judged), ``feedback`` and ``turns``, each with the number of its ``tokens``, the names of its
-        ``calls``, why it is ``invalid``, and ``observations``, each with ``speaker`` and ``text``. Where the teacher's
-        contexts are made of samples, rows of which none is learnt are left out. Without a teacher only methods that
-        learn from their own episodes have any, and tokens have nothing but ``text``.
+        One dict per example: ``row`` (source), ``prompt`` (its last turn), ``teacher_sees`` (the teacher's prompt),
+        ``truncated`` and ``tokens``, the student's own. Each token has ``text``, ``logp`` and ``logq`` (nats), ``kl``
+        (KL(q||p), nats) and ``top``, the teacher's most likely tokens with their probabilities. An episode also has
+        ``reward`` (None if it was not judged), ``feedback`` and ``turns``, each with the number of its ``tokens``, the
+        names of its ``calls``, why it is ``invalid``, and ``observations``, each with ``speaker`` and ``text``. Where
+        the teacher's contexts are made of samples, rows of which none is learnt are left out. Without a teacher only
+        methods that learn from their own episodes have any; ``demonstration`` is in the place of ``teacher_sees``, and
+        tokens have nothing but ``text``.
     """
     if trainer.teacher is None or trainer.stage.task.method.teacher is None:
         return _unscored(trainer)
@@ -60,7 +62,7 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
             ):
                 logits_nV = student.head(mine_nD), teacher.head(theirs_nD)
                 tokens += _chunk(tokenizer, ids.tolist(), *(part_nV.float().log_softmax(-1) for part_nV in logits_nV))
-            views.append(_view(rollout, tokens))
+            views.append(_view(rollout, tokens) | {"teacher_sees": _read(trainer, rollout.example.teacher_ids or [])})
     return views
 
 
@@ -71,7 +73,11 @@ def _unscored(trainer: Trainer) -> list[dict[str, Any]]:
     model, tokenizer = trainer.loaded.model, trainer.loaded.tokenizer
     with unsharded(model), cached_casts(model), trainer.accelerator.autocast():
         shown = _rollouts(trainer)
-    return [_view(rollout, [{"text": tokenizer.decode([token])} for token in rollout.ids]) for rollout in shown]
+    views = []
+    for rollout in shown:
+        tokens = [{"text": tokenizer.decode([token])} for token in rollout.ids]
+        views.append(_view(rollout, tokens) | {"demonstration": _demonstration(rollout.example.demonstration)})
+    return views
 
 
 def _view(rollout: Completion, tokens: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -80,7 +86,6 @@ def _view(rollout: Completion, tokens: Sequence[dict[str, Any]]) -> dict[str, An
     return {
         "row": row.source,
         "prompt": shown_text(row.prompt[-1]["content"]),
-        "demonstration": _demonstration(row),
         "tokens": [token for token, is_own in zip(tokens, rollout.is_own, strict=True) if is_own],
         "truncated": rollout.truncated,
         **_transcript(rollout),
@@ -120,8 +125,16 @@ def _judged(trainer: Trainer, rollouts: list[Completion]) -> list[Completion]:
     return [replace(one, verdict=verdict) for one, verdict in zip(rollouts, verdicts, strict=True)]
 
 
+def _read(trainer: Trainer, ids: Sequence[int]) -> str:
+    """A prompt as the model reads it, with its control tokens; a word for the tokens of a picture."""
+    pictures = trainer.loaded.pictures
+    mark = None if pictures is None else pictures.token_id
+    runs = groupby(ids, key=lambda token: token == mark)
+    return "".join("[picture]" if is_mark else trainer.loaded.tokenizer.decode(list(run)) for is_mark, run in runs)
+
+
 def _demonstration(row: Demonstration) -> str:
-    """What the teacher sees, as text."""
+    """The row's demonstration, as text."""
     return shown_text(row.privileged_context or (as_transcript(row.episode) if row.episode else row.completion))
 
 

@@ -63,7 +63,7 @@ def view(step: int, row: int, tokens: list[str]) -> dict[str, Any]:
         "step": step,
         "row": f"skill.jsonl:{row}",
         "prompt": f"Where is ticket {17 + row}? Answer with the shelf and the box, as the archive's list has them.",
-        "demonstration": f"Ticket {17 + row}: shelf B, box 4.",
+        "teacher_sees": f"user: Where is it?\nassistant: Ticket {17 + row}: shelf B, box {step}.",
         "tokens": shown,
         "truncated": step == 0,
     }
@@ -230,6 +230,24 @@ def test_a_run_is_shown_whole(here: Path) -> None:
     assert tokens[0]["aria-label"] == "Ticket: reward -2.00; teacher prefers Ticket 1%, ↵ <1%,  box <1%"
     assert tokens[0]["class"] == "token down"
     assert tokens[1]["aria-label"] == " 17: reward +2.18; teacher prefers  17 98%, ↵ <1%,  box <1%"
+
+
+def test_what_the_teacher_sees_is_shown_with_each_reply(here: Path) -> None:
+    text = report("skill").text
+    for step in (0, STEPS):
+        assert text.count(f"Ticket 18: shelf B, box {step}.") == 1
+    assert text.count("The teacher sees") == 4
+    assert not re.search("Demonstration(?!s)", text)
+
+
+def test_a_demonstration_is_shown_where_no_teacher_scored(here: Path) -> None:
+    lines = Path("skill/token_views.jsonl").read_text(encoding="utf-8").splitlines()
+    views = [json.loads(line) for line in lines]
+    jsonl(Path("skill/token_views.jsonl"), [{"demonstration": one.pop("teacher_sees"), **one} for one in views])
+    text = report("skill").text
+    assert len(re.findall("Demonstration(?!s)", text)) == 2
+    assert text.count("Ticket 18: shelf B, box 0.") == 1
+    assert "The teacher sees" not in text
 
 
 def test_the_loss_is_shown_by_part_where_steps_have_several(here: Path) -> None:

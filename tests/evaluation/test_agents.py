@@ -133,7 +133,7 @@ def test_a_scorer_is_not_used_and_that_is_said(
     scripted: Callable[..., EvalConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate(scripted(scorer="contains"))
-    assert f"the environment {SCRIPTED} judges, so scorer contains is ignored" in capsys.readouterr().err
+    assert f"the environment {SCRIPTED} gives the rewards, so scorer contains is ignored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

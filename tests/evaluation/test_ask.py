@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ENDS
+from shared import ENDS
 
 import selfdistill as sd
 from selfdistill.cli import main

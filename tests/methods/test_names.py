@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from conftest import methods_where
+from shared import methods_where
 
 from selfdistill.config.method import SCORED_METHODS, MethodName
 from selfdistill.config.train import TrainConfig

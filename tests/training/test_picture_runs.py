@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +29,7 @@ from selfdistill.model import ForwardPass, Sampling, fake_model, load_model, mak
 from selfdistill.training import export, merge, train
 from selfdistill.training.memory import memory_plan
 from selfdistill.training.planned_parts import planned_stages
+from selfdistill.training.token_views import token_views
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
@@ -159,6 +161,13 @@ def test_a_frozen_teachers_kept_contexts_change_nothing(
     kept, not_kept = (make(out=str(mib), teacher_cache_mib=mib, **settings) for mib in (64, 0))
     one, other = (weights(train(config)) for config in (kept, not_kept))
     assert largest_difference(one, other) < 1e-5
+
+
+def test_what_the_teacher_sees_has_a_word_for_each_picture(make: Make) -> None:
+    (view,) = token_views(Trainer(make(view_rows=1)))
+    seen = view["teacher_sees"]
+    assert (seen.count("[picture]"), seen.count("image")) == (2, 0)
+    assert re.sub(r"\s", "", seen).count("[picture]?") == 2
 
 
 @family
