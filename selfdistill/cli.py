@@ -30,6 +30,7 @@ from selfdistill.runtime import (
     is_out_of_memory,
     is_rank0,
     result_console,
+    say,
     say_note,
     size_in_bytes,
     world_size,
@@ -183,7 +184,7 @@ def _train(given: dict[str, Any]) -> int:
     run = api.train(**given)
     if is_rank0():
         print(f"final model: {run.final}")
-        print(f'to try it: selfdistill ask {shlex.quote(str(run.output_dir))} "QUESTION"')
+        say(f'to try it: selfdistill ask {shlex.quote(str(run.output_dir))} "QUESTION"')
     return 0
 
 

@@ -1084,7 +1084,8 @@ def test_progress_says_which_model_answers_which_rows(here: Path, capsys: pytest
     assert re.search(r"\ndisk space: \d checkpoints of [\d.]+ MiB, the final model [\d.]+ MiB\n", err)
     assert re.search(r"\nstep 0: accuracy \d\.\d{3} on 4 rows  KL\(base\|\|model\) 0\.000\n", err)
     assert re.search(r"  \d+ tokens per completion, \d+% truncated  ", err)
-    assert out.endswith('to try it: selfdistill ask run "QUESTION"\n')
+    assert out == "final model: run/final\n"
+    assert err.endswith('\nto try it: selfdistill ask run "QUESTION"\n')
 
 
 def test_eval_writes_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1343,7 +1344,14 @@ def test_process_prints_one_line_and_exits_with_2(here: Path) -> None:
 def test_process_trains_without_noise(here: Path) -> None:
     done = run(*shlex.split(SFT))
     assert (done.returncode, done.stdout) == (0, f"final model: {Path('run/final')}\n")
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["sft", "model:", "memory", "step", "writing"]
+    assert [line.split()[0] for line in done.stderr.splitlines()] == [
+        "sft",
+        "model:",
+        "memory",
+        "step",
+        "writing",
+        "to",
+    ]
 
 
 def test_an_output_that_nobody_reads_is_no_traceback(here: Path) -> None:
