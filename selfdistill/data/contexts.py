@@ -41,10 +41,7 @@ def _assistant(text: str) -> Message:
 
 
 def _turns_shown(demonstration: Demonstration, show: Show) -> tuple[list[Message], list[Message]]:
-    """The turns before the question, and the question with its reply: of a whole episode or of the one turn.
-
-    The question begins at the last user turn; all turns belong to it if there is none. The system turn is left out.
-    """
+    """The turns before the question, that is the last user turn, and it with its reply or the whole episode."""
     row = demonstration
     if show == "episode" and row.turn_of is not None and row.privileged_context is None:
         row = row.turn_of

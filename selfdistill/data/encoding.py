@@ -11,7 +11,7 @@ from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import Context
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.episodes import Replies, encode_replies, turns_of
-from selfdistill.data.images import by_digest
+from selfdistill.data.images import PictureRefusal, by_digest
 from selfdistill.data.messages import Message, uses_tools
 from selfdistill.data.rows import RowProblem, by_reason, first_ten
 from selfdistill.data.template import TemplateRefusal
@@ -19,6 +19,12 @@ from selfdistill.data.thinking import split_thinking
 from selfdistill.errors import UserError
 
 Made = TypeVar("Made")
+
+_REFUSED = {
+    TemplateRefusal: "do not fit the chat template",
+    PictureRefusal: "have pictures that the model does not read",
+}
+"""What is wrong with rows that raise these errors."""
 
 
 @dataclass(frozen=True)
@@ -202,18 +208,18 @@ def _by_row(demonstrations: Sequence[Demonstration], make: Callable[[Demonstrati
     """What ``make`` returns for each row.
 
     Raises:
-        UserError: the chat template rejects rows; see :func:`by_reason`.
+        UserError: the chat template or the processor rejects rows; see :func:`by_reason`.
     """
     made: list[Made] = []
-    refused: list[RowProblem] = []
+    refused: dict[str, list[RowProblem]] = {}
     for demonstration in demonstrations:
         try:
             made.append(make(demonstration))
-        except TemplateRefusal as error:
-            refused.append(RowProblem(demonstration.source, str(error)))
+        except (TemplateRefusal, PictureRefusal) as error:
+            refused.setdefault(_REFUSED[type(error)], []).append(RowProblem(demonstration.source, str(error)))
     if refused:
-        count = f"{len(refused)} of {len(demonstrations)} rows"
-        raise UserError(f"{count} do not fit the chat template: {by_reason(refused)}")
+        count = len(demonstrations)
+        raise UserError("; ".join(f"{len(of)} of {count} rows {what}: {by_reason(of)}" for what, of in refused.items()))
     return made
 
 

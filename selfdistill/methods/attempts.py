@@ -27,6 +27,7 @@ from selfdistill.data import (
     parse_context,
     thought_and_said,
     with_feedback,
+    without_thoughts,
 )
 from selfdistill.errors import UserError
 from selfdistill.methods.encoders import cut
@@ -136,9 +137,9 @@ class AttemptExamples(ScoredExamples):
 
 
 def _demonstrated(sample: Completion, encode: ContextEncoder) -> Demonstration:
-    """The sample's row with the sample as its demonstration: a reply without its thoughts, or an episode."""
+    """The sample's row with the sample as its demonstration, a reply or an episode, without its thoughts."""
     row = sample.example.demonstration
     if sample.messages:
-        return replace(row, episode=sample.messages, privileged_context=None)
+        return replace(row, episode=tuple(without_thoughts(sample.messages)), privileged_context=None)
     said = thought_and_said(encode.chat, sample.example.student_ids, sample.ids)[1]
     return replace(row, privileged_context=said)

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ContextEncoder, Example, Verdict
+from selfdistill.data import ContextEncoder, Example, Verdict, continued_by
 from selfdistill.errors import UserError
 from selfdistill.methods.checking import ScorerChecker, verdicts_on
 from selfdistill.methods.encoders import cut, encoder_of, guided
@@ -40,7 +40,7 @@ def continued(
         chosen = [number for number, prefix in enumerate(prefixes) if bool(prefix) == has_prefix]
         if not chosen:
             continue
-        prompts = [[*examples[number].student_ids, *prefixes[number]] for number in chosen]
+        prompts = [continued_by(examples[number].student_ids, prefixes[number]) for number in chosen]
         rollouts = sample(loaded, prompts, policy, [seeds[number] for number in chosen])
         for number, r in zip(chosen, rollouts, strict=True):
             x, prefix = examples[number], prefixes[number]

@@ -37,6 +37,8 @@ class Completion:
     given: tuple[tuple[int, int], ...] = ()
     """Half-open spans of ``ids`` that are not the model's own, in order. They are never learnt, and have a
     log-probability of 0 in ``logps``."""
+    cut: bool = False
+    """Of a truncated episode: whether it was cut after a complete reply."""
     turns: int = 1
     """Replies of the episode."""
     invalid_calls: int = 0

@@ -17,7 +17,7 @@ from selfdistill.data import NEXT_TURN, pictures_in
 from selfdistill.errors import UserError
 from selfdistill.model.decoding_steps import ReadRows, select_rows, steps_for
 from selfdistill.model.device import any_length, pass_tokens, running_sum, tokens_per_check
-from selfdistill.model.engine import engine_for
+from selfdistill.model.engine import Answered, engine_for
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
@@ -97,6 +97,23 @@ def sample(
                 drawn = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
             rollouts += all_gather(drawn)
     return rollouts
+
+
+def check_room(loaded: LoadedModel, prompts: Sequence[Sequence[int]], tokens: int, what: Answered) -> None:
+    """Check before anything is sampled that an engine has room for prompts and what follows; PyTorch always has.
+
+    Args:
+        loaded: the model to sample from.
+        prompts: token ids.
+        tokens: maximum number of tokens after a prompt.
+        what: what these are, a completion or an episode.
+
+    Raises:
+        UserError: it has not; or as :func:`sample`.
+        EngineFailed: the engine does not start.
+    """
+    if loaded.engine is not None:
+        engine_for(loaded).check_room(prompts, tokens, what)
 
 
 def sample_at_its_longest(

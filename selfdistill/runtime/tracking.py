@@ -33,8 +33,10 @@ METRICS = {
     "drift/teacher": "KL(base||teacher) on the same prompts, without the demonstration, nats per token",
     "completion/length": "mean tokens per completion",
     "completion/truncated": "share of completions truncated at the length limit, or of episodes that were cut",
-    "episode/turns": "mean replies per episode; with an environment, as are the next four",
+    "episode/turns": "mean replies per episode; with an environment, as are the next five",
     "episode/invalid_calls": "mean calls per episode that could not be run as written",
+    "episode/cut": "share of episodes cut after a complete reply: by ``max_turns``, ``max_episode_length`` or the chat "
+    "template",
     "episode/reward": "mean reward of the episodes; only if the environment judges",
     "episode/success": "share of the episodes with reward 1",
     "turn_loss/NUMBER": "loss per retained token of the n-th replies of all episodes, from 1, without factors such as "

@@ -24,8 +24,25 @@ from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
-from selfdistill.methods import FROZEN, Method, Part, check_steps, repeated_prompts, scorer_judges, stages_of
-from selfdistill.model import LoadedModel, TeacherRule, deterministic, has_gpu, refuse_autocast, resolved_precision
+from selfdistill.methods import (
+    FROZEN,
+    Method,
+    Part,
+    check_steps,
+    repeated_prompts,
+    rules_of,
+    scorer_judges,
+    stages_of,
+)
+from selfdistill.model import (
+    LoadedModel,
+    TeacherRule,
+    check_room,
+    deterministic,
+    has_gpu,
+    refuse_autocast,
+    resolved_precision,
+)
 from selfdistill.runtime import barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
 
@@ -139,6 +156,20 @@ def refuse_with_pictures(config: TrainConfig, stages: Sequence[Stage], loaded: L
         for name in ("fsdp", "torch_compile", "load_in_4bit", "engine"):
             if getattr(config, name) not in (False, "none"):
                 raise UserError(f"setting {name!r} does not work with pictures; leave it out")
+
+
+def check_engine(stages: Sequence[Stage], loaded: LoadedModel) -> None:
+    """Check that an engine, if there is one, has room for the samples and episodes after all prompts.
+
+    Raises:
+        UserError: it has not.
+    """
+    for part in (part for stage in stages for part in stage.sampled):
+        prompts, sampling = [x.student_ids for x in part.examples], part.method.sequence.sampling
+        if rules := rules_of(part.method):
+            check_room(loaded, prompts, rules.max_length, "episode")
+        elif sampling is not None:
+            check_room(loaded, prompts, sampling.max_completion_length, "completion")
 
 
 def repeating(config: TrainConfig) -> AbstractContextManager[None]:

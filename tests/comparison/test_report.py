@@ -316,6 +316,23 @@ def test_an_episode_is_shown_as_a_transcript_whose_observations_have_no_colour(h
     assert {"mean reward", "turns", "invalid calls", "0.61", "2.75", "0.33"} <= {cell.strip() for cell in page.cells}
 
 
+def test_tools_and_earlier_turns_of_the_prompt_are_shown(here: Path) -> None:
+    before = "system: Be brief.\nuser: Hello.\nassistant: Hello."
+    tools = ['{"name": "find"}', f'{{"name": "{ATTACK}"}}']
+    words = view(0, 1, ["a", "", "界"])
+    jsonl(Path("skill/token_views.jsonl"), [words | {"before": before, "tools": tools}])
+    page = report("skill")
+    assert before in page.text
+    assert "\n".join(tools) in page.text
+    tokens = [span for span in page.attributes("span") if span.get("class", "").startswith("token ")]
+    assert [str(token["aria-label"]).split(":")[0] for token in tokens] == ["a", "(empty)", "界"]
+    assert "·" in page.text
+    jsonl(Path("skill/token_views.jsonl"), [words])  # as earlier versions wrote it
+    page = report("skill")
+    assert "Earlier turns" not in page.text
+    assert "Tools" not in page.text
+
+
 def test_the_page_is_accessible(everything: Path) -> None:
     page = Page(everything.read_text(encoding="utf-8"))
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]

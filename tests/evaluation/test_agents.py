@@ -160,6 +160,8 @@ class Says:
     def __init__(self, loaded: LoadedModel, *replies: dict[str, Any]) -> None:
         self._chat, self._replies = loaded.chat(), replies
 
+    def check_room(self, *_: Any) -> None: ...
+
     def sample(self, loaded: LoadedModel, prompts: list[list[int]], *_: Any) -> list[Rollout]:
         texts = [self._chat.tokenizer.decode(prompt) for prompt in prompts]
         replies = [self._replies[text.rsplit("Which", 1)[-1].count("<|im_start|>assistant") - 1] for text in texts]
@@ -300,6 +302,8 @@ class Copies:
 
     def __init__(self, loaded: LoadedModel, examples: Sequence[Example]) -> None:
         self._chat, self._examples = loaded.chat(), examples
+
+    def check_room(self, *_: Any) -> None: ...
 
     def sample(self, loaded: LoadedModel, prompts: list[list[int]], *_: Any) -> list[Rollout]:
         replies = [self._reply(prompt) for prompt in prompts]
