@@ -158,5 +158,7 @@ def _shared_system_turn(data: str, trained: Mapping[str, Any]) -> str | None:
     if first[0]["role"] != "system" or any(turn != first[0] for turn in first):
         return None
     text = str(first[0]["content"])
-    say_note(f"asked with the system turn of all training rows, {quoted(text)}; another, or '' for none, is system")
+    say_note(
+        f"asked with the system turn of all training rows, {quoted(text)}; set system to another, or to '' for none"
+    )
     return text

@@ -19,7 +19,9 @@ from selfdistill.cli import main
 WARD = {"role": "system", "content": "You keep the list of the ward."}
 USER = {"role": "user", "content": "Where is Anna?"}
 REPLY = {"role": "assistant", "content": "Room 4."}
-SHARED = f"asked with the system turn of all training rows, {WARD['content']!r}; another, or '' for none, is system"
+SHARED = (
+    f"asked with the system turn of all training rows, {WARD['content']!r}; set system to another, or to '' for none"
+)
 
 
 @pytest.fixture
