@@ -45,7 +45,7 @@ from selfdistill.config import (
 )
 from selfdistill.continual import LearnResult
 from selfdistill.continual import learn as run_action
-from selfdistill.data import Rows
+from selfdistill.data import Message, Rows
 from selfdistill.errors import UserError
 from selfdistill.evaluation import AskResult, CheckResult, EvalResult
 from selfdistill.evaluation import ask as ask_question
@@ -286,7 +286,7 @@ def learn(
 
 def ask(
     run: str | os.PathLike[str],
-    question: str,
+    question: str | Sequence[Message],
     *,
     base: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -296,7 +296,7 @@ def ask(
 
     Args:
         run: run folder, model folder, hub id or ``smollm2-135m``.
-        question: one user turn.
+        question: one user turn, or the chat messages of a conversation.
         base: a second model to ask the same.
         progress: show bars and notes.
         settings: the options of ``selfdistill ask``, such as ``image``.
@@ -305,8 +305,9 @@ def ask(
         UserError: a model cannot be loaded, or the picture cannot be used or read by it.
     """
     with session(progress):
-        places: dict[str, Any] = {"run": run, "base": base}
-        return ask_question(AskConfig(question=question, **places, **settings))
+        conversation = question if isinstance(question, list | tuple) else None
+        places: dict[str, Any] = {"run": run, "base": base, "question": question if conversation is None else ""}
+        return ask_question(AskConfig(**places, **settings), conversation)
 
 
 def make_questions(

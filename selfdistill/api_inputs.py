@@ -164,7 +164,7 @@ class RowsInFolder:
             if rows is None:
                 continue
             if output_dir is None:
-                raise UserError("setting 'output_dir' is required, found none")
+                raise UserError("setting 'output_dir' is required: the run folder")
             if world_size() > 1:
                 raise UserError(f"setting {name!r}: {world_size()} processes read the rows, so give a file")
             file = Path(output_dir) / f"{name}.jsonl"

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import select
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from selfdistill.runtime import (
     is_out_of_memory,
     is_rank0,
     result_console,
+    say,
     say_note,
     size_in_bytes,
     world_size,
@@ -120,7 +122,8 @@ def _check_settings(command: str, given: dict[str, Any]) -> None:
     """Find wrong and missing settings before anything heavy is imported."""
     for option in ("memory", "device"):
         if option in given and command == "train" and not given.get("dry_run"):
-            raise UserError(f"option --{option} only makes a plan: add --dry_run")
+            uses = "; a run uses a GPU by itself if PyTorch finds one" if option == "device" else ""
+            raise UserError(f"option --{option} only makes a plan: add --dry_run{uses}")
     if "memory" in given:
         size_in_bytes(given["memory"])
     if "device" in given:
@@ -181,6 +184,7 @@ def _train(given: dict[str, Any]) -> int:
     run = api.train(**given)
     if is_rank0():
         print(f"final model: {run.final}")
+        say(f'to try it: selfdistill ask {shlex.quote(str(run.output_dir))} "QUESTION"')
     return 0
 
 

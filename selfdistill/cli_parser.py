@@ -5,6 +5,7 @@ jsonargparse parses values by type; the settings validate ranges and combination
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from argparse import Action, ArgumentError
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from pydantic.fields import FieldInfo
 
 from selfdistill import __version__
 from selfdistill.config import (
@@ -29,6 +31,7 @@ from selfdistill.config import (
     Settings,
     TrainConfig,
     load_yaml,
+    trl_hint,
 )
 from selfdistill.errors import UserError, closest
 from selfdistill.runtime import GPUS, THIS
@@ -231,6 +234,8 @@ def _add_setting(group: Any, command: str, kind: type[Settings], key: str) -> No
         options = {"type": str, "metavar": "FILE"}
     if not field.is_required():
         options["default"] = field.get_default(call_default_factory=True)
+    if hint in (bool, bool | None):
+        options |= {"nargs": "?", "const": True}  # without a value it is true
     if "metavar" not in options and (metavar := _metavar(hint)):
         options["metavar"] = metavar
     required = " (required)" if field.is_required() else ""
@@ -273,13 +278,17 @@ def _explained(message: str, arguments: list[str]) -> str:
         places = _POSITIONAL.get(command, ())
         if (name := unknown[1].removeprefix("--")) in places and name != unknown[1]:
             return f"{command} takes {name} without {unknown[1]}: selfdistill {command} {' '.join(places).upper()}"
+        if listed := _listed(unknown[1], arguments, fields):
+            return listed
         if own := _own_setting(name, unknown[2], arguments):
             return f"unknown option {unknown[1]}; {own}"
         options = [key for key in fields if key not in places]
-        known = [f"--{key}" for key in (*options, "config", *switches, *(["json"] if command != "train" else []))]
+        known = [*options, "config", *switches, *(["json"] if command != "train" else [])]
         what = "option" if unknown[1].startswith("-") else "argument"
-        others = _other_methods(name) if "method_settings" in fields else ""
-        hint = closest(unknown[1], known) or others or "; see --help for the names"
+        hint = trl_hint(name, known, "--") or closest(unknown[1], [f"--{key}" for key in known])
+        if not hint and "method_settings" in fields:
+            hint = _other_methods(name)
+        hint = hint or "; see --help for the names"
         return f"unknown {what} {unknown[1]}{hint}"
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
     if key and value and key[1] in switches:
@@ -293,6 +302,19 @@ def _explained(message: str, arguments: list[str]) -> str:
             if parts:
                 return parts[0]
     return " ".join(message.removeprefix("argument ").split())
+
+
+def _listed(word: str, arguments: list[str], fields: dict[str, FieldInfo]) -> str:
+    """What to write where a word follows the value of an option whose values commas separate; empty elsewhere."""
+    before = arguments[: arguments.index(word)] if word in arguments else []
+    if len(before) < 2 or not before[-2].startswith("--"):
+        return ""
+    field = fields.get(before[-2].removeprefix("--"))
+    if field is None or get_origin(field.annotation) is not tuple:
+        return ""
+    after = itertools.takewhile(lambda one: not one.startswith("-"), arguments[len(before) :])
+    values = ",".join([before[-1], *after])
+    return f"option {before[-2]} takes several values with commas between them: {before[-2]} {values}"
 
 
 def _own_setting(name: str, value: str, arguments: list[str]) -> str:

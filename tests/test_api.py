@@ -414,7 +414,7 @@ def test_settings_are_refused_by_name(model: str) -> None:
         sd.train(model, ROWS, output_dir="run", learning_rat=1)
     with pytest.raises(sd.UserError, match="setting 'output_dir' is required"):
         sd.train(model, ROWS)
-    with pytest.raises(sd.UserError, match="setting 'model' is required, found none"):
+    with pytest.raises(sd.UserError, match="setting 'model' is required: folder, hub id"):
         sd.train(None, "data.jsonl", output_dir="run")
     for refused in (
         lambda: sd.train(model, ROWS, output_dir=3),  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from selfdistill.cli import main
-from selfdistill.cli_parser import COMMANDS, MAIN, TOPICS
+from selfdistill.cli_parser import COMMANDS, MAIN, TOPICS, parse
 from selfdistill.config.commands import CheckConfig, CompareConfig, EvalConfig
 from selfdistill.config.train import MethodName, TrainConfig
 from selfdistill.data.contexts import CONTEXTS
@@ -261,7 +261,8 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SFT + " --split test --data folder-that-is-not",
-        "folder-that-is-not: no such file, and no readable hub data set: ...",
+        "folder-that-is-not: no such file, and the hub was not asked for a data set, because offline mode "
+        "(HF_HUB_OFFLINE) is on",
     ),
     (
         "train.jsonl",
@@ -295,7 +296,8 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (
         "train",
-        "setting 'model' is required, found none; setting 'output_dir' is required, found none",
+        "setting 'model' is required: folder, hub id or smollm2-135m (the starter model, downloaded once from the "
+        "package index); setting 'output_dir' is required: the run folder",
     ),
     (
         f"{SFT} --method isdft --pull 2",
@@ -375,8 +377,12 @@ CONFIG: list[tuple[str, str]] = [
         "skip_first_tokens: 3 would mask 12 of 18 completion tokens and all of 2 of 4 completions; set it to "
         "at most 2 or use longer completions",
     ),
-    (f"{SFT} --config none.yaml", "none.yaml: cannot read the settings: No such file or directory"),
-    (f"{SFT} --config broken.yaml", "broken.yaml: not a valid YAML file: ..."),
+    (f"{SFT} --config none.yaml", "none.yaml: no such file (looked from HERE); check the path"),
+    (
+        f"{SFT} --config broken.yaml",
+        "broken.yaml: not a valid YAML file: line 2, column 1: while parsing a flow sequence, expected ',' or ']', but "
+        "got '<stream end>'",
+    ),
     (f"{SFT} --config latin.yaml", "latin.yaml: not a valid YAML file: ..."),
     (f"{SFT} --config nowhen.yaml", "nowhen.yaml: not a valid YAML file: month must be in 1..12"),
     (f"{SFT} --config deep.yaml", "deep.yaml: not a valid YAML file: nested too deeply"),
@@ -420,6 +426,10 @@ CONFIG: list[tuple[str, str]] = [
         "no action: give one of add, stream, status, history, rollback, discard, export after learn, even with "
         "--config; see selfdistill learn --help",
     ),
+    (
+        "compare --model m --data d.jsonl --test t.jsonl --methods sft sdft grpo --output_dir out",
+        "option --methods takes several values with commas between them: --methods sft,sdft,grpo",
+    ),
     ("demo --seed x", "setting 'seed': found 'x', expected: a whole number"),
     ("demo --seed -1", "setting 'seed': found -1, expected: 0 or more"),
 ]
@@ -437,7 +447,7 @@ def test_settings_that_are_wrong(here: Path, capsys: pytest.CaptureFixture[str],
     Path("empty.yaml").write_text("")
     Path("unknown.yaml").write_text("learning_rte: 1\n")
     Path("type.yaml").write_text("warmup_steps: many\n")
-    fails(capsys, command, message)
+    fails(capsys, command, message.replace("HERE", str(here)))
 
 
 def not_causal(model: Path) -> None:
@@ -588,8 +598,8 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "unknown name",
         lambda m: None,
         "--model smollm2-136m",
-        "model 'smollm2-136m': no such folder, and not found on the model hub (not contacted: offline "
-        "mode is on); give a folder, a hub id or one of: smollm2-135m",
+        "model 'smollm2-136m': no such folder, and the model hub was not asked, because offline mode "
+        "(HF_HUB_OFFLINE) is on; give a folder, a hub id or one of: smollm2-135m",
     ),
     (
         "misspelt folder",
@@ -601,8 +611,8 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "unknown hub id",
         lambda m: None,
         "--model nobody/nothing",
-        "model 'nobody/nothing': no such folder, and not found on the model hub (not contacted: offline "
-        "mode is on); give a folder, a hub id or one of: smollm2-135m",
+        "model 'nobody/nothing': no such folder, and the model hub was not asked, because offline mode "
+        "(HF_HUB_OFFLINE) is on; give a folder, a hub id or one of: smollm2-135m",
     ),
     (
         "adapter, base gone",
@@ -1053,6 +1063,31 @@ def test_resume_with_a_damaged_checkpoint(here: Path, capsys: pytest.CaptureFixt
     fails(capsys, "train --resume --output_dir run", message)
 
 
+def test_settings_that_are_true_or_false_need_no_value() -> None:
+    for words in ("--fsdp", "--fsdp true", "--gradient_checkpointing"):
+        _, given = parse(f"train {words} --seed 1".split())
+        assert given[words.split()[0].removeprefix("--")] is True
+    assert parse(["train", "--fsdp", "false"])[1]["fsdp"] is False
+    assert parse(["export", "run", "--merge"])[1]["merge"] is True
+
+
+def test_progress_says_which_model_answers_which_rows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(f"eval {BASE} --base model")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" on ")[0] for line in lines if " on train.jsonl, batch 2/2" in line] == ["model", "base model"]
+    trained(f"{SDFT} --test train.jsonl --method grpo --num_generations 2 --save_steps 1")
+    out, err = capsys.readouterr()
+    for line in ("base on train.jsonl, batch 2/2  ", "model after step 1 on train.jsonl, batch 2/2  "):
+        assert f"\n{line}" in f"\n{err}"
+    assert "\nscorer: exact\n" in err
+    assert re.search(r"\nmodel: model, \d+,\d{3} trainable parameters, on cpu", err)
+    assert re.search(r"\ndisk space: \d checkpoints of [\d.]+ MiB, the final model [\d.]+ MiB\n", err)
+    assert re.search(r"\nstep 0: accuracy \d\.\d{3} on 4 rows  KL\(base\|\|model\) 0\.000\n", err)
+    assert re.search(r"  \d+ tokens per completion, \d+% truncated  ", err)
+    assert out == "final model: run/final\n"
+    assert err.endswith('\nto try it: selfdistill ask run "QUESTION"\n')
+
+
 def test_eval_writes_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained(f"eval {BASE} --json result.json")
     out, _ = capsys.readouterr()
@@ -1220,6 +1255,8 @@ def test_memory_is_planned_for_another_device_and_nothing_is_loaded(
     )
     for option in ("memory 80GiB", "device h100"):
         refused = f"option --{option.split()[0]} only makes a plan: add --dry_run"
+        if "device" in option:
+            refused += "; a run uses a GPU by itself if PyTorch finds one"
         fails(capsys, f"{SDFT} --{option}", refused)
     fails(
         capsys, f"{SDFT} --dry_run --memory 80", "setting 'memory': found '80', expected a size such as 80GiB or 80GB"
@@ -1307,7 +1344,14 @@ def test_process_prints_one_line_and_exits_with_2(here: Path) -> None:
 def test_process_trains_without_noise(here: Path) -> None:
     done = run(*shlex.split(SFT))
     assert (done.returncode, done.stdout) == (0, f"final model: {Path('run/final')}\n")
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["sft", "model:", "memory", "step", "writing"]
+    assert [line.split()[0] for line in done.stderr.splitlines()] == [
+        "sft",
+        "model:",
+        "memory",
+        "step",
+        "writing",
+        "to",
+    ]
 
 
 def test_an_output_that_nobody_reads_is_no_traceback(here: Path) -> None:
@@ -1359,5 +1403,6 @@ def test_what_is_required_and_missing_is_one_line(command: str, capsys: pytest.C
             begin = {"ask": ["ask", "run", "q"], "export": ["export", "run"], "learn": ["learn", "status"]}
             assert main(begin.get(command, [command])) == 2
             _, err = capsys.readouterr()
-            assert f"setting '{name}' is required, found none" in err
+            assert f"setting '{name}' is required: " in err
+            assert "required: ;" not in err
             assert err.count("\n") == 1

@@ -101,10 +101,10 @@ def test_a_stopped_demo_says_what_to_do_and_lies_beside_an_earlier_one(
 
         return train(config, **given, on_step=on_step)
 
-    def measure_interrupted(evaluator: Evaluator, loaded: Any) -> Any:
+    def measure_interrupted(evaluator: Evaluator, loaded: Any, who: str) -> Any:
         if hasattr(evaluator, "base") and moment == "evaluation":
             os.kill(os.getpid(), signal.SIGINT)
-        return measure(evaluator, loaded)
+        return measure(evaluator, loaded, who)
 
     monkeypatch.setattr(module, "train", train_interrupted)
     monkeypatch.setattr(Evaluator, "measure", measure_interrupted)

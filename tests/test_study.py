@@ -177,7 +177,7 @@ def test_arms_have_settings_of_their_own(settings: Callable[..., CompareConfig],
             "setting 'arms' names the runs: leave 'methods' and 'vary'",
         ),
         ({"arms": {"a": {}}, "methods": ["sft"]}, "setting 'arms' names the runs: leave 'methods' and 'vary' out"),
-        ({"arms": "none.yaml"}, "none.yaml: cannot read the settings: No such file or directory"),
+        ({"arms": "none.yaml"}, "none.yaml: no such file (looked from "),
         ({"arms": {"a": 3}}, "setting 'arms.a': found 3, expected: an object"),
         (
             {"arms": {"a": {"method": "sft", "teacher": "live"}}},

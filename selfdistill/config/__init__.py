@@ -27,6 +27,7 @@ from selfdistill.config.files import (
 )
 from selfdistill.config.method import SHORTEST, MethodName, MethodSettings
 from selfdistill.config.train import LEARNING_RATE, LORA_LEARNING_RATE, OPEN, TrainConfig, TrainingSettings
+from selfdistill.config.trl_names import trl_hint
 
 __all__ = [
     "LEARNING_RATE",
@@ -61,5 +62,6 @@ __all__ = [
     "load_yaml",
     "refuse_changes",
     "run_settings",
+    "trl_hint",
     "with_runs_of",
 ]

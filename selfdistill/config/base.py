@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
+from selfdistill.config.trl_names import trl_hint
 from selfdistill.data import CODE, FUNCTION, JUDGE, SCORER_NAMES, Turns
 from selfdistill.environments import name_of_functions
 from selfdistill.errors import UserError, closest
@@ -134,14 +135,20 @@ def _one_line(detail: Any, fields: Mapping[str, FieldInfo]) -> str:
     """One of pydantic's errors, in this package's words."""
     name = ".".join(part for part in detail["loc"] if isinstance(part, str))  # without list indices
     if detail["type"] == "extra_forbidden":
-        return f"unknown setting '{name}'{closest(name, fields, '; remove it')}"
+        return f"unknown setting '{name}'{trl_hint(name, fields) or closest(name, fields, '; remove it')}"
     if detail["type"] == "missing":
-        return f"setting '{name}' is required, found none"
+        return f"setting '{name}' is required: {_what(fields[name])}"
     if not name:
         return str(detail["msg"]).removeprefix("Value error, ")
     known = re.findall(r"'(\w+)'", detail["msg"]) if detail["type"] == "literal_error" else ()
     want = _wanted(detail, fields[detail["loc"][0]])
     return f"setting '{name}': found {detail['input']!r}, expected: {want}{closest(str(detail['input']), known)}"
+
+
+def _what(field: FieldInfo) -> str:
+    """What a setting is: the first sentence of its help."""
+    sentence = re.split(r"\.(?:\s+(?=[A-Z])|$)", field.description or "")[0].replace("``", "")
+    return " ".join((sentence[:1].lower() + sentence[1:]).split())
 
 
 def _wanted(detail: Any, field: FieldInfo) -> str:
@@ -174,8 +181,15 @@ def read_mapping(path: Path, of: str) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file (looked from {os.getcwd()}); check the path") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read the settings: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        raise UserError(f"{path}: not a valid YAML file: {at}{said}") from None
     except (yaml.YAMLError, ValueError) as error:  # of bytes that are no text, or of a date that does not exist
         raise UserError(f"{path}: not a valid YAML file: {' '.join(str(error).split())}") from None
     except RecursionError:

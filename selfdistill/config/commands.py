@@ -180,6 +180,9 @@ class AskConfig(Settings):
     """Run folder, model folder, hub id or ``smollm2-135m``."""
     question: str
     """The question: one user turn."""
+    system: str | None = None
+    """A system turn before the question; ``''``: none. Default: that of the training rows, if the same one begins all
+    rows of the run."""
     image: str | None = None
     """A picture file, shown before the question. Needs an image-text model with its processor's files."""
     base: str | None = None

@@ -11,6 +11,7 @@ import yaml
 from selfdistill.config.base import Settings, read_mapping
 from selfdistill.config.commands import CompareConfig
 from selfdistill.config.train import OPEN, TrainConfig
+from selfdistill.config.trl_names import trl_hint
 from selfdistill.data import parse_context
 from selfdistill.errors import CannotResume, UserError, closest
 
@@ -63,7 +64,8 @@ def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
     values = read_mapping(path, "setting names to values")
     for key in values:
         if key not in kind.model_fields:
-            raise UserError(f"{path}: unknown setting '{key}'{closest(str(key), kind.model_fields, '; remove it')}")
+            hint = trl_hint(str(key), kind.model_fields) or closest(str(key), kind.model_fields, "; remove it")
+            raise UserError(f"{path}: unknown setting '{key}'{hint}")
     if values.get("anchors") == []:  # written where there were none; in Python an empty list is refused
         values["anchors"] = ()
     return values

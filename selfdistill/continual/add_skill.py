@@ -109,7 +109,10 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
                 said = f"{before:.3f} before, {score:.3f} after on {items} items: {NO_IMPROVEMENT}"
                 undo = f"selfdistill learn --state {shlex.quote(config.state)} rollback"
                 say(f"note: {name}: {said}; to undo: {undo}")
-            kept = f"it counts as retained at {max(_least(after, config), 0):.3f} or more ({items} test items)"
+            least = _least(after, config)
+            kept = f"it counts as retained at {least:.3f} or more ({items} test items)"
+            if least <= 0:
+                kept = f"it counts as retained at any score ({items} test items)"
             say(f"accepted: {skill.name} is skill {skill.number} of {config.state}; {kept}")
         else:
             place = ledger.refuse(name)
@@ -208,10 +211,12 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
             if settings.template_date is None:  # of an older release
                 settings = settings.model_copy(update={"template_date": config.template_date})
             rows = load_demonstrations(str(folder / "test.jsonl"))
-            skills[name] = EvaluationSet(loaded, rows, {}, settings).ask(loaded, judge_of(settings))[0]
+            skills[name] = EvaluationSet(loaded, rows, {}, settings).ask(
+                loaded, judge_of(settings), who="model", rows=f"skill {name}"
+            )[0]
         chat = loaded.chat(config.chat_template_kwargs, config.template_date)
         priors = encode_priors(loaded, chat, load_prior(prior)) if prior else []
-        return {"skills": skills, **prior_scores(loaded, chat, priors, config.batch_size)}
+        return {"skills": skills, **prior_scores(loaded, chat, priors, config.batch_size, "model")}
 
 
 def _least(score: Evaluation, config: LearnConfig) -> float:

@@ -95,7 +95,10 @@ def begin(
             )
         ledger.discard()  # training had not begun
     if config.name in [skill.name for skill in ledger.skills]:
-        raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; give another name")
+        advice = "give another name"
+        if ledger.skills[-1].name == config.name:
+            advice += f", or undo it first: selfdistill learn --state {shlex.quote(config.state)} rollback"
+        raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; {advice}")
     alone = run_config(config, ledger.model, config.context, ledger.pending, rehearses=False)
     taught = as_shown(config, fitting_rows(alone, config, used["train"]))  # a row that is dropped teaches nothing
     memory, again = rehearsed(ledger.skills, taught)

@@ -72,6 +72,7 @@ from selfdistill.data.rows import (
     from_text,
     join_surrogates,
     one_line,
+    quoted,
     repeated_key,
 )
 from selfdistill.data.scorers import (
@@ -89,12 +90,13 @@ from selfdistill.data.scorers import (
     verdicts,
 )
 from selfdistill.data.shapes import draw_shapes
-from selfdistill.data.sources import Note, located
+from selfdistill.data.sources import BUNDLED, Note, located
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.text_ids import texts_of
 from selfdistill.data.words import WORD, includes, plain, words_of
 
 __all__ = [
+    "BUNDLED",
     "CODE",
     "COLUMNS",
     "FUNCTION",
@@ -175,6 +177,7 @@ __all__ = [
     "parse_context",
     "pictures_in",
     "plain",
+    "quoted",
     "read_jsonl",
     "read_picture",
     "reference",

@@ -41,7 +41,7 @@ _REFUSED = {
     "history": "write it as earlier messages of the prompt",
     **dict.fromkeys(OTHER_NAMES["messages"], "keep either the prompt or the conversation"),
     "functions": "write them as 'tools'",
-    "rejected": "preference pairs are not supported; leave it out",
+    "rejected": "preference pairs are not supported; leave it out, and rename 'chosen' to 'completion'",
     "label": "it marks good and bad completions; keep the good rows, and leave it out",
 }
 """Columns that TRL, Alpaca, ShareGPT or LLaMA-Factory read, and what to do with their content."""

@@ -131,7 +131,7 @@ def regex(reply: str, demonstration: Demonstration) -> Verdict:
         found = re.search(pattern, reply)
     except re.error as error:
         raise unusable("regex", demonstration, f"invalid pattern: {error}") from error
-    return RIGHT if found else _wrong(f"expected text that matches {cut(_spoken(pattern))}, found {cut(repr(reply))}")
+    return RIGHT if found else _wrong(f"expected text that matches {cut(_pattern(pattern))}, found {cut(repr(reply))}")
 
 
 def tool_call(reply: str, demonstration: Demonstration) -> Verdict:
@@ -167,6 +167,9 @@ COMPARISONS: dict[str, Callable[[str, Demonstration], Verdict]] = {
 """The scorers that a row may name."""
 
 
+_ESCAPES = str.maketrans({"\t": r"\t", "\n": r"\n", "\v": r"\v", "\f": r"\f", "\r": r"\r"})
+
+
 def _wrong(feedback: str) -> Verdict:
     return Verdict(0.0, feedback)
 
@@ -174,6 +177,11 @@ def _wrong(feedback: str) -> Verdict:
 def _spoken(text: str) -> str:
     """A text in quotes on one line, for scorers to whom white space does not matter."""
     return f"'{' '.join(text.split())}'" if text.strip() else "nothing"
+
+
+def _pattern(pattern: str) -> str:
+    """A pattern in quotes on one line; white space counts in it, so a line break is shown as its escape."""
+    return f"'{pattern.translate(_ESCAPES)}'"
 
 
 def _listed(texts: Sequence[str]) -> str:

@@ -40,6 +40,11 @@ _OTHER_FILE_TYPES = (
     *(".zip", ".bz2", ".xz", ".lz4"),
 )
 _OTHER_SEPARATORS = {";": "semicolons", "|": "vertical bars"}
+_JSON_PROBLEMS = {
+    "Unterminated string starting at": "a text begins there and has no closing quote",
+    "Invalid control character at": "a text has a line break, a tab or the like there; write it as \\n or \\t",
+}
+"""What Python's messages say that end in mid-sentence."""
 _KNOWN = {*COLUMNS, *(name for others in OTHER_NAMES.values() for name in others)}
 
 
@@ -155,7 +160,7 @@ def _lines(path: str, text: str) -> list[RawRow]:
         try:
             value = parse_json(line)
         except json.JSONDecodeError as error:
-            problem = f"invalid JSON at character {error.colno}: {error.msg}"
+            problem = f"invalid JSON at character {error.colno}: {_JSON_PROBLEMS.get(error.msg, error.msg)}"
         except (ValueError, RecursionError) as error:
             problem = f"invalid JSON: {error}"
         rows.append(RawRow(f"line {number}", f"{path}:{number}", value, problem))
@@ -172,7 +177,9 @@ def _items(path: str, text: str) -> list[RawRow]:
         _refuse_other_format(path, text, ".json")
         raise UserError(f"{path}: invalid JSON: {error}") from error
     if not isinstance(rows, list):
-        raise UserError(f"{path}: found {describe_value(rows)}, expected a list of rows")
+        lists = [key for key, value in rows.items() if _is_list_of_rows(value)] if isinstance(rows, dict) else []
+        advice = f"; its {quoted(lists[0])} is one: write that list alone" if lists else ""
+        raise UserError(f"{path}: found {describe_value(rows)}, expected a list of rows{advice}")
     return [RawRow(f"item {number}", f"{path}[{number}]", row) for number, row in enumerate(rows)]
 
 
@@ -330,8 +337,12 @@ def _format_of(text: str) -> str | None:
         return _ONE_OBJECT if isinstance(_value(text), dict) else None
     if text[:1] == "[":
         items = _value(text)
-        return ".json" if isinstance(items, list) and items and isinstance(items[0], dict) else None
+        return ".json" if _is_list_of_rows(items) else None
     return (".tsv" if "\t" in first else ".csv") if _columns_in(first, ",\t") else None
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _value(text: str) -> Any:

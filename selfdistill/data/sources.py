@@ -252,6 +252,11 @@ def _read_set(path: str, split: Split, note: Note, *, saved: bool) -> list[RawRo
     try:
         rows = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, **asked)
     except Exception as error:  # the network, the hub, Arrow and the file system each have their own errors
+        if "OfflineModeIsEnabled" in str(error):
+            raise UserError(
+                f"{path}: no such file, and the hub was not asked for a data set, because offline mode "
+                "(HF_HUB_OFFLINE) is on"
+            ) from None
         tried = "not a readable saved data set" if saved else "no such file, and no readable hub data set"
         raise UserError(f"{path}: {tried}: {one_line(error)}") from error
     if isinstance(rows, datasets.DatasetDict):

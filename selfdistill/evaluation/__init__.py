@@ -6,8 +6,8 @@ from selfdistill.evaluation.check_result import CheckResult
 from selfdistill.evaluation.distances import DRIFT_PROMPTS, DRIFT_TOKENS, Distance, Drift, mean_loss
 from selfdistill.evaluation.endpoint import Endpoint
 from selfdistill.evaluation.episodes import unscored
-from selfdistill.evaluation.eval_result import EvalResult
-from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, prior_scores, rows_fingerprint, summary
+from selfdistill.evaluation.eval_result import EvalResult, summary
+from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, prior_scores, rows_fingerprint
 from selfdistill.evaluation.evaluator import Evaluator, check_inputs
 from selfdistill.evaluation.generate import AskResult, ask, generate
 from selfdistill.evaluation.judge import judge_of

@@ -146,7 +146,7 @@ def answer(
     sampling = Sampling(max_completion_length, temperature, top_p)
     size = prompts_at_a_time(loaded, batch_size)
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    with ProgressBar(what or "", len(batches), quiet=what is None) as reporter:
+    with ProgressBar(f"{what}, batch", len(batches), quiet=what is None) as reporter:
         for number, batch in enumerate(batches):
             chosen = None if seeds is None else [seeds[i] for i in batch]
             for i, rollout in zip(batch, sample(loaded, [prompts[i] for i in batch], sampling, chosen), strict=True):

@@ -184,7 +184,7 @@ def _checked(
     tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
     measure = Measure(config, rows, loaded, general)
     layouts, skipped = [], {}
-    with ProgressBar("layout", len(contexts), every=1) as reporter:
+    with ProgressBar("context layout", len(contexts), every=1) as reporter:
         for number, context in enumerate(contexts):
             name = context_spec(context)
             try:

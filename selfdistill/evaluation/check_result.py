@@ -180,7 +180,8 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
 def _print(result: CheckResult, console: Console) -> None:
     episodes = () if result.student_turns is None else ("turns", "invalid calls")
     title = f"{result.model} on {result.items} rows of {result.data}"
-    table = result_table("context", "right", "log p(demo)", "KL", "tokens", "cut", "prompt", *episodes, title=title)
+    cut = "cut" if episodes else "truncated"
+    table = result_table("context", "right", "log p(demo)", "KL", "tokens", cut, "prompt", *episodes, title=title)
     table.add_row(
         "none (the student)",
         _number(result.student_accuracy),
@@ -274,7 +275,7 @@ def _closeness_line(result: CheckResult) -> str:
     text = f"In-context assumption: the teacher {right}is {result.teacher_kl:.2f} nats per "
     text += "token from the base along its own replies"
     if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None or result.student_accuracy is None:
-        return f"{text}; to compare with a fine-tuned model, give it as fine_tuned."
+        return f"{text}. To tell if that is near, compare a model fine-tuned on the same rows: give it as fine_tuned."
     text += (
         f"; the fine-tuned model has {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along its own"
     )

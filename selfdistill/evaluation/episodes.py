@@ -129,7 +129,7 @@ class EpisodePlayer:
         size = prompts_at_a_time(loaded, self.batch_size)
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         played: dict[int, Completion] = {}
-        with ProgressBar(what or "", len(batches), quiet=what is None) as reporter:
+        with ProgressBar(f"{what}, batch", len(batches), quiet=what is None) as reporter:
             for number, batch in enumerate(batches):
                 part, own = [seen[i] for i in batch], [seeds[i] for i in batch]
                 played |= zip(batch, play(loaded, self.chat, part, sampling, self.rules, own), strict=True)

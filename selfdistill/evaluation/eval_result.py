@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from selfdistill.errors import number_of
 from selfdistill.evaluation.statistics import smallest_difference
 from selfdistill.runtime import Printable, result_table
 
@@ -61,6 +63,19 @@ class EvalResult(Printable):
     def print(self, console: Console) -> None:
         """Print a table with one line per score, next to the base's if given."""
         _print(self.model, self.data, self.details, console)
+
+
+def summary(evaluation: Mapping[str, Any]) -> str:
+    """The main numbers of an evaluation in one line."""
+    what = "success" if "episode/reward" in evaluation else "accuracy"
+    parts = [f"{what} {evaluation['accuracy']:.3f} on {number_of(evaluation['items'], 'row')}"]
+    if "episode/reward" in evaluation:
+        parts.append(f"reward {evaluation['episode/reward']:.3f}, {evaluation['episode/turns']:.1f} turns")
+    if "prior_accuracy" in evaluation:
+        parts.append(f"prior accuracy {evaluation['prior_accuracy']:.3f}")
+    if "kl_base" in evaluation:
+        parts.append(f"KL(base||model) {evaluation['kl_base']:.3f}")
+    return "  ".join(parts)
 
 
 def _print(model: str, data: str, result: dict[str, Any], console: Console) -> None:
@@ -132,13 +147,13 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
         score("prior, mean", count, result, keys, base, tests.get("prior_accuracy"))
     for prompts, between in result.get("distance", {}).items():
         where = f"on {prompts.replace('_', ' ')} prompts"
-        number(f"KL(base||model) {where}, nats per token", f"{between['kl_base']:.3f}")
-        number(f"KL(model||base) {where}, nats per token", f"{between['kl_model']:.3f}")
-        number(f"greedy answers changed {where}", f"{between['changed']:.0%}")
+        number(f"KL(base||model) {where}", f"{between['kl_base']:.3f}")
+        number(f"KL(model||base) {where}", f"{between['kl_model']:.3f}")
+        number(f"greedy replies changed {where}", f"{between['changed']:.0%}")
     console.print(table)
-    console.print("In parentheses: 95% intervals.", highlight=False, markup=False, end=" " if base else "\n")
+    explained = " p: p-value of a paired test. KL: in nats per token." if base else ""
+    console.print(f"In parentheses: 95% intervals.{explained}", highlight=False, markup=False)
     if base:
-        console.print("p: p-value of a paired test.", highlight=False)
         console.print(detected(items, tests["accuracy"]["unlike"]), highlight=False)
 
 

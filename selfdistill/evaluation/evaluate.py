@@ -150,7 +150,7 @@ class EvaluationSet:
         """SHA-256 of all questions with their answers, independent of where the files are."""
         return rows_fingerprint({"": self.demonstrations, **{prior.name: prior.rows for prior in self.priors}})
 
-    def answers(self, loaded: LoadedModel, judge: Judge | None = None, *, what: str = "new task") -> Answers:
+    def answers(self, loaded: LoadedModel, judge: Judge | None = None, *, what: str) -> Answers:
         """Greedy replies to the new task, or episodes; ``what`` labels the progress bar."""
         return self._answers(loaded, judge, Sampling(self.config.max_completion_length, temperature=0), what)
 
@@ -183,9 +183,14 @@ class EvaluationSet:
             what=what,
         )
 
-    def ask(self, loaded: LoadedModel, judge: Judge | None = None) -> tuple[Evaluation, Answers]:
-        """Evaluate a model on all questions; also returns its greedy replies to the new task, or episodes."""
-        answers = self.answers(loaded, judge)
+    def ask(
+        self, loaded: LoadedModel, judge: Judge | None = None, *, who: str, rows: str
+    ) -> tuple[Evaluation, Answers]:
+        """Evaluate a model on all questions; also returns its greedy replies to the new task, or episodes.
+
+        The progress bars call the model ``who``, and its new task ``rows``.
+        """
+        answers = self.answers(loaded, judge, what=f"{who} on {rows}")
         thinking = sum(answers.thinking) / len(self.rows)
         length = sum(answers.lengths) / len(self.rows)
         result: Evaluation = {
@@ -202,15 +207,15 @@ class EvaluationSet:
         }
         if answers.lenient is not None:
             result["accuracy_lenient"] = sum(answers.lenient) / len(self.rows)
-        result |= prior_scores(loaded, self.chat, self.priors, self.config.batch_size)
+        result |= prior_scores(loaded, self.chat, self.priors, self.config.batch_size, who)
         return result, answers
 
-    def pass_at(self, loaded: LoadedModel, config: EvalConfig, judge: Judge | None) -> dict[str, Any]:
+    def pass_at(self, loaded: LoadedModel, config: EvalConfig, judge: Judge | None, who: str) -> dict[str, Any]:
         """pass@k on the new task from ``num_samples`` samples per row: by k, ``value``, ``interval``, ``items``."""
         count = config.num_samples
         sampling = Sampling(config.max_completion_length, config.temperature, config.top_p)
         seeds = [sample_seed(config.seed, 0, row.row, g) for row in self.demonstrations for g in range(count)]
-        sampled = self._answers(loaded, judge, sampling, f"{count} samples", count, seeds)
+        sampled = self._answers(loaded, judge, sampling, f"{who}, {count} samples per row", count, seeds)
         right = [sum(sampled.correct[i : i + count]) for i in range(0, len(sampled.correct), count)]
         result = {}
         for k in sorted({2**i for i in range(count.bit_length()) if 2**i <= count} | {count}):
@@ -223,11 +228,13 @@ class EvaluationSet:
         return result
 
 
-def prior_scores(loaded: LoadedModel, chat: ChatFormat, priors: Sequence[EncodedPrior], batch_size: int) -> Evaluation:
-    """The part of an :data:`Evaluation` about prior abilities; empty without priors."""
+def prior_scores(
+    loaded: LoadedModel, chat: ChatFormat, priors: Sequence[EncodedPrior], batch_size: int, who: str
+) -> Evaluation:
+    """The part of an :data:`Evaluation` about prior abilities; empty without priors. Progress bars name ``who``."""
     result: Evaluation = {}
     if priors:
-        found = prior_abilities(loaded, ForwardPass(loaded), chat, priors, batch_size=batch_size)
+        found = prior_abilities(loaded, ForwardPass(loaded), chat, priors, batch_size=batch_size, who=who)
         _add_priors(result, {prior.name: asdict(prior) for prior in found})
     return result
 
@@ -241,18 +248,6 @@ def _add_priors(result: Evaluation, found: dict[str, dict[str, Any]]) -> None:
     intervals = [prior["interval"] for prior in priors.values()]
     groups = (prior["correct"] for prior in priors.values())
     result["prior_interval"] = intervals[0] if len(intervals) == 1 else list(mean_interval(*groups))
-
-
-def summary(evaluation: Evaluation) -> str:
-    """The main numbers of an evaluation in one line."""
-    parts = [f"new {evaluation['accuracy']:.3f} of {evaluation['items']}"]
-    if "episode/reward" in evaluation:
-        parts.append(f"reward {evaluation['episode/reward']:.3f}, {evaluation['episode/turns']:.1f} turns")
-    if "prior_accuracy" in evaluation:
-        parts.append(f"prior {evaluation['prior_accuracy']:.3f}")
-    if "kl_base" in evaluation:
-        parts.append(f"KL(base||model) {evaluation['kl_base']:.3f}")
-    return "  ".join(parts)
 
 
 def evaluate(
@@ -306,7 +301,7 @@ def evaluate(
         for_base = EvaluationSet(base, questions.demonstrations, priors, config)
         questions = EvaluationSet(loaded, for_base.demonstrations, priors, config, config.context)
     with fast_products(loaded.device.type):
-        result, answers = _measured(loaded, questions, config, judge)
+        result, answers = _measured(loaded, questions, config, judge, config.model)
         for note in notes_on_calls(answers.episodes):
             say_note(note)
         asked = ASKED if config.environment == "none" else (*ASKED, *EpisodeSettings.model_fields)
@@ -314,7 +309,7 @@ def evaluate(
         result["scorers"] = questions.scorers
         result["dropped"] = len(demonstrations) - len(questions.rows)
         if base is not None:
-            result["base"], of_base = _measured(base, for_base, config, judge)
+            result["base"], of_base = _measured(base, for_base, config, judge, f"base {config.base}")
             result["base"]["dropped"] = result["dropped"]  # the same rows
             result["paired"] = _paired(result["base"], result)
             result["distance"] = {
@@ -338,11 +333,11 @@ def evaluate(
 
 
 def _measured(
-    loaded: LoadedModel, questions: EvaluationSet, config: EvalConfig, judge: Judge | None
+    loaded: LoadedModel, questions: EvaluationSet, config: EvalConfig, judge: Judge | None, who: str
 ) -> tuple[Evaluation, Answers]:
-    result, answers = questions.ask(loaded, judge)
+    result, answers = questions.ask(loaded, judge, who=who, rows=config.data)
     if config.num_samples:
-        result["pass@k"] = questions.pass_at(loaded, config, judge)
+        result["pass@k"] = questions.pass_at(loaded, config, judge, who)
     if config.lm_eval_tasks:
         found = lm_eval_abilities(
             loaded,

@@ -96,12 +96,16 @@ class Evaluator:
         self._judge = judge_of(config)
         with self._arithmetic(base):
             self._distance = Distance(base, ForwardPass(base), self.questions.chat, drift_prompts())
-        self.base = self.measure(base)
+        self._test = config.test
+        self.base = self.measure(base, "base")
 
-    def measure(self, loaded: LoadedModel) -> Evaluation:
-        """The model's :data:`Evaluation`, with ``kl_base``: KL(base||model) on general prompts, nats per token."""
+    def measure(self, loaded: LoadedModel, who: str) -> Evaluation:
+        """The model's :data:`Evaluation`, with ``kl_base``: KL(base||model) on general prompts, nats per token.
+
+        The progress bars call the model ``who``.
+        """
         with self._arithmetic(loaded):
-            result, _ = self.questions.ask(loaded, self._judge)
+            result, _ = self.questions.ask(loaded, self._judge, who=who, rows=self._test)
             result["kl_base"] = self._distance.of(loaded.model)
         return result
 
@@ -132,7 +136,7 @@ class Evaluator:
             self._data,
         )
         with self._arithmetic(base):
-            answers = questions.answers(base, self._judge, what=what)
+            answers = questions.answers(base, self._judge, what=f"{what} on {self._test}")
             prompts = [row.student_ids for row in questions.rows]
             kl = kl_along(prompts, answers.ids, base, base, questions.prompts, answers.is_own)
         interval = list(share_interval(sum(answers.correct), len(questions.rows)))
@@ -142,7 +146,7 @@ class Evaluator:
         """KL(model||base) along the model's own replies to the test rows, nats per token."""
         use_engine(model, self.questions.config)
         with self._arithmetic(base), self._arithmetic(model):
-            answers = self.questions.answers(model, self._judge)
+            answers = self.questions.answers(model, self._judge, what=f"model on {self._test}")
             return kl_along(self.questions.prompts, answers.ids, model, base, own=answers.is_own)
 
     def _arithmetic(self, loaded: LoadedModel) -> AbstractContextManager[None]:

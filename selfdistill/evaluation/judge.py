@@ -91,7 +91,7 @@ class Judge:
 
             with (
                 ThreadPoolExecutor(_THREADS) as pool,
-                ProgressBar("judge", len(open_), quiet=not open_) as reporter,
+                ProgressBar("replies judged", len(open_), quiet=not open_) as reporter,
             ):
                 futures = [pool.submit(judge, key, row, prompt) for key, (row, prompt) in open_.items()]
                 try:

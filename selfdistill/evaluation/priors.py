@@ -227,7 +227,13 @@ def _pair_ids(loaded: LoadedModel, chat: ChatFormat, context: str, continuation:
 
 
 def prior_abilities(
-    loaded: LoadedModel, scorer: ForwardPass, chat: ChatFormat, priors: Sequence[EncodedPrior], *, batch_size: int = 16
+    loaded: LoadedModel,
+    scorer: ForwardPass,
+    chat: ChatFormat,
+    priors: Sequence[EncodedPrior],
+    *,
+    batch_size: int = 16,
+    who: str = "model",
 ) -> list[PriorResult]:
     """Accuracy on each prior file.
 
@@ -240,16 +246,16 @@ def prior_abilities(
         chat: encodes and decodes replies to questions.
         priors: from :func:`encode_priors`.
         batch_size: pairs per forward pass.
+        who: the model's name in progress bars.
     """
     results = []
     for prior in priors:
+        what = f"{who} on prior {prior.name}"
         questions = [row for row in prior.rows if isinstance(row, Demonstration)]
         if questions:
-            results.append(_replied(loaded, prior, questions, chat))
+            results.append(_replied(loaded, prior, questions, chat, what))
             continue
-        loglikelihoods, greedy = _loglikelihoods(
-            loaded, scorer, prior.contexts, prior.continuations, batch_size, prior.name
-        )
+        loglikelihoods, greedy = _loglikelihoods(loaded, scorer, prior.contexts, prior.continuations, batch_size, what)
         rows = [row for row in prior.rows if isinstance(row, Choices)]
         right: list[bool] = []
         right_norm, at = 0, 0
@@ -281,7 +287,7 @@ def _note_truncated(results: Sequence[PriorResult]) -> None:
 
 
 def _replied(
-    loaded: LoadedModel, prior: EncodedPrior, questions: Sequence[Demonstration], chat: ChatFormat
+    loaded: LoadedModel, prior: EncodedPrior, questions: Sequence[Demonstration], chat: ChatFormat, what: str
 ) -> PriorResult:
     """Generate and score the replies to the questions of a file."""
     answers = answer(
@@ -292,7 +298,7 @@ def _replied(
         max_completion_length=REPLY_TOKENS,
         batch_size=32,
         scorer=_SCORER,
-        what=prior.name,
+        what=what,
     )
     return PriorResult(prior.name, len(questions), answers.accuracy, None, answers.correct, truncated=answers.truncated)
 
@@ -310,7 +316,7 @@ def _loglikelihoods(
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]) + len(continuations[i]))
     loglikelihoods, greedy = [0.0] * len(contexts), [False] * len(contexts)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    with ProgressBar(what, len(batches)) as reporter:
+    with ProgressBar(f"{what}, batch", len(batches)) as reporter:
         for number, batch in enumerate(batches):
             chosen = [continuations[i] for i in batch]
             scores = scorer(loaded.model, [contexts[i] for i in batch], chosen)

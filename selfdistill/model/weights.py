@@ -131,10 +131,11 @@ def _config(path: str, name: str) -> PretrainedConfig:
     except OSError as error:
         if Path(path).is_dir():
             raise UserError(f"model {name!r}: config.json cannot be read: {first_line(error)}") from None
-        offline = " (not contacted: offline mode is on)" if is_offline_mode() else ""
+        hub = "not found on the model hub"
+        if is_offline_mode():
+            hub = "the model hub was not asked, because offline mode (HF_HUB_OFFLINE) is on"
         raise UserError(
-            f"model {name!r}: no such folder, and not found on the model hub{offline}; "
-            f"give a folder, a hub id or one of: {', '.join(STARTER_MODELS)}"
+            f"model {name!r}: no such folder, and {hub}; give a folder, a hub id or one of: {', '.join(STARTER_MODELS)}"
         ) from None
     except ValueError as error:
         if "custom code" in str(error):

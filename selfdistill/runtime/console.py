@@ -73,6 +73,7 @@ class ProgressBar:
 
     def __init__(self, what: str, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False) -> None:
         self.console = _ProgressConsole(stderr=True, highlight=False, emoji=False)
+        what = what.encode("utf-8", "backslashreplace").decode()  # a file's name in it may not be UTF-8
         self._every, self._what, self._total, self._start = every, what, total, start
         self._quiet = quiet = quiet or _silent.get() or not is_rank0()
         self._began = self._said = time.monotonic()

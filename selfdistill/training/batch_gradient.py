@@ -1,4 +1,5 @@
-"""The gradient of one optimizer batch: weight the tokens, run student and teachers, run backward.
+"""The gradient of one optimizer batch: select the completions, weight their tokens, run student and teachers, run
+backward.
 
 Legend: B completions of a part of the batch, b completions in a micro-batch, T completion tokens, N completion tokens
 of a micro-batch without padding, n those with nonzero weight, D hidden size.
@@ -171,6 +172,8 @@ class BatchGradient:
 
     def add(self, parts: Sequence[BatchPart], stopwatch: Stopwatch) -> list[PartResult]:
         """Accumulate the gradient of the batch's loss, the sum over its parts of share times loss.
+
+        First the selector has each part's completions checked, and returns those that are learnt.
 
         On every rank, a micro-batch takes no more memory than the ``gradient_accumulation_steps``-th part of the rank's
         completions, if all were as long as the longest. Token weights are computed over a whole part, so the numbers of

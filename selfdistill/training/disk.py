@@ -17,6 +17,7 @@ from selfdistill.training.checkpoint import (
     trained_parameters,
 )
 from selfdistill.training.collapse import COLLAPSE_WINDOW
+from selfdistill.training.memory_result import size_text
 from selfdistill.training.trainer import Trainer
 
 
@@ -50,8 +51,10 @@ def check_disk(trainer: Trainer, output_dir: Path, checkpoint: Path | None) -> l
             lower = "lower save_total_limit, " if config.save_total_limit > AT_LEAST else ""
             what = "checkpoints and the final model need"
             advice += f", {lower}or use save_steps 0 to save only the final model"
-        raise UserError(f"{output_dir}: {_gib(free, 1)} free, {what} about {_gib(needed, 1)}; {advice}")
-    return [f"disk space: {kept - 1} checkpoints of {_gib(one)}, the final model {_gib(final)}"] if kept else []
+        raise UserError(f"{output_dir}: {_gib(free)} free, {what} about {_gib(needed)}; {advice}")
+    return (
+        [f"disk space: {kept - 1} checkpoints of {size_text(one)}, the final model {size_text(final)}"] if kept else []
+    )
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -65,5 +68,5 @@ def _held(output_dir: Path) -> int:
     return sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
 
 
-def _gib(size: int, digits: int = 2) -> str:
-    return f"{size / 2**30:.{digits}f} GiB"
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

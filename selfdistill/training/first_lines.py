@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from selfdistill.config import TrainConfig
+from selfdistill.data import default_scorer
 from selfdistill.errors import number_of
 from selfdistill.methods import rules_of, scorer_judges, unused_settings, uses
 from selfdistill.model import describe_lora
@@ -30,7 +31,7 @@ def first_lines(trainer: Trainer) -> list[str]:
         if part.same_samples
     ]
     lines += [
-        f"model: {config.model}, {trained / 1e6:.1f} M trainable parameters, on {trainer.loaded.device}"
+        f"model: {config.model}, {_millions(trained)} trainable parameters, on {trainer.loaded.device}"
         + (" in 4 bits" if config.load_in_4bit else "")
         + (" with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""),
     ]
@@ -41,6 +42,9 @@ def first_lines(trainer: Trainer) -> list[str]:
         by_scorer = trainer.stage.task.method.checker and scorer_judges(config)
         judge = ", whose last replies the scorer judges" if by_scorer else ""
         lines.append(f"environment: {rules.environment}, episodes of {limits}{judge}")
+    if trainer.stage.task.method.checker and scorer_judges(config):
+        rows = [example.demonstration for example in trainer.stage.task.examples]
+        lines.append(f"scorer: {', '.join(sorted({default_scorer(row, config.scorer) for row in rows}))}")
     if trainer.teacher:
         lines += [trainer.teacher.describe(), *_context(trainer)]
         if trainer.prefix_caches.get(trainer.teacher.rule):
@@ -54,6 +58,11 @@ def first_lines(trainer: Trainer) -> list[str]:
     if not trainer.forward_pass.fused:
         lines.append("the LM head cannot be fused into the loss: full logits need more memory")
     return lines
+
+
+def _millions(count: int) -> str:
+    """A number of parameters: in millions, or in full if there are fewer."""
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
 def _unused(config: TrainConfig) -> list[str]:

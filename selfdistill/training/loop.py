@@ -258,7 +258,9 @@ class _Watch:
                 self._views.write({"step": step, **view})
         due = ends or (config.eval_steps and step % config.eval_steps == 0)
         if self._evaluations and trainer.evaluator and due and step not in self._evaluations.steps:
-            found = trainer.evaluator.measure(trainer.loaded) if step else trainer.evaluator.base
+            found = trainer.evaluator.base
+            if step:
+                found = trainer.evaluator.measure(trainer.loaded, f"model after step {step}")
             self._evaluations.write({"step": step, **found, "seconds": self._seconds() if step else 0.0})
             scores = {f"eval/{key}": found[key] for key in TRACKED if key in found}
             self._tracker.write({"step": step, **scores})
@@ -308,7 +310,7 @@ def _by_part(metrics: dict[str, Any]) -> str:
 def _note(metrics: dict[str, Any]) -> str:
     parts = [f"loss {metrics['loss']:.4f}{_by_part(metrics)}"] if "loss" in metrics else []
     if "kl/forward" in metrics:
-        parts.append(f"KL {metrics['kl/forward']:.3f}")
+        parts.append(f"KL(teacher||student) {metrics['kl/forward']:.3f}")
     if "drift/student" in metrics:
         parts.append(f"drift {metrics['drift/student']:.3f}")
     if "reward" in metrics:
@@ -319,6 +321,8 @@ def _note(metrics: dict[str, Any]) -> str:
         parts.append(f"{metrics['episode/turns']:.1f} turns")
     if "episode/success" in metrics:
         parts.append(f"{metrics['episode/success']:.0%} succeed")
-    parts.append(f"{metrics['completion/length']:.0f} tokens, {metrics['completion/truncated']:.0%} truncated")
+    parts.append(
+        f"{metrics['completion/length']:.0f} tokens per completion, {metrics['completion/truncated']:.0%} truncated"
+    )
     parts.append(f"{metrics['time/step_s']:.1f} s/step")
     return "  ".join(parts)

@@ -356,6 +356,7 @@ def test_what_is_missing_is_said(here: Path, capsys: pytest.CaptureFixture[str])
     assert f"{STEPS} steps." in page.text
     assert "scores during training: no evaluations.jsonl in bare" in page.text
     assert "rollouts by token: no token_views.jsonl in bare" in page.text
+    assert page.text.index("Not in this report") > page.text.index("No figure of new-task score")
     assert "The loss went from" in page.text
     (here / "bare" / "metrics.jsonl").write_text("", encoding="utf-8")
     capsys.readouterr()

@@ -393,7 +393,7 @@ def test_the_gates(
             {"max_skill_drop": 0.9},
             [
                 "note: first: 0.500 before, 0.450 after on 20 items: no improvement; to undo: UNDO",
-                "accepted: first is skill 1 of STATE; it counts as retained at 0.000 or more (20 test items)",
+                "accepted: first is skill 1 of STATE; it counts as retained at any score (20 test items)",
             ],
         ),
     ],
@@ -1006,7 +1006,7 @@ def test_mistakes_about_a_state_that_exists(make: Settings, tmp_path: Path) -> N
             {"mixed_precision": "bf16"},
             "setting 'mixed_precision': all scores in .* were measured with 'no'; use the same",
         ),
-        ({}, "setting 'name': .* already has a skill 'first'; give another name"),
+        ({}, "setting 'name': .* already has a skill 'first'; give another name, or undo it first: .* rollback$"),
     ):
         with pytest.raises(UserError, match=message):
             add(make(**values))

@@ -102,7 +102,11 @@ def test_the_parts_of_a_prompt_are_named_together(row: dict[str, Any], problem: 
         ("videos", ["a.mp4"], "only text and pictures are supported; leave it out"),
         ("audio", "a.wav", "only text and pictures are supported; leave it out"),
         ("functions", [{"name": "f"}], "write them as 'tools'"),
-        ("rejected", "five", "preference pairs are not supported; leave it out"),
+        (
+            "rejected",
+            "five",
+            "preference pairs are not supported; leave it out, and rename 'chosen' to 'completion'",
+        ),
         ("conversations", TURNS, "keep either the prompt or the conversation"),
         ("label", False, "it marks good and bad completions; keep the good rows, and leave it out"),
     ],

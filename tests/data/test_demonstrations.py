@@ -228,6 +228,17 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert demonstration == Demonstration((USER,), "4", answer="owner/name-1.5 test", source="owner/name-1.5[0]")
 
 
+def test_hub_data_set_in_offline_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        raise ConnectionError(f"Couldn't reach '{name}' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert message_of("owner/name") == (
+        "owner/name: no such file, and the hub was not asked for a data set, because offline mode "
+        "(HF_HUB_OFFLINE) is on"
+    )
+
+
 def test_hub_data_set_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> None:
         raise ConnectionError(f"Couldn't reach '{name}'\non the Hub")
@@ -389,6 +400,11 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ([GOOD], "found a list of 1, expected an object"),
     ('"text"', "found 'text', expected an object"),
     ('{"prompt": "q", "completion": "r"', "invalid JSON at character 34: Expecting ',' delimiter"),
+    ('{"prompt": "q', "invalid JSON at character 12: a text begins there and has no closing quote"),
+    (
+        '{"prompt": "a\tb"}',
+        r"invalid JSON at character 14: a text has a line break, a tab or the like there; write it as \n or \t",
+    ),
     ("{'prompt': 'q'}", "invalid JSON at character 2: Expecting property name enclosed in double quotes"),
     ('{"prompt": "q", "completion": "r"} {}', "invalid JSON at character 36: Extra data"),
     ('{"prompt": "q", "answer": NaN}', "invalid JSON: NaN is not a JSON value"),
@@ -728,6 +744,11 @@ GOOD_LINE = json.dumps(GOOD).encode()
         ("a.json", b"", "a.json: no rows, expected at least one"),
         ("a.json", b"[]", "a.json: no rows, expected at least one"),
         ("a.json", b"{}", "a.json: found an object, expected a list of rows"),
+        (
+            "a.json",
+            b'{"n": 1, "data": [{"prompt": "q"}]}',
+            "a.json: found an object, expected a list of rows; its 'data' is one: write that list alone",
+        ),
         ("a.json", b'[{"a": 1,}]', "a.json: invalid JSON: {trailing}"),
         (
             "a.json",

@@ -562,6 +562,13 @@ def test_feedback_says_what_was_expected(scorer: str, answer: str, reply: str, f
     assert verdict(scorer, json.loads(reply), row(json.loads(answer))) == Verdict(0.0, feedback)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "shown"), [("a  b", "'a  b'"), ("(?x) a\n\tb", r"'(?x) a\n\tb'"), (r"\d+", r"'\d+'")]
+)
+def test_feedback_shows_the_white_space_of_a_pattern(pattern: str, shown: str) -> None:
+    assert verdict("regex", "x", row(pattern)).feedback == f"expected text that matches {shown}, found 'x'"
+
+
 def test_the_documentation_shows_feedback_of_every_scorer() -> None:
     table = [line for line in section("scorers.md", "Feedback").splitlines() if line.startswith("|")]
     assert len(FEEDBACK) == len(table) - 2

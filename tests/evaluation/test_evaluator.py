@@ -207,11 +207,11 @@ def test_a_measurement_that_fails_loses_nothing_and_is_made_up(
     train(whole)
     real, calls = Evaluator.measure, []
 
-    def fails_at_last(self: Evaluator, loaded: Any) -> Any:
+    def fails_at_last(self: Evaluator, loaded: Any, who: str) -> Any:
         calls.append(loaded)
         if len(calls) == 3:  # the base's, step 2, step 4
             raise UserError("judge: stays too busy")
-        return real(self, loaded)
+        return real(self, loaded, who)
 
     monkeypatch.setattr(Evaluator, "measure", fails_at_last)
     with pytest.raises(UserError, match="stays too busy"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import get_args
 
+import pytest
 import yaml
-from conftest import methods_where
+from shared import methods_where
 
 from selfdistill.config.method import SCORED_METHODS, MethodName
 from selfdistill.config.train import TrainConfig
@@ -33,32 +35,66 @@ def help_of(setting: str) -> str:
     return TrainConfig.model_fields[setting].description or ""
 
 
-def test_help_lists_every_method_and_those_that_take_another_teacher() -> None:
-    assert named(help_of("method")) == set(NAMES)
-    assert named(help_of("teacher_model")) == set(methods_where(lambda method: True, teacher_model="other"))
+def whole_episodes() -> list[str]:
+    """The methods that learn an episode in one sequence."""
+    return methods_where(lambda method: getattr(method.examples, "replies", "") == "episode")
+
+
+def accepted_in_environments() -> list[str]:
+    return methods_where(lambda method: True, environment="bundled:shop")
+
+
+def measured_methods() -> list[str]:
+    return list(yaml.safe_load((ROOT / "configs/study/baselines.yaml").read_text(encoding="utf-8"))["methods"])
+
+
+LISTS: list[tuple[str, Callable[[], str], Callable[[], Collection[str]]]] = [
+    ("the help of 'method' in config/train.py", lambda: help_of("method"), lambda: NAMES),
+    (
+        "the help of 'teacher_model' in config/train.py",
+        lambda: help_of("teacher_model"),
+        lambda: methods_where(lambda method: True, teacher_model="other"),
+    ),
+    (
+        "docs/agents.md, 'Methods.'",
+        lambda: between("docs/agents.md", "**Methods.**", "`sft`,"),
+        lambda: methods_where(lambda method: rules_of(method) is not None, environment="bundled:shop"),
+    ),
+    (
+        "docs/agents.md, 'Other methods are refused'",
+        lambda: between("docs/agents.md", "Other methods are refused:", "[Anchors]"),
+        lambda: {*NAMES} - {*accepted_in_environments()},
+    ),
+    (
+        "docs/agents.md, methods that learn whole episodes",
+        lambda: between("docs/agents.md", "or the feedback.\n", " learn the episodes"),
+        whole_episodes,
+    ),
+    (
+        "docs/data.md, methods that learn all replies of an episode",
+        lambda: between("docs/data.md", "\n\n- `sft`", " learn all replies of an episode") + "`sft`",
+        whole_episodes,
+    ),
+    (
+        "docs/methods.md, methods that a study compares",
+        lambda: between("docs/methods.md", "-seeds) compares", "on the facts of"),
+        measured_methods,
+    ),
+]
+
+
+@pytest.mark.parametrize(("where", "text", "wanted"), LISTS, ids=[where for where, _, _ in LISTS])
+def test_a_list_of_methods_has_those_whose_slots_are_so(
+    where: str, text: Callable[[], str], wanted: Callable[[], Collection[str]]
+) -> None:
+    found, names = named(text()), {*wanted()}
+    assert found == names, (
+        f"{where}: add {sorted(names - found) or 'nothing'}, remove {sorted(found - names) or 'nothing'}"
+    )
 
 
 def test_scored_methods_are_those_with_a_checker() -> None:
     assert sorted(SCORED_METHODS) == sorted(methods_where(lambda method: method.checker is not None))
-
-
-def test_the_page_about_agents_says_which_methods_can_use_an_environment() -> None:
-    played = methods_where(lambda method: rules_of(method) is not None, environment="bundled:shop")
-    accepted = methods_where(lambda method: True, environment="bundled:shop")
-    assert named(between("docs/agents.md", "**Methods.**", "`sft`,")) == set(played)
-    assert named(between("docs/agents.md", "Other methods are refused:", "[Anchors]")) == {*NAMES} - {*accepted}
-
-
-def test_pages_say_which_methods_learn_an_episode_in_one_sequence() -> None:
-    whole = methods_where(lambda method: getattr(method.examples, "replies", "") == "episode")
-    (of_data,) = re.findall(r"\n- (.*) learn all replies of an episode", (ROOT / "docs/data.md").read_text("utf-8"))
-    assert named(of_data) == set(whole)
-    assert named(between("docs/agents.md", "or the feedback.\n", " learn the episodes")) == set(whole)
-
-
-def test_the_page_about_methods_says_which_were_measured() -> None:
-    study = yaml.safe_load((ROOT / "configs/study/baselines.yaml").read_text(encoding="utf-8"))
-    assert named(between("docs/methods.md", "-seeds) compares", "on the facts of")) == set(study["methods"])
 
 
 def test_the_help_names_own_settings_of_a_method() -> None:
