@@ -1185,7 +1185,12 @@ def test_a_dry_run_prints_everything_and_writes_nothing(here: Path, capsys: pyte
     out = capsys.readouterr().out
     assert set(here.rglob("*")) == before
     assert "max_steps: 40" in out
-    assert "learning_rate: 1.0e-05\n" in out  # resolved
+    given, _, chosen = out.partition("# settings that the run chose\n")
+    chosen = chosen.partition("\n\n")[0]
+    assert "learning_rate: 1.0e-05" in chosen
+    assert "max_steps: 40" in given
+    assert not {"learning_rate:", "mixed_precision:"} & set(given.split())
+    assert "max_steps:" not in chosen
     assert "on_long_prompt" not in out  # has its default
     assert "config.yaml will have all" in out
     assert "# as the teacher sees it" in out

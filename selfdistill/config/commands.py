@@ -23,6 +23,7 @@ from selfdistill.config.base import (
 )
 from selfdistill.config.method import MethodName, anchor_sources
 from selfdistill.config.train import OneRun, Precision, TrainConfig, TrainingSettings
+from selfdistill.data import GIVEN
 from selfdistill.environments import IN_PYTHON
 from selfdistill.errors import UserError, closest
 
@@ -271,6 +272,11 @@ class LearnConfig(TrainingSettings, OneRun):
             raise UserError(
                 "setting 'environment': learn plays it again whenever another skill is added, found functions given in "
                 "Python, which end with this process; put the list into a module and give python:module.NAME"
+            )
+        if self.scorer is not None and self.scorer.startswith(GIVEN):
+            raise UserError(
+                "setting 'scorer': learn scores with it again whenever another skill is added, found a function given "
+                "in Python, which ends with this process; put it into a module and give python:module.function"
             )
 
 

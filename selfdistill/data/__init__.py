@@ -72,6 +72,7 @@ from selfdistill.data.rows import (
     repeated_key,
 )
 from selfdistill.data.scorers import (
+    GIVEN,
     JUDGE,
     as_verdict,
     by_tests,
@@ -79,6 +80,7 @@ from selfdistill.data.scorers import (
     default_scorer,
     doubt_about,
     is_scorable,
+    name_of_scorer,
     nothing_to_score,
     score,
     scored_text,
@@ -94,6 +96,7 @@ __all__ = [
     "CODE",
     "COLUMNS",
     "FUNCTION",
+    "GIVEN",
     "JUDGE",
     "MOST_PIXELS",
     "NEXT_TURN",
@@ -155,6 +158,7 @@ __all__ = [
     "load_prompts",
     "located",
     "must_show_one",
+    "name_of_scorer",
     "named",
     "no_part",
     "not_object",

@@ -41,7 +41,7 @@ from selfdistill.model.loading import (
     to_best_device,
     weights_fingerprint,
 )
-from selfdistill.model.lora import add_lora, describe_lora
+from selfdistill.model.lora import add_lora, check_base, describe_lora
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import PictureInputs, freeze_vision, is_image_text, vision_weights
 from selfdistill.model.precision import (
@@ -84,6 +84,7 @@ __all__ = [
     "body_and_head",
     "cache_dir",
     "cached_casts",
+    "check_base",
     "can_be_in_4bit",
     "check_matching",
     "checkpoint_activations",

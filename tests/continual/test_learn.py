@@ -914,6 +914,8 @@ def test_functions_that_end_with_this_process_are_refused(make: Settings, action
     for given in (tiny_worlds.FUNCTIONS, "functions:look_up,count"):
         with pytest.raises(UserError, match=r"^setting 'environment': learn plays it .*; put the list into a module"):
             make(action=action, environment=given)
+    with pytest.raises(UserError, match=r"^setting 'scorer': learn scores with it .*; put it into a module"):
+        make(action=action, scorer=lambda *_: True)
     assert make(action=action, environment="python:tiny_worlds.FUNCTIONS").environment == "python:tiny_worlds.FUNCTIONS"
 
 
