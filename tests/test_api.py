@@ -22,8 +22,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfdistill as sd
+from selfdistill.config import CheckConfig
 from selfdistill.continual import add_skill
-from selfdistill.data import scorers
 
 ROWS = [{"prompt": f"Where is ticket {i}?", "completion": f"Shelf {'ABCD'[i % 4]}, box {i}."} for i in range(6)]
 TINY: dict[str, Any] = {"max_completion_length": 12, "mixed_precision": "no"}
@@ -76,7 +76,9 @@ def test_check_train_evaluate_generate(model: str, capsys: pytest.CaptureFixture
 
 def test_a_run_that_compares_contexts_first_says_so_before(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     sd.train(model, ROWS, output_dir="run", **RUN)
-    said = "context auto: first measuring on some rows which context makes the best teacher; to skip this, name one, such"
+    said = (
+        "context auto: first measuring on some rows which context makes the best teacher; to skip this, name one, such"
+    )
     assert capsys.readouterr().err.startswith(f"{said} as turns\nloading {model}\n")
     sd.train(model, ROWS, output_dir="named", context="turns", **RUN)
     assert "context auto" not in capsys.readouterr().err
@@ -376,6 +378,13 @@ def test_asking_shows_both_replies(model: str) -> None:
     for wrong in (5, [5], {"role": "user"}):
         with pytest.raises(sd.UserError, match=r"prompt: found .*, expected text or a list of prompts"):
             run.generate(wrong)
+    messages = [{"role": "user", "content": "Hello? " * 40}]
+    told = "^prompt: found messages, expected text or a list of prompts; put the messages into a list$"
+    with pytest.raises(sd.UserError, match=told):
+        run.generate(messages)
+    with pytest.raises(sd.UserError, match=r"^prompt: found .{60}, expected text or a list of prompts$"):
+        run.generate({"messages": messages})
+    assert len(run.generate([messages], max_completion_length=4)) == 1
     assert answered.base_reply is not None
     assert "base" in repr(answered)
     assert sd.ask(model, "Hello?", max_completion_length=4).base_reply is None
@@ -436,26 +445,49 @@ def test_a_scorer_may_be_a_function(model: str, tmp_path: Path, monkeypatch: pyt
     assert run.config.scorer == "function:<lambda>"
     assert "function:<lambda>" in (run.final / "README.md").read_text()
     compared = sd.compare(
-        model, ROWS, test=ROWS, output_dir="both", methods=["sdft"], seeds=[0], context="turns", scorer=lambda *_: 1, **RUN
+        model,
+        ROWS,
+        test=ROWS,
+        output_dir="both",
+        methods=["sdft"],
+        seeds=[0],
+        context="turns",
+        scorer=lambda *_: 1,
+        **RUN,
     )
     assert compared.details["base"]["accuracy"] == 1
 
 
-def test_a_run_with_a_function_as_scorer_resumes_where_it_is_given_again(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_a_function_as_scorer_resumes_where_it_is_given_again(model: str) -> None:
     given: dict[str, Any] = RUN | {"method": "grpo", "num_generations": 2, "save_steps": 1}
-    sd.train(model, ROWS, output_dir="run", scorer=shelf, **given)
+    run = sd.train(model, ROWS, output_dir="run", scorer=shelf, **given)
     with pytest.raises(sd.UserError, match=r"scorer was 'function:shelf' and is now 'exact'"):
         sd.train(output_dir="run", resume=True, scorer="exact", max_steps=3)
-    monkeypatch.setattr(scorers, "_given", {})  # as in another process
-    with pytest.raises(sd.UserError) as caught:
-        sd.train(output_dir="run", resume=True, max_steps=3)
-    assert str(caught.value) == (
-        "scorer 'function:shelf': the function was given in Python, in another process; give it there again as "
-        "scorer=shelf, or for a new run put it into a module and name it python:module.function"
-    )
     assert len(sd.train(output_dir="run", resume=True, scorer=shelf, max_steps=3).metrics) == 3
+    begun = Path("begun/config.yaml")  # in another process, which was stopped before the first step
+    begun.parent.mkdir()
+    begun.write_text((run.output_dir / "config.yaml").read_text().replace("function:shelf", "function:theirs"))
+    with pytest.raises(sd.UserError) as caught:
+        sd.train(output_dir="begun", resume=True)
+    assert str(caught.value) == (
+        "scorer 'function:theirs': the function was given in Python, in another process; give it there again as "
+        "scorer=theirs, or for a new run put it into a module and name it python:module.function"
+    )
+
+    def theirs(reply: str, row: dict[str, Any]) -> bool:
+        return row["answer"] is None
+
+    assert sd.train(output_dir="begun", resume=True, scorer=theirs).metrics[-1]["reward"] == 1
+
+
+def test_settings_are_read_as_they_are_meant() -> None:
+    run = {"model": "m", "data": "d", "output_dir": "o"}
+    assert sd.TrainConfig(**run, lora_rank=None).lora_rank == 0
+    with pytest.raises(sd.UserError, match=r"setting 'method': found 'SDFT', .*; did you mean sdft\?$"):
+        sd.TrainConfig(**run, method="SDFT")
+    assert CheckConfig(model="m", data="d", contexts="turns:repeats=2").contexts == ["turns:repeats=2"]
+    with pytest.raises(sd.UserError, match=r"^context 'turns:repeat=2'.*did you mean repeats"):
+        sd.check("no/such/model", ROWS, contexts="turns:repeat=2")
 
 
 def test_settings_of_methods_are_refused_with_how_to_give_them(model: str) -> None:
@@ -509,8 +541,14 @@ def test_settings_are_refused_by_name(model: str) -> None:
                 refused("no/such/model", ROWS, scorer=scorer)
         with pytest.raises(sd.UserError, match=f"^scorer '{scorer}': {told}"):
             sd.train("no/such/model", ROWS, output_dir="run", scorer=scorer, **RUN)
-    with pytest.raises(sd.UserError, match="so it is not a run folder"):
-        sd.Run(Path("none"))
+    Path("folder/runs").mkdir(parents=True)
+    for folder, told in (
+        ("folder", "no config.yaml in it, so it is not a run folder"),
+        ("none", "no such folder"),
+        ("folder/run", r"no such folder; did you mean runs\?"),
+    ):
+        with pytest.raises(sd.UserError, match=rf"^run '{folder}': {told}$"):
+            sd.Run(Path(folder))
 
 
 def test_a_callers_files_are_never_overwritten_and_failures_leave_nothing(model: str) -> None:
@@ -562,9 +600,11 @@ def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str, mo
         lambda: sd.memory_plan(model, ROWS, memory="80GiB", tokenizer=tokenizer),
         lambda: sd.train(sd.TrainConfig(model=model, data="d", output_dir="run"), tokenizer=tokenizer),
     ):
-        with pytest.raises(sd.UserError, match=r"^tokenizer: found one beside the path .* load the model and give both"):
+        with pytest.raises(
+            sd.UserError, match=r"^tokenizer: found one beside the path .* load the model and give both"
+        ):
             refused()
-    with pytest.raises(sd.UserError, match="^model: found NoneType, expected a folder"):
+    with pytest.raises(sd.UserError, match=r"^model: found NoneType, expected a folder"):
         sd.train(output_dir="run", resume=True, tokenizer=tokenizer)
     for one, other in ((ours, model), (model, ours)):
         sd.evaluate(one, ROWS, base=other, tokenizer=tokenizer, max_completion_length=4)
@@ -616,7 +656,9 @@ def test_an_adapter_that_could_not_be_loaded_again_is_refused(model: str) -> Non
     with pytest.raises(sd.UserError, match=f"^{cannot} has no name_or_path; {save}"):
         sd.train(ours, ROWS, **given)
     ours.name_or_path = "./gone"
-    with pytest.raises(sd.UserError, match=rf"^{cannot} cannot be loaded again \(model './gone': no such folder\); {save}"):
+    with pytest.raises(
+        sd.UserError, match=rf"^{cannot} cannot be loaded again \(model './gone': no such folder\); {save}"
+    ):
         sd.train(ours, ROWS, **given)
     ours.name_or_path = model
     with torch.no_grad():

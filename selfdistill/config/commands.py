@@ -133,6 +133,12 @@ class CheckConfig(TaskSettings):
 
     _sources = field_validator("anchors", mode="before")(anchor_sources)
 
+    @field_validator("contexts", mode="before")
+    @classmethod
+    def _one_context(cls, value: Any) -> Any:
+        """A text is one context."""
+        return [value] if isinstance(value, str) else value
+
 
 OF_BOTH = (CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()) - {"anchors"}
 """Settings of a check that its training run shares; not ``anchors``, which a check measures on and a run trains on."""

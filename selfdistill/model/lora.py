@@ -69,8 +69,8 @@ def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> 
 def check_base(loaded: LoadedModel) -> None:
     """Check that an adapter of a loaded model can be saved: the model is that of its ``name_or_path``.
 
-    ``adapter_config.json`` names the base, from which the adapter is loaded again. So that model is loaded here, and its
-    weights are compared.
+    ``adapter_config.json`` names the base, from which the adapter is loaded again. So that model is loaded here, and
+    its weights are compared.
 
     Raises:
         UserError: there is no such model, or its weights differ.

@@ -66,8 +66,8 @@ def _too_little(trainer: Trainer) -> list[str]:
         per_step = config.batch_size * task.share
         if len(task.examples) < per_step:
             lines.append(
-                f"note: {task.method.examples.counted(len(task.examples))} make less than one batch of {per_step:g}, so "
-                "every step repeats some; lower batch_size, and set the number of steps with max_steps"
+                f"note: {task.method.examples.counted(len(task.examples))} make less than one batch of {per_step:g}, "
+                "so every step repeats some; lower batch_size, and set the number of steps with max_steps"
             )
     if config.max_steps < FEW_STEPS:
         lines.append(

@@ -300,8 +300,8 @@ def say_signs(loop: Loop, output_dir: Path) -> None:
         say(f"note: the run showed signs of collapse: {'; '.join(loop.signs)}. See docs/reliability.md")
     if (truncated := loop.truncated()) >= CUT:
         say(
-            f"note: {truncated:.0%} of the samples were truncated at their maximum length, so hardly any end of a reply "
-            f"was learnt; raise {loop.limit}"
+            f"note: {truncated:.0%} of the samples were truncated at their maximum length, so hardly any end of a "
+            f"reply was learnt; raise {loop.limit}"
         )
     if idle := without_gradient(output_dir):
         say(

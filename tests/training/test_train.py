@@ -409,6 +409,32 @@ def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(
     assert_same_run(whole, crashed)
 
 
+def test_a_run_that_is_resumed_where_there_is_none_says_so_first(
+    settings: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings("new", max_steps=1)
+    train(config, resume=True)
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {config.output_dir} holds no run to resume, so a new one begins there\n")
+    assert said.count("to resume") == 1
+
+
+def test_other_rows_are_refused_before_they_are_evaluated_with_what_has_changed(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = str(write_rows(count=2, name="test.jsonl"))
+    for method in ("sdft", "ssd"):
+        config = settings(method, method=method, test=test, max_steps=1, save_steps=1, max_completion_length=12)
+        train(config)
+        other = config.model_copy(update={"data": str(write_rows(count=5, name="other.jsonl"))})
+        told = f"changed: data was '{config.data}' and is now '{other.data}'; restore them, or start a new run"
+        with monkeypatch.context() as patch:
+            if method == "sdft":  # the samples of ssd become its examples
+                patch.setattr("selfdistill.training.trainer.Evaluator", None)
+            with pytest.raises(UserError, match=re.escape(told)):
+                train(other, resume=True)
+
+
 def test_what_a_run_decides_and_does_not_use_is_said(settings: Callable[..., TrainConfig]) -> None:
     run = Trainer(settings(method="sft", context="turns", teacher="frozen", lora_rank=4))
     assert run.config.lora_alpha == 8
