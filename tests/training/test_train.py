@@ -413,6 +413,7 @@ def test_a_run_that_is_resumed_where_there_is_none_says_so_first(
     settings: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = settings("new", max_steps=1)
+    capsys.readouterr()  # what writing the model has printed
     train(config, resume=True)
     said = capsys.readouterr().err
     assert said.startswith(f"note: {config.output_dir} holds no run to resume, so a new one begins there\n")
