@@ -250,7 +250,7 @@ def compare(
     with session(progress, resume=resume):
         given = given_settings(model, output_dir, settings)
         if not isinstance(given.get("model", ""), str):
-            raise UserError("model: every run loads it again; save it and give its folder")
+            raise UserError("model: found a loaded model, but every run loads its own; save it and give its folder")
         rows = rows_of_run(data, test, given)
         given |= rows.paths
         config = continued(given, CompareConfig) if resume else CompareConfig(**given)

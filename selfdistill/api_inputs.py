@@ -275,7 +275,8 @@ def _anchors_in_memory(given: dict[str, Any]) -> Rows | None:
         return None
     if places:
         raise UserError(
-            f"setting 'anchors': found rows beside {os.fspath(places[0])!r}; write the rows to a file and give its path"
+            f"setting 'anchors': found rows together with {os.fspath(places[0])!r}; write the rows to a file and give "
+            "its path"
         )
     return anchors
 

@@ -110,7 +110,7 @@ _SWITCH_HELP = {
     "dry_run": "Print settings, one example as student and teacher see it, time and memory; do not train.",
     "memory": "Plan training on a GPU with SIZE of memory, such as 80GiB, from config.json alone. "
     "With train, it needs --dry_run.",
-    "device": f"The same for a named device, with a rough time: {', '.join(GPUS)}, or {THIS} (the current device).",
+    "device": f"Plan for a named device, with a rough time: {', '.join(GPUS)}, or {THIS} (the current device).",
 }
 _VALUES = {"memory": "SIZE", "device": "NAME"}
 """Metavars of the options that take a value."""

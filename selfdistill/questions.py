@@ -340,12 +340,12 @@ class _Maker:
                 yield key, thought_and_said(self._chat, prompt, rollout.ids)[1]
 
     def _check_room(self, what: str, prompts: Sequence[Sequence[int]]) -> None:
-        """Check that each prompt (a passage with ``what``) plus a reply fits into the model's window."""
+        """Check that each prompt (a passage with ``what``) plus a reply fits into the model's context window."""
         longest, window = max(map(len, prompts), default=0), self._loaded.window
         if window is not None and longest + ASK_TOKENS > window:
             raise UserError(
                 f"documents {self._config.documents!r}: a passage with {what} has {longest} tokens, too many for the "
-                f"model's window of {window}; lower passage_words, and split sentences that are longer than that"
+                f"model's context window of {window}; lower passage_words, and split longer sentences"
             )
 
 

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from children import train_together
-from conftest import ENDS, timeless, write_model
 from safetensors.torch import load_file
+from shared import ENDS, timeless, write_model
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.training.train import train

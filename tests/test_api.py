@@ -33,7 +33,7 @@ RUN: dict[str, Any] = TINY | {"batch_size": 2, "max_steps": 2, "save_steps": 0, 
 @pytest.fixture
 def model(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
-    return str(model_folder(ends=ENDS))
+    return str(model_folder(ends=ENDS, layers=1))
 
 
 def loaded(model: str) -> tuple[Any, Any]:
@@ -351,7 +351,7 @@ def test_comparing_learning_exporting_and_reporting(model: str) -> None:
     assert learnt.accepted
     both: list[Any] = ["package", {"prompt": "Who?"}]
     with pytest.raises(
-        sd.UserError, match=r"^setting 'anchors': found rows beside 'package'; write the rows to a file"
+        sd.UserError, match=r"^setting 'anchors': found rows together with 'package'; write the rows to a file"
     ):
         sd.learn("add", ROWS, state="memory", name="more", anchors=both)
     with pytest.raises(sd.UserError, match=r"^setting 'anchors': learn reads them again when it resumes, so give"):

@@ -39,9 +39,9 @@ SDFT = f"{TRAIN} --context turns"
 
 @pytest.fixture
 def here(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with a tiny ``model`` and ``train.jsonl``."""
+    """A folder to work in, with a tiny ``model`` of one layer and ``train.jsonl``."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(model_folder(), "model")
+    shutil.copytree(model_folder(layers=1), "model")
     jsonl("train.jsonl", ROWS)
     return tmp_path
 
@@ -130,7 +130,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         json.dumps({"prompt": "q" * 600, "completion": "a"}),
         SFT,
         "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 504; "
-        "shorten the prompts (the window is 512 tokens), or drop them with on_long_prompt drop",
+        "shorten the prompts (the context window is 512 tokens), or drop them with on_long_prompt drop",
     ),
     (
         "long.jsonl",
@@ -144,7 +144,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         json.dumps({"prompt": "q" * 233, "completion": "a"}),
         SDFT,
         "1 of 1 rows do not fit: long.jsonl:1: teacher's prompt has 507 tokens, limit 504; "
-        "lower max_completion_length (the window is 512 tokens), "
+        "lower max_completion_length (the context window is 512 tokens), "
         "choose a shorter context, or drop them with on_long_prompt drop",
     ),
     (
@@ -152,7 +152,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         json.dumps({"prompt": "q" * 600, "completion": "a"}),
         SDFT + " --max_prompt_length 20",
         "1 of 1 rows do not fit: long.jsonl:1: prompt has 619 tokens, limit 20; "
-        "shorten the prompts (the window is 512 tokens), or drop them with on_long_prompt drop",
+        "shorten the prompts (the context window is 512 tokens), or drop them with on_long_prompt drop",
     ),
     (
         "short.jsonl",
@@ -173,7 +173,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         json.dumps({"prompt": "q", "completion": "a" * 600}),
         SFT,
         "1 of 1 rows do not fit: reply.jsonl:1: completion has 601 tokens, limit 8 (max_completion_length); "
-        "shorten the completions (the window is 512 tokens), or drop them with on_long_prompt drop",
+        "shorten the completions (the context window is 512 tokens), or drop them with on_long_prompt drop",
     ),
     (
         "reply.jsonl",
@@ -186,7 +186,7 @@ DATA: list[tuple[str, str | bytes | None, str, str]] = [
         "train.jsonl",
         ROW,
         SFT + " --max_completion_length 600",
-        "setting 'max_completion_length': 600 leaves no room for a prompt in the model's window of 512 tokens",
+        "setting 'max_completion_length': 600 leaves no room for a prompt in the model's context window of 512 tokens",
     ),
     (
         "train.jsonl",
@@ -563,7 +563,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "other shape",
         other_shape,
         "",
-        "model 'model': weights are missing or have a different shape from config.json: lm_head.weight and 20 more",
+        "model 'model': weights are missing or have a different shape from config.json: lm_head.weight and 11 more",
     ),
     (
         "no end token",
@@ -629,7 +629,7 @@ MODEL: list[tuple[str, Callable[[Path], Any], str, str]] = [
         "no room in the window",
         lambda m: None,
         "--max_completion_length 512",
-        "setting 'max_completion_length': 512 leaves no room for a prompt in the model's window of 512 tokens",
+        "setting 'max_completion_length': 512 leaves no room for a prompt in the model's context window of 512 tokens",
     ),
 ]
 
@@ -1326,15 +1326,17 @@ def test_an_output_that_nobody_reads_is_no_traceback(here: Path) -> None:
     assert (done.returncode, done.stderr) == (1, f"exported model: {here / 'out'}\n")
 
 
-def test_the_json_file_is_written_whether_or_not_anybody_reads_the_table(here: Path) -> None:
+def test_the_json_file_is_written_whether_or_not_anybody_reads_the_table(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read, write = os.pipe()
     os.close(read)
-    code = "import sys; from selfdistill.cli import main; sys.exit(main())"
     options = ["--data", "train.jsonl", "--max_completion_length", "4", "--json", "found.json"]
-    command = [sys.executable, "-c", code, "eval", "--model", "model", *options]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
-    os.close(write)
-    assert done.returncode == 1, done.stderr
+    with open(write, "w", encoding="utf-8") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        with pytest.raises(SystemExit) as ended:  # by rich, which prints the table
+            main(["eval", "--model", "model", *options])
+    assert ended.value.code == 1
     assert json.loads((here / "found.json").read_text(encoding="utf-8"))["items"] == len(ROWS)
 
 

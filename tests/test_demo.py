@@ -31,7 +31,7 @@ def tiny_demo(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: py
     """The demo on a tiny model, two steps an arm, in an empty folder, which is returned."""
     monkeypatch.chdir(tmp_path)
     ends = (257, *range(40, 75))
-    own = {"model": str(model_folder(room=8192, ends=ends)), "max_steps": 2, "batch_size": 4}
+    own = {"model": str(model_folder(room=8192, ends=ends, layers=1)), "max_steps": 2, "batch_size": 4}
     large = {arm: own_of_arm | {"learning_rate": 1e-2} for arm, own_of_arm in module.ARMS.items()}
     monkeypatch.setattr(module, "ARMS", large)
     monkeypatch.setattr(module, "SHARED", module.SHARED | own | {"mixed_precision": "no"})

@@ -1,5 +1,6 @@
 """The documentation is executed: every page's files, commands and Python in order, with a tiny model in place of the
-starter model and two steps in place of many. Commands that need a network or devices are parsed.
+starter model, two steps in place of many, and the first rows of the package's training data. Commands that need a
+network or devices are parsed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from selfdistill.cli_parser import COMMANDS, SWITCHES, parse
 from selfdistill.config import TrainConfig
 from selfdistill.data.contexts import CONTEXTS, ONE_DEMONSTRATION, parse_context
 from selfdistill.data.demonstrations import COLUMNS, SCORER_NAMES
+from selfdistill.data.sources import packaged
 from selfdistill.methods import METHODS, own_names, uses
+from selfdistill.runtime import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -37,6 +40,8 @@ STARTER = "smollm2-135m"
 IMAGE_TEXT = "Qwen/Qwen2.5-VL-3B-Instruct"
 """The model of commands with pictures; a tiny Idefics3 takes its place."""
 MOST_WORDS = 700
+FIRST_ROWS = 8
+"""Of the package's training data; ``--scorer code`` runs the tests of every row in a process of its own."""
 REFUSED = {"check": 4, "learn add": 4}
 """Exit codes of a random model, which teaches nothing: ``check`` advises against it, ``learn`` does not accept it."""
 
@@ -64,9 +69,17 @@ def with_code(*languages: str) -> list[str]:
     return sorted(page for page in PAGES if any(block.language in languages for block in blocks(page)))
 
 
+def with_first_rows(found: re.Match[str]) -> str:
+    rows = Path(packaged(found[1])).read_text(encoding="utf-8").splitlines(keepends=True)
+    Path(found[1]).write_text("".join(rows[:FIRST_ROWS]), encoding="utf-8")
+    return found[1]
+
+
 def shortened(text: str, models: dict[str, str]) -> str:
+    """What to run in place of a block; writes the data that it reads."""
     for name, folder in models.items():
         text = text.replace(name, folder)
+    text = re.sub(r"bundled:(\w+\.train\.jsonl)", with_first_rows, text)
     text = re.sub(r"((?:max|eval)_steps[= ])\d+", r"\g<1>2", text)
     return text.replace("--seeds 0,1 ", "--seeds 0 ").replace("seeds=(0, 1)", "seeds=(0,)")
 
@@ -80,7 +93,7 @@ def test_a_page_does_what_it_says(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    models = {STARTER: str(model_folder(ends=ENDS, room=4096))}
+    models = {STARTER: str(model_folder(ends=ENDS, room=4096, layers=1))}
     if IMAGE_TEXT in PAGES[page]:
         models[IMAGE_TEXT] = str(tmp_path / "image-text")
         next(family for family in FAMILIES if family.name == "idefics3").write(tmp_path / "image-text")
@@ -160,19 +173,20 @@ def test_the_two_commands_are_make_targets_that_set_up_first() -> None:
 
 
 def test_the_caption_says_what_was_measured() -> None:
-    """The percentages under the figure of the site's first page, from the comparison that drew it."""
+    """The percentages under the figure of the results' first page, from the comparison that drew it."""
     kept = json.loads((DOCS / "comparisons" / "facts.json").read_text(encoding="utf-8"))
     last = [run["evaluations"][-1] for run in kept["runs"] if run["method"] == "sdft"]
     shares = [sum(found[key] for found in last) / len(last) for key in ("accuracy", "prior_accuracy")]
     numbers = [round(100 * share) for share in shares]
     assert numbers == [80, 71]
-    text = " ".join(PAGES["docs/index.md"].split())
+    text = " ".join(PAGES["docs/results.md"].split())
     assert "SDFT ends at 80% of the facts" in text
-    assert "71% of the old questions" in text
-    assert "sft 0.545, the base 0.878" in " ".join(PAGES["docs/results.md"].replace("\n> ", " ").split())
+    assert "71% of the prior questions" in text
+    assert "sft 0.545, the base 0.878" in " ".join(PAGES["docs/results_paper.md"].replace("\n> ", " ").split())
 
 
-def test_the_readmes_figures_are_those_of_the_study() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_pages_figures_are_those_of_the_study(page: str) -> None:
     lines = (DOCS / "comparisons" / "studies" / "routing.jsonl").read_text(encoding="utf-8").splitlines()
     kept: dict[str, list[str]] = {}
     for line in map(json.loads, lines):
@@ -182,7 +196,7 @@ def test_the_readmes_figures_are_those_of_the_study() -> None:
     half = ("sft+1/2", "sdft+1/2", "sft+narrow", "sdft+narrow")
     anchored = [share for arm in half for share in kept[arm]]
     base, sft, sdft, least = (span(shares) for shares in (kept["base"], kept["sft"], kept["sdft"], anchored))
-    text = " ".join(README.split())
+    text = " ".join(PAGES[page].split())
     assert len(kept["sft"]) == len(kept["sdft"]) == 3
     assert f"The base gets {base} right. After SFT it still gets {sft} right, after SDFT {sdft} (three seeds)." in text
     assert f"With them it gets {least}" in text
@@ -217,7 +231,7 @@ def test_tables_name_what_there_is() -> None:
     assert columns == list(COLUMNS)
     scorers = [cell.strip("`") for cell in first_cells("docs/data.md", "## Scorers")]
     assert scorers == [*SCORER_NAMES, "code", "judge", "python:module.function"]
-    methods = [cell.strip("`") for cell in first_cells("docs/methods.md", "## Loss and cost")]
+    methods = [cell.strip("`") for cell in first_cells("docs/methods.md", "## Formulas and cost of every method")]
     assert sorted(methods) == sorted(METHODS)
     settings = re.findall(r"`([\w]+)`", " ".join(first_cells("docs/methods.md", "## Settings of the loss")))
     assert set(settings) <= set(TrainConfig.model_fields)
@@ -237,22 +251,43 @@ def test_the_settings_of_each_method_are_those_that_it_reads() -> None:
 
 def test_the_components_are_those_of_the_package() -> None:
     packages = sorted(folder.name for folder in (ROOT / "selfdistill").iterdir() if (folder / "__init__.py").is_file())
-    for page, heading in (("CONTRIBUTING.md", "## Components"), ("docs/design.md", "## Components")):
-        cells = [cell.strip("`").rstrip("/") for cell in first_cells(page, heading)]
-        assert sorted(cell for cell in cells if "." not in cell) == packages
+    cells = [cell.strip("`").rstrip("/") for cell in first_cells("docs/design.md", "## Components")]
+    assert sorted(cell for cell in cells if "." not in cell) == packages
+
+
+def test_every_module_is_in_the_table_of_where_to_look() -> None:
+    """Once; a name without a folder is at the top, and a file of a method is not named."""
+    rows = PAGES["docs/design.md"].split("\n## Where to look\n")[1].split("\n## ")[0].split("|---|---|\n")[1]
+    named = []
+    for cell in re.findall(r"^\| .* \| (.*) \|$", rows, re.MULTILINE):
+        folder = ""
+        for name in re.findall(r"`([^`]+)`", cell):
+            folder = name if name.endswith("/") else folder
+            named += [f"{folder}{name}"] if name != folder else []
+    package = ROOT / "selfdistill"
+    files = [file.relative_to(package).with_suffix("").as_posix() for file in package.rglob("*.py")]
+    modules = [file for file in files if not file.endswith("__")] + ["data/bundled"]
+    assert sorted(named) == sorted(set(modules) - {f"methods/{name}" for name in METHODS})
 
 
 # --- links and the site ---
 
 
-def generated() -> dict[str, str]:
-    spec = importlib.util.spec_from_file_location("gen_commands", DOCS / "gen_commands.py")
+def generated(*hooks: str) -> dict[str, str]:
+    """The pages that these hooks make, by default all."""
+    found: dict[str, str] = {}
+    for hook in hooks or ("gen_commands", "gen_pages"):
+        found |= hook_of(hook).pages()
+    return found
+
+
+def hook_of(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    pages: dict[str, str] = module.pages()
-    return pages
+    return module
 
 
 def test_links_lead_to_files() -> None:
@@ -275,7 +310,7 @@ def test_the_site_has_every_page() -> None:
 
 
 def test_the_command_reference_has_every_option() -> None:
-    pages = generated()
+    pages = generated("gen_commands")
     assert list(pages) == ["commands/index.md", *(f"commands/{name}.md" for name in COMMANDS)]
     for name, (kind, text) in COMMANDS.items():
         page = pages[f"commands/{name}.md"]
@@ -285,6 +320,18 @@ def test_the_command_reference_has_every_option() -> None:
         assert sorted(shown) == sorted({*kind.model_fields, *others, *(["json"] if name != "train" else [])})
     assert "| `--max_completion_length`<br>`256` |" in pages["commands/train.md"]
     assert "`forward_kl`, `reverse_kl`, `jsd`" in pages["commands/train.md"]
+
+
+def test_the_page_of_metrics_has_every_key() -> None:
+    page = generated("gen_pages")["metrics.md"]
+    assert re.findall(r"^\| `(\S+)` \| \S", page, re.MULTILINE) == list(METRICS)
+    assert "| `kl/forward` | KL(teacher\\|\\|student), nats per token over the retained tokens |" in page
+
+
+def test_a_page_of_the_root_links_to_pages_of_the_site() -> None:
+    text = "[a](docs/gpu.md#x) and [b](selfdistill/api.py), [c](SECURITY.md), [d](#here), [e](https://f.org)"
+    shown = hook_of("gen_pages").root_page(text)
+    assert shown == "[a](gpu.md#x) and b, [c](security.md), [d](#here), [e](https://f.org)"
 
 
 def test_the_api_pages_have_every_public_name() -> None:

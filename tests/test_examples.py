@@ -165,7 +165,7 @@ def test_the_notebook_runs_and_shows_the_trade_off(
     """With a tiny model, two steps of four rows, and one seed."""
     monkeypatch.chdir(tmp_path)
     smaller = {
-        '"smollm2-135m"': repr(str(model_folder(ends=ENDS, room=1024))),
+        '"smollm2-135m"': repr(str(model_folder(ends=ENDS, room=1024, layers=1))),
         "STEPS = 24": "STEPS = 2",
         '"batch_size": 16': '"batch_size": 4',
         "seeds=(0, 1)": "seeds=(0,)",

@@ -332,7 +332,7 @@ def make(
         defaults: dict[str, Any] = {
             "documents": str(folder),
             "output_dir": str(tmp_path / "out"),
-            "model": str(model_folder()),
+            "model": str(model_folder(layers=1)),
             "writer_url": server.url,
             "writer_model": "w",
             "tries": 1,

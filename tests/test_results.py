@@ -1,4 +1,4 @@
-"""What docs/results.md concludes follows from the measurements that stand beside it."""
+"""What the pages of results conclude follows from the measurements that stand beside it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from results_pages import results_text
 
 from selfdistill.comparison.conclusions import Compared, matched, sentences
 
@@ -20,8 +21,7 @@ def test_the_paragraph_is_what_the_measurements_say(name: str) -> None:
     kept = json.loads((DOCS / "comparisons" / f"{name}.json").read_text(encoding="utf-8"))
     runs = [Compared(**run) for run in kept["runs"]]
     said = sentences(runs, kept["budget"])
-    text = " ".join((DOCS / "results.md").read_text(encoding="utf-8").replace("\n> ", " ").split())
-    assert said in text
+    assert said in " ".join(results_text().replace("\n> ", " ").split())
     for run in runs:
         for evaluation in run.evaluations:
             assert evaluation["accuracy"] == sum(evaluation["correct"]) / evaluation["items"]
@@ -38,7 +38,7 @@ def test_a_run_compared_with_itself_loses_what_the_design_says() -> None:
             gap = matched(run["evaluations"], last.accuracy).prior_accuracy - last.prior_accuracy
             lost[run["method"]] = max(gap, lost.get(run["method"], 0))
     most = max(lost, key=lambda method: lost[method])
-    text = " ".join((DOCS / "design.md").read_text(encoding="utf-8").split())
+    text = " ".join((DOCS / "design_running.md").read_text(encoding="utf-8").split())
     said = f"lost up to {100 * lost[most]:.0f} points ({most.upper()}; SFT up to {100 * lost['sft']:.0f})"
     assert f"a run compared with itself {said}" in text
 
@@ -46,7 +46,7 @@ def test_a_run_compared_with_itself_loses_what_the_design_says() -> None:
 def test_the_tables_of_studies_are_what_their_lines_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS.parent / "studies")
     study_file, summary = import_module("study_file"), import_module("summary")
-    text = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("results.md", "engines.md"))
+    text = results_text() + (DOCS / "engines.md").read_text(encoding="utf-8")
     files = sorted((DOCS / "comparisons" / "studies").glob("*.jsonl"))
     assert files
     for file in files:

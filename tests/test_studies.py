@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from results_pages import results_text
 
 from selfdistill.continual.learn import retention_matrix
 from selfdistill.continual.ledger import Ledger
@@ -121,7 +122,7 @@ def test_a_skill_as_a_stream(
 def test_the_tables_of_the_sequences_are_what_was_measured() -> None:
     docs = STUDIES.parent / "docs"
     found = json.loads((docs / "comparisons" / "sequence.json").read_text(encoding="utf-8"))
-    text = (docs / "results.md").read_text(encoding="utf-8")
+    text = results_text()
     sequence = study("sequence")
     runs = {arm: [found[f"{arm}-{seed}"] for seed in (0, 1, 2) if f"{arm}-{seed}" in found] for arm in sequence.ARMS}
     assert len(runs["sft"]) == len(runs["sdft"]) == 3
@@ -133,7 +134,7 @@ def test_the_table_of_the_stream_is_what_was_measured() -> None:
     docs, stream = STUDIES.parent / "docs", study("stream")
     found = json.loads((docs / "comparisons" / "stream.json").read_text(encoding="utf-8"))
     assert set(found) == {f"{arm}-0" for arm in stream.ARMS}
-    text = (docs / "results.md").read_text(encoding="utf-8")
+    text = results_text()
     assert "\n".join(stream.table(found, list(stream.ARMS), [0])) in text
 
 
@@ -166,7 +167,7 @@ def test_knowledge_from_documents(
 def test_the_table_of_the_documents_is_what_was_measured() -> None:
     docs = STUDIES.parent / "docs"
     found = json.loads((docs / "comparisons" / "knowledge.json").read_text(encoding="utf-8"))
-    text = (docs / "results.md").read_text(encoding="utf-8")
+    text = results_text()
     knowledge = study("knowledge")
     assert set(found) == {"base", "oracle RAG", *knowledge.RUNS}
     for name, runs in found.items():

@@ -56,7 +56,7 @@ def settings(
 
     def make(**values: Any) -> CompareConfig:
         defaults: dict[str, Any] = {
-            "model": str(model_folder()),
+            "model": str(model_folder(layers=1)),
             "data": str(write_rows()),
             "test": str(write_rows(count=2, name="test.jsonl")),
             "output_dir": str(tmp_path / "comparison"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import exactness
 import few_bits
+import graphs
 import others
 import shape
 import speed
 
-CHECKS = (*exactness.CHECKS, *few_bits.CHECKS, *speed.CHECKS, *shape.CHECKS, *others.CHECKS)
+CHECKS = (*exactness.CHECKS, *few_bits.CHECKS, *graphs.CHECKS, *speed.CHECKS, *shape.CHECKS, *others.CHECKS)

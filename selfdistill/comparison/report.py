@@ -284,8 +284,11 @@ def _view(run: RunFolder) -> Json:
     rows: dict[str, Json] = {}
     for step in steps:
         for view in (view for view in run.views if view["step"] == step):
-            row = rows.setdefault(view["row"], {key: view[key] for key in ("row", "prompt", "demonstration")})
-            row.setdefault("replies", []).append({"heading": _heading(view), "turns": _turns(view)})
+            row = rows.setdefault(view["row"], {"row": view["row"], "prompt": view["prompt"], "replies": []})
+            row.setdefault("demonstration", view.get("demonstration"))
+            row |= {"tools": view.get("tools", []), "before": view.get("before", "")}  # earlier versions wrote neither
+            reply = {"heading": _heading(view), "teacher_sees": view.get("teacher_sees"), "turns": _turns(view)}
+            row["replies"].append(reply)
     shown: Json = {"run": run.name, "rows": list(rows.values()), "profile": None}
     if not all(_is_scored(view) for view in run.views):
         return shown
@@ -343,6 +346,8 @@ def _profile(views: list[Json], step: int) -> list[Point]:
 def _token(token: Json) -> Json:
     """A token with its implicit reward log q - log p and the strength of its colour, if a teacher scored it."""
     shown: Json = {"text": visible(token["text"]), "lines": visible(token["text"]).replace("↵", "↵\n")}
+    if not token["text"]:  # a part of the character that the next token completes
+        shown["lines"] = "·" if "logq" in token else ""
     if "logq" not in token:
         return shown
     reward = token["logq"] - token["logp"]

@@ -106,7 +106,7 @@ def _read_run(folder: Path, name: str, curve: str, evaluations: list[Json] | Non
         config=config,
         metrics=metrics,
         evaluations=evaluations,
-        views=_lines(folder / VIEWS, {"step", "row", "prompt", "demonstration", "tokens"}),
+        views=_lines(folder / VIEWS, {"step", "row", "prompt", "tokens"}),
         missing=[file for file in wanted if not (folder / file).exists()],
     )
 

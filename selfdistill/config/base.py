@@ -246,14 +246,14 @@ class ModelSettings(EngineSettings):
     """Which assistant turns of a chat to learn: ``last``; ``all`` after the prompt; ``auto``: all in rows with tool
     calls or tool turns, else the last."""
     max_prompt_length: int | None = Field(default=None, ge=1)
-    """Maximum prompt length in tokens, for student and teacher. Default: the model's window minus the completion."""
+    """Maximum prompt length in tokens, for student and teacher. Default: the model's context window minus the
+    completion."""
     max_completion_length: int = Field(default=256, ge=1)
     """Maximum completion length in tokens."""
     on_long_prompt: Literal["error", "drop"] = "error"
     """What to do with a row that is too long: stop and name it, or drop and count it. Rows are never truncated."""
     batch_size: int = Field(default=32, ge=1)
-    """Prompts per optimizer step, over all processes and micro-batches, or per forward batch without training. The
-    official code uses 32."""
+    """Prompts per optimizer step, over all processes and micro-batches. The official code uses 32."""
     scorer: str | None = None
     """Scorer for rows that name none: ``exact`` (the default), ``contains``, ``choice``, ``regex``, ``tool_call``,
     ``code`` (runs code that the model writes), ``judge``, or your own function as

@@ -153,6 +153,8 @@ def run_settings(config: CheckConfig) -> dict[str, Any]:
 class EvalConfig(TaskSettings):
     """Settings of ``selfdistill eval``."""
 
+    batch_size: int = Field(default=32, ge=1)
+    """Prompts per forward batch. It changes time and memory."""
     prior: str | None = None
     """File or folder of questions about the base model's prior abilities, e.g. ``bundled:prior/test``."""
     base: str | None = None
@@ -276,8 +278,8 @@ class LearnConfig(TrainingSettings, OneRun):
             raise UserError("setting 'stop_on_collapse' is for train; in learn, the gates refuse a harmful skill")
         if self.environment.startswith(IN_PYTHON):
             raise UserError(
-                "setting 'environment': learn plays it again whenever another skill is added, found functions given in "
-                "Python, which end with this process; put the list into a module and give python:module.NAME"
+                "setting 'environment': found functions given in Python, which end with this process, but learn plays "
+                "it again whenever another skill is added; put the list into a module and give python:module.NAME"
             )
         if self.scorer is not None and self.scorer.startswith(GIVEN):
             raise UserError(
@@ -326,9 +328,9 @@ class MergeConfig(Settings):
     add: str
     """The trained model whose weights are added. It may be a LoRA adapter."""
     subtract: str | None = None
-    """That model before training; its weights are subtracted. Default, for an adapter: its base."""
+    """The same model before training, whose weights are subtracted. Default, for an adapter: its base."""
     scale: float = 1.0
-    """Factor l in model + l (add - subtract); below 0 removes what was learnt."""
+    """Factor in model + scale * (add - subtract); below 0 removes what was learnt."""
     output_dir: str
     """Folder for the model; must not exist or be empty."""
 

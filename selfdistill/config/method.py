@@ -156,7 +156,8 @@ class MethodSettings(EpisodeSettings):
     anchor_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of every batch that is anchors, on average over the steps."""
     anchor_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """On anchors, between the model before the run and the student; forward_kl = KL(before||student)."""
+    """On anchors, between the model before the run and the student; forward_kl = KL(before||student), and jsd has
+    ``jsd_weight``."""
     method_settings: dict[str, Any] = Field(default_factory=dict)
     """Settings that only the chosen method knows, e.g. ``{"pull": 0.01}`` for ``isdft``."""
 

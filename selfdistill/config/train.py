@@ -121,7 +121,7 @@ class TrainingSettings(MethodSettings, TaskSettings):
     eval_steps: int = Field(default=0, ge=0)
     """Steps between evaluations on ``test``; 0: only at the start and the end."""
     view_rows: int = Field(default=4, ge=0)
-    """Rows whose rollouts and teacher's view of each token are saved before and after training for ``report``."""
+    """Rows whose rollouts, and the teacher's view of each token, are saved at the start and the end for ``report``."""
     drift_steps: int = Field(default=10, ge=0)
     """Steps between measurements of the drift of student and teacher, plus one at the end; 0: never."""
     save_steps: int = Field(default=100, ge=0)

@@ -65,7 +65,9 @@ def remembered(folder: Path) -> list[Demonstration]:
     if file.exists():
         return load_prompts(str(file))
     if "remember" in settings.model_fields_set:
-        raise UserError(f"{file}: no such file; restore it, or write remember: none into settings.yaml beside it")
+        raise UserError(
+            f"{file}: no such file; restore it, or write remember: none into settings.yaml in the same folder"
+        )
     if not rows.exists():
         return []
     return to_remember(settings, as_shown(settings, chosen_rows(load_demonstrations(str(rows)), settings)))

@@ -33,15 +33,17 @@ from selfdistill.data.encoding import (
     own_tokens,
     reply_spans,
 )
-from selfdistill.data.episodes import Replies, notes_on_episodes, turns_of
+from selfdistill.data.episodes import Replies, changed_when_shown_anew, notes_on_episodes, turns_of
 from selfdistill.data.feedback import with_feedback, with_guide
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable, no_part
 from selfdistill.data.images import (
     MOST_PIXELS,
     PICTURE_FOLDER,
     Picture,
+    PictureRefusal,
     PictureTokens,
     PromptIds,
+    continued_by,
     pictures_in,
     read_picture,
     shown_text,
@@ -54,6 +56,7 @@ from selfdistill.data.messages import (
     said_in,
     speaker_of,
     text_of,
+    without_thoughts,
     wrong,
 )
 from selfdistill.data.named import FUNCTION, named
@@ -90,6 +93,7 @@ from selfdistill.data.scorers import (
 from selfdistill.data.shapes import draw_shapes
 from selfdistill.data.sources import Note, located
 from selfdistill.data.template_columns import schema_of
+from selfdistill.data.text_ids import texts_of
 from selfdistill.data.words import WORD, includes, plain, words_of
 
 __all__ = [
@@ -118,6 +122,7 @@ __all__ = [
     "Note",
     "NothingFits",
     "Picture",
+    "PictureRefusal",
     "PictureTokens",
     "PromptIds",
     "RawRow",
@@ -135,10 +140,12 @@ __all__ = [
     "as_verdict",
     "by_reason",
     "by_tests",
+    "changed_when_shown_anew",
     "check_rows",
     "check_scorer",
     "context_of",
     "context_spec",
+    "continued_by",
     "default_scorer",
     "doubt_about",
     "draw_shapes",
@@ -184,12 +191,14 @@ __all__ = [
     "shown_text",
     "speaker_of",
     "text_of",
+    "texts_of",
     "thought_and_said",
     "turns_of",
     "verdict",
     "verdicts",
     "with_feedback",
     "with_guide",
+    "without_thoughts",
     "words_of",
     "write_demonstrations",
     "wrong",

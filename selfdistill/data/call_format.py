@@ -205,7 +205,10 @@ def _call(name: Any, arguments: Any, whole: Any) -> dict[str, Any]:
     if not isinstance(name, str) or not name.strip():
         raise InvalidCall("the call has no name")
     if isinstance(arguments, str):
-        arguments, _ = decoded(arguments, 0)
+        text = arguments.strip()
+        arguments, end = decoded(text, 0)
+        if end < len(text):
+            raise InvalidCall(f"the arguments of {name} go on after their JSON value")
     if not isinstance(arguments, dict):
         raise InvalidCall(f"the arguments of {name} are not a JSON object")
     made = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -362,7 +365,9 @@ def read_text(text: str) -> tuple[str, list[dict[str, Any]]]:
     """
     found = actions_in(text)
     if found is None:
-        raise InvalidCall("a line 'Action: name' must be followed by 'Action Input:' and a JSON object")
+        raise InvalidCall(
+            "a line 'Action: name' must be followed by 'Action Input:' and a JSON object, in which no key comes twice"
+        )
     if not found:
         return text, []
     calls = [_call(name, value, {}) for name, value, _, _ in found]

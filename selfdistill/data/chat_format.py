@@ -84,18 +84,22 @@ class ChatFormat:
             return "tools"
         return next((name for name in others if not re.search(rf"\b{re.escape(name)}\b", template)), None)
 
-    def render(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self, messages: Sequence[Message], options: Mapping[str, Any] | None = None, *, checked: bool = True
+    ) -> str:
         """The prompt as text, up to the start of the reply.
 
         Args:
             messages: the chat. The content of a turn may be :class:`Verbatim`.
             options: further arguments of the chat template, in addition to the format's own.
+            checked: whether a message that is left out is an error.
 
         Raises:
             TemplateRefusal: the template rejects the messages, or leaves one out.
         """
         chat = self._writer.hidden(*self._prepared(messages, options or {}))
-        return NAME.sub(lambda found: chat.names[int(found[1])], self._writer.written(chat))
+        text = self._writer.written(chat, checked=0 if checked else len(chat.given))
+        return NAME.sub(lambda found: chat.names[int(found[1])], text)
 
     def encode_prompt(
         self,

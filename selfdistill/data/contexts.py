@@ -40,16 +40,18 @@ def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": Verbatim(text)}
 
 
-def _turns_shown(demonstration: Demonstration, show: Show) -> list[Message]:
-    """The demonstration as a chat without its system turn: prompt and reply, of a whole episode or of the one turn."""
+def _turns_shown(demonstration: Demonstration, show: Show) -> tuple[list[Message], list[Message]]:
+    """The turns before the question, that is the last user turn, and it with its reply or the whole episode."""
     row = demonstration
     if show == "episode" and row.turn_of is not None and row.privileged_context is None:
         row = row.turn_of
     _, turns = _split_system(row.prompt)
+    start = max((place for place, turn in enumerate(turns) if turn["role"] == "user"), default=0)
+    earlier, question = turns[:start], turns[start:]
     if not row.episode or row.privileged_context is not None:
-        return [*turns, _assistant(row.shown)]
+        return earlier, [*question, _assistant(row.shown)]
     said = [{**m, "content": Verbatim(m["content"])} if m["role"] == "assistant" else m for m in row.episode]
-    return [*turns, *said]
+    return earlier, [*question, *said]
 
 
 def _row_of(demonstration: Demonstration) -> Demonstration:
@@ -108,7 +110,10 @@ def _no_question(demonstration: Demonstration, context: str) -> str | None:
 
 @dataclass(frozen=True)
 class Turns:
-    """The demonstration as earlier turns of the chat, ``repeats`` times: user x, assistant d, ..., user x."""
+    """The demonstration as earlier turns of the chat, ``repeats`` times: user x, assistant d, ..., user x.
+
+    Turns before x come once, at the beginning: repeated, they would be copied like the demonstration.
+    """
 
     name: ClassVar[str] = "turns"
     one_demonstration: ClassVar[bool] = True
@@ -117,7 +122,8 @@ class Turns:
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
         system, turns = _split_system(demonstration.prompt)
-        return [*system, *(_turns_shown(demonstration, self.show) * self.repeats), *turns]
+        earlier, told = _turns_shown(demonstration, self.show)
+        return [*system, *earlier, *(told * self.repeats), *turns[len(earlier) :]]
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         return _no_demonstration(demonstration, self.name)
@@ -175,10 +181,9 @@ class FewShot:
             words = _words(question_of(row.prompt))
             shown = sorted(others, key=lambda other: _jaccard(words, _words(question_of(other.prompt))))[-self.k :]
         system, turns = _split_system(demonstration.prompt)
-        if self.this:
-            shown = [*shown, demonstration]
-        earlier = [message for other in shown for message in _turns_shown(other, "episode")]
-        return [*system, *earlier, *turns]
+        others_told = [message for other in shown for part in _turns_shown(other, "episode") for message in part]
+        earlier, told = _turns_shown(demonstration, "episode") if self.this else ([], [])
+        return [*system, *others_told, *earlier, *told, *turns[len(earlier) :]]
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         return _no_demonstration(demonstration, self.name)  # others may draw it
@@ -214,10 +219,10 @@ class Document:
                 )
             text = f"Read this text carefully. Questions about it follow.\n\n{demonstration.document}"
             reading = [_user(text), _assistant("I have read it. What would you like to know?")]
-        answered: list[Message] = []
-        if self.show != "document":
-            answered = _turns_shown(demonstration, "episode") * self.repeats
-        return [*system, *reading, *answered, *turns]
+        if self.show == "document":
+            return [*system, *reading, *turns]
+        earlier, told = _turns_shown(demonstration, "episode")
+        return [*system, *reading, *earlier, *(told * self.repeats), *turns[len(earlier) :]]
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         no_document = _no_document(demonstration, self.name) if self.show != "answer" else None

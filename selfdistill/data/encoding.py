@@ -11,7 +11,7 @@ from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import Context
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.episodes import Replies, encode_replies, turns_of
-from selfdistill.data.images import by_digest
+from selfdistill.data.images import PictureRefusal, by_digest
 from selfdistill.data.messages import Message, uses_tools
 from selfdistill.data.rows import RowProblem, by_reason, first_ten
 from selfdistill.data.template import TemplateRefusal
@@ -19,6 +19,12 @@ from selfdistill.data.thinking import split_thinking
 from selfdistill.errors import UserError
 
 Made = TypeVar("Made")
+
+_REFUSED = {
+    TemplateRefusal: "do not fit the chat template",
+    PictureRefusal: "have pictures that the model does not read",
+}
+"""What is wrong with rows that raise these errors."""
 
 
 @dataclass(frozen=True)
@@ -202,18 +208,18 @@ def _by_row(demonstrations: Sequence[Demonstration], make: Callable[[Demonstrati
     """What ``make`` returns for each row.
 
     Raises:
-        UserError: the chat template rejects rows; see :func:`by_reason`.
+        UserError: the chat template or the processor rejects rows; see :func:`by_reason`.
     """
     made: list[Made] = []
-    refused: list[RowProblem] = []
+    refused: dict[str, list[RowProblem]] = {}
     for demonstration in demonstrations:
         try:
             made.append(make(demonstration))
-        except TemplateRefusal as error:
-            refused.append(RowProblem(demonstration.source, str(error)))
+        except (TemplateRefusal, PictureRefusal) as error:
+            refused.setdefault(_REFUSED[type(error)], []).append(RowProblem(demonstration.source, str(error)))
     if refused:
-        count = f"{len(refused)} of {len(demonstrations)} rows"
-        raise UserError(f"{count} do not fit the chat template: {by_reason(refused)}")
+        count = len(demonstrations)
+        raise UserError("; ".join(f"{len(of)} of {count} rows {what}: {by_reason(of)}" for what, of in refused.items()))
     return made
 
 
@@ -300,7 +306,7 @@ class _Limits:
         if self.prompt is not None and self.prompt < 1:
             raise UserError(
                 f"setting {self.setting!r}: {self.after} leaves no room for a prompt in the "
-                f"model's window of {self.window} tokens"
+                f"model's context window of {self.window} tokens"
             )
 
     def problem(self, example: Example) -> tuple[RowProblem, list[str]] | None:
@@ -319,7 +325,7 @@ class _Limits:
             return RowProblem(source, "completion has ", str(length), after), [way]
         whole = student + len(example.completion_ids)
         if self.completion_must_fit and example.given and self.window is not None and whole > self.window:
-            after = f" tokens, limit {self.window} (the window)"
+            after = f" tokens, limit {self.window} (the context window)"
             return RowProblem(source, "prompt and episode have ", str(whole), after), ["shorten them"]
         return None
 
@@ -337,7 +343,7 @@ class _Limits:
 
     @property
     def _window(self) -> str:
-        return f" (the window is {self.window} tokens)"
+        return f" (the context window is {self.window} tokens)"
 
 
 def _longest_reply(example: Example) -> int:

@@ -6,13 +6,16 @@ an episode in one sequence, in which the other messages are given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.demonstrations import Demonstration
 from selfdistill.data.messages import Message, text_of_reply
+from selfdistill.data.rows import quoted
+from selfdistill.data.thinking import EMPTY_THOUGHT, before_thought, split_thinking
 
 Replies = Literal["episode", "each", "last"]
 """What becomes an example: all replies of an episode in one sequence, each reply, or the last one."""
@@ -90,3 +93,63 @@ def encode_replies(demonstration: Demonstration, chat: ChatFormat) -> tuple[list
         ids += chat.encode_reply(message, options, after_result=after_result)
         before, observed = [*before, *observed, message], []
     return ids, tuple(given)
+
+
+def changed_when_shown_anew(
+    chat: ChatFormat,
+    before: Sequence[Message],
+    options: Mapping[str, Any],
+    prompt: Sequence[int],
+    ids: Sequence[int],
+    replies: Sequence[tuple[int, int]],
+) -> str:
+    """What the chat template leaves out of sampled replies, or writes otherwise, when it shows them as earlier turns.
+
+    White space is not compared.
+
+    Args:
+        chat: the format.
+        before: the chat up to the next reply.
+        options: further arguments of the chat template.
+        prompt: token ids of the prompt of the first reply.
+        ids: what followed it, as it was sampled and given.
+        replies: half-open spans of ``ids``: those that are now earlier turns, which ``before`` ends with.
+
+    Returns:
+        In words, with the last such reply as an example; "" if there is none, or without a template.
+    """
+    if not chat.tokenizer.chat_template or not replies:
+        return ""
+    text = _without_space(chat.render(before, options, checked=False))
+    messages = [message for message in before if message["role"] == "assistant"][-len(replies) :]
+    at, whole = len(text), [*prompt, *ids]
+    for message, (start, end) in zip(reversed(messages), reversed(replies), strict=True):
+        sampled, opened = _sampled_text(chat, whole, len(prompt) + start, len(prompt) + end)
+        at = text.rfind(_without_space(opened + sampled), 0, at)
+        if at < 0:
+            return f"{_change(text, opened + sampled, message)} the reply {quoted(' '.join(sampled.split()))}"
+    return ""
+
+
+def _change(text: str, sampled: str, message: Message) -> str:
+    """What a rendering without white space changes in a reply."""
+    thought, said = split_thinking(message["content"])
+    if _without_space(thought) not in text:
+        return "leaves out the thought of"
+    bare = re.sub(EMPTY_THOUGHT, "", sampled, count=1)
+    if bare != sampled and _without_space(bare) in text:
+        return "leaves out the empty thought of"
+    if "tool_calls" in message and _without_space(said) not in text:
+        return "leaves out the text beside the call in"
+    return "rewrites"
+
+
+def _sampled_text(chat: ChatFormat, whole: Sequence[int], start: int, end: int) -> tuple[str, str]:
+    """A reply without its end token, and the thought, open or empty, with which its prompt ends."""
+    prompt, said = (str(chat.tokenizer.decode(list(part))) for part in (whole[:start][-32:], whole[start:end]))
+    ended = next((name for name in chat.end_names if said.endswith(name)), "")
+    return said.removesuffix(ended), prompt[len(before_thought(prompt)) :]
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())

@@ -12,7 +12,8 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,10 @@ _DEEP = ("I", "F")
 _BORDER = "\U0010fffc"
 _MARK = re.compile(f"{_BORDER}([0-9a-f]{{64}}){_BORDER}")
 _WANT = "a path, a PIL image or an object with bytes and path"
+
+
+class PictureRefusal(UserError):
+    """The model's processor rejects a picture."""
 
 
 class _BadPicture(ValueError):
@@ -62,7 +67,8 @@ class Picture:
             data = self.data if self.data is not None else Path(self.path or "").read_bytes()
             if hashlib.sha256(data).hexdigest() != self.digest:
                 raise _BadPicture("its bytes have changed")
-            return _decoded(data)
+            with _problems_of("it"):
+                return _decoded(data)
         except (OSError, _BadPicture) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"{self.path}: cannot be read again ({reason}); restore it, and start again") from None
@@ -86,6 +92,11 @@ class PictureTokens(Protocol):
     def expanded(self, pictures: Sequence[Picture]) -> list[str]:
         """The tokens that replace each picture's token in the prompt."""
         ...
+
+
+def continued_by(prompt: Sequence[int], ids: Sequence[int]) -> PromptIds:
+    """A prompt with further tokens at its end, and its pictures."""
+    return PromptIds([*prompt, *ids], pictures_in(prompt))
 
 
 def pictures_in(ids: Sequence[int]) -> tuple[Picture, ...]:
@@ -156,11 +167,13 @@ def _picture(value: Any, folder: str) -> Picture:
         raise _BadPicture(f"found {quoted(path)}, expected a file: pictures are not downloaded; save it first")
     if data is None and isinstance(path, str) and path.strip():
         path, data = _read(path, folder)
-        _checked(data, _named(path))
+        with _problems_of(_named(path)):
+            _decoded(data)
         return Picture(hashlib.sha256(data).hexdigest(), path)
     if not isinstance(data, bytes):
         raise _BadPicture(f"found {describe_value(value)}, expected {_WANT}")
-    _checked(data, "the picture" if path is None else _named(str(path)))
+    with _problems_of("the picture" if path is None else _named(str(path))):
+        _decoded(data)
     return Picture(hashlib.sha256(data).hexdigest(), data=data)
 
 
@@ -172,10 +185,8 @@ def _named(path: str) -> str:
 def _as_file(image: Image.Image) -> bytes:
     """A PIL image as the bytes of a PNG file, upright and in RGB."""
     buffer = io.BytesIO()
-    try:
+    with _problems_of("the PIL image"):
         _upright(image).save(buffer, "PNG", compress_level=1)
-    except (OSError, ValueError) as error:
-        raise _BadPicture(f"a PIL image that cannot be used ({one_line(error)})") from None
     return buffer.getvalue()
 
 
@@ -187,42 +198,44 @@ def _read(path: str, folder: str) -> tuple[str, bytes]:
         return place, Path(place).read_bytes()
     except FileNotFoundError:
         raise _BadPicture(f"{_named(path)} does not exist (looked in {os.path.abspath(folder)})") from None
-    except OSError as error:
-        raise _BadPicture(f"{_named(path)} cannot be read ({error.strerror})") from None
-
-
-def _checked(data: bytes, name: str) -> None:
-    try:
-        _decoded(data)
-    except _BadPicture as error:
-        raise _BadPicture(f"{name} {error}") from None
+    except (OSError, ValueError) as error:  # a ValueError: a null byte, or half of a surrogate pair
+        raise _BadPicture(f"{_named(path)} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def _decoded(data: bytes) -> Image.Image:
     """The picture that a file's bytes hold, upright and in RGB."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused from its header
+        with Image.open(io.BytesIO(data)) as image:
+            return _upright(image)
+
+
+@contextmanager
+def _problems_of(name: str) -> Iterator[None]:
+    """Say in one line why the picture ``name`` cannot be used."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, from its header
-            with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise Image.DecompressionBombError
-                if getattr(image, "is_animated", False) and image.format != "MPO":
-                    frames = getattr(image, "n_frames", "several")
-                    raise _BadPicture(f"has {frames} frames, expected a single picture; save one frame")
-                image.load()
-                return _upright(image)
-    except _BadPicture:
-        raise
+        yield
+    except _BadPicture as error:
+        raise _BadPicture(f"{name} {error}") from None
     except Image.DecompressionBombError:
-        raise _BadPicture(f"has more than {MOST_PIXELS:,} pixels; make it smaller") from None
+        raise _BadPicture(f"{name} has more than {MOST_PIXELS:,} pixels; make it smaller") from None
     except UnidentifiedImageError:
-        raise _BadPicture("is not a picture that Pillow reads; convert it, such as to PNG") from None
+        raise _BadPicture(f"{name} is not a picture that Pillow reads; convert it, such as to PNG") from None
     except Exception as error:  # decoders raise many kinds of errors on corrupt files
-        raise _BadPicture(f"cannot be decoded ({one_line(error)}); replace it") from None
+        raise _BadPicture(f"{name} cannot be decoded ({one_line(error)}); replace it") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture rotated according to its EXIF data, in RGB, with white for transparency."""
+    """The picture rotated according to its EXIF data, in RGB, with white for transparency.
+
+    Its size and its number of frames are checked before it is decoded.
+    """
+    if image.width * image.height > MOST_PIXELS:
+        raise Image.DecompressionBombError
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        frames = getattr(image, "n_frames", "several")
+        raise _BadPicture(f"has {frames} frames, expected a single picture; save one frame")
+    image.load()
     if image.mode.startswith(_DEEP):
         raise _BadPicture(f"has mode {image.mode}, expected 8 bits per channel; convert it")
     image = ImageOps.exif_transpose(image)

@@ -245,6 +245,14 @@ def said_in(message: Message) -> str:
     return text_of_reply({**message, "content": split_thinking(message["content"])[1]})
 
 
+def without_thoughts(messages: Sequence[Message]) -> list[Message]:
+    """The messages, of which replies have no thoughts."""
+    return [
+        {**message, "content": split_thinking(message["content"])[1]} if message["role"] == "assistant" else message
+        for message in messages
+    ]
+
+
 def speaker_of(message: Message) -> str:
     """Who says a message: its role, with a tool's name."""
     return f"{message['role']} {message.get('name', '')}".strip()

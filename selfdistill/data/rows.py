@@ -57,6 +57,18 @@ def parse_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
 
 
+def json_at(text: str, at: int) -> tuple[Any, int]:
+    """The value of the JSON that begins at a position of a text, as by :func:`parse_json`, and where it ends.
+
+    Raises:
+        ValueError: there is none.
+        RecursionError: it is nested too deeply.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+    value, end = decoder.raw_decode(text, at)
+    return value, int(end)
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _RepeatedKey:
     repeated = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
     return _RepeatedKey(repeated[0]) if repeated else dict(pairs)

@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from selfdistill.data.chat_format import ChatFormat, thought_and_said
@@ -198,6 +199,9 @@ def as_verdict(returned: Any, who: str) -> Verdict:
         UserError: it is something else; names ``who`` returned it.
     """
     reward, feedback = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, "")
+    if hasattr(reward, "item"):  # a scalar of numpy or torch
+        with suppress(RuntimeError, TypeError, ValueError):  # there are several, or it wants arguments
+            reward = reward.item()
     if not (isinstance(reward, int | float) and 0 <= reward <= 1 and isinstance(feedback, str)):
         found = " ".join(repr(returned).split())[:60]
         raise UserError(

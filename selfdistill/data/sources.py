@@ -149,7 +149,7 @@ def choose(path: str, splits: Mapping[str, _Part], split: Split, note: Note) -> 
         chosen = next((name for name in names if _WORDS.get(name) == _WORDS.get(chosen, chosen)), chosen)
     if chosen not in splits and len(names) == 1 and split.name in (None, _DEFAULT):
         if split.name is not None:
-            note(f"{path}: the only split, {names[0]!r}, is read")
+            note(f"{path}: reading the only split, {names[0]!r}")
         return splits[names[0]]
     if chosen not in splits:
         raise UserError(f"{path}: no split '{chosen}' in this data set, expected {one_of(names)} {split.advice}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,8 @@ def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
     except Exception as error:  # transformers' own, which differ between versions, or a hint's NameError
         hints = "" if _has_hints(function) else "a type hint and "
         remedy = f"give each argument {hints}a line under 'Args:' of the docstring"
+        if typed := re.search(r"(?m)^\s*(\w+) *\(.*?\):", inspect.getdoc(function) or ""):
+            remedy += f", as '{typed[1]}: ...' without a type"
         raise UserError(f"no schema: {one_line(error)}; {remedy}") from error
 
 

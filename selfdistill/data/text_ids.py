@@ -15,6 +15,10 @@ _OF_REPLIES = re.compile(r"think|thought|tool|python_tag|function_call|<\|channe
 """Control tokens that a model writes within its reply, so that a demonstration may contain them."""
 _ANCHOR = 32
 """Characters of the preceding text with which a text is tokenised."""
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What tokenizers decode a part of a character to."""
+_MOST_TOKENS = 5
+"""Tokens that may have parts of one character: its bytes are at most four, and the first may end another token."""
 
 
 def _any_of(names: Sequence[str], *patterns: str) -> re.Pattern[str]:
@@ -126,6 +130,31 @@ class TextIds:
         bare, whole = self.ids("a"), list(self.tokenizer("a")["input_ids"])
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         return whole[:at]
+
+
+def texts_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token, also of control tokens.
+
+    A character of several tokens is in the text of the last of them. Tokens that form none have U+FFFD.
+    """
+    texts: list[str] = []
+    while len(texts) < len(ids):
+        texts += _next_texts(tokenizer, ids[len(texts) : len(texts) + _MOST_TOKENS])
+    return texts
+
+
+def _next_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of the first token, and of those that end the character within which it ends."""
+    texts: list[str] = []
+    for end in range(1, len(ids) + 1):
+        whole, known = str(tokenizer.decode(list(ids[:end]))), "".join(texts)
+        complete = whole.rstrip(_INCOMPLETE)
+        if _INCOMPLETE in complete or not complete.startswith(known):
+            break
+        texts.append(complete[len(known) :])
+        if complete == whole:
+            return texts
+    return [str(tokenizer.decode([ids[0]]))]
 
 
 def mapped(value: Any, change: Callable[[str], str]) -> Any:

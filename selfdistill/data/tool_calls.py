@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selfdistill.data.differences import cut, side_by_side
-from selfdistill.data.rows import join_surrogates, one_line
+from selfdistill.data.rows import join_surrogates, json_at, one_line, repeated_key
 from selfdistill.data.text_ids import mapped
 from selfdistill.data.words import plain, spelled
 
@@ -49,15 +49,13 @@ def _json_at(text: str, at: int) -> tuple[Any, int]:
     JSON can write halves of surrogate pairs, which neither files nor tokenizers take; they become U+FFFD.
 
     Raises:
-        ValueError: there is none; Python's NaN and Infinity are not.
+        ValueError: there is none, or an object has a key twice; Python's NaN and Infinity are not JSON.
         RecursionError: it is nested too deeply.
     """
-    value, end = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, at)
-    return mapped(value, join_surrogates), int(end)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
+    value, end = json_at(text, at)
+    if problem := repeated_key(value):
+        raise ValueError(problem)
+    return mapped(value, join_surrogates), end
 
 
 def value_at(value: Any, keys: Sequence[str]) -> Any:

@@ -226,6 +226,7 @@ def _checked(
         teacher_kl=teacher_kl,
         fine_tuned_accuracy=tuned_accuracy,
         fine_tuned_kl=tuned_kl,
+        batch_size=config.batch_size,
         seconds_per_step=seconds,
         memory_gib=memory,
         memory_rows=memory_rows,

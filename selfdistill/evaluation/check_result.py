@@ -84,6 +84,8 @@ class CheckResult(Printable):
     fine_tuned_kl: float | None
     """KL(fine-tuned||base) along the fine-tuned model's own greedy replies, nats per token; None without such a
     model."""
+    batch_size: int
+    """Prompts per step of the training run whose cost is estimated."""
     seconds_per_step: float | None
     """Expected duration of a step of full fine-tuning at ``batch_size``; None if the cost was not measured."""
     memory_gib: float | None
@@ -289,8 +291,8 @@ def _cost_line(result: CheckResult) -> list[str]:
     if result.seconds_per_step is None:
         return []
     return [
-        f"Expected: {result.seconds_per_step:.1f} s per step; {result.memory_gib:.1f} GiB with {result.memory_rows} "
-        "rows per micro-batch (full fine-tuning, EMA)."
+        f"Expected with batch_size {result.batch_size}: {result.seconds_per_step:.1f} s per step; "
+        f"{result.memory_gib:.1f} GiB with {result.memory_rows} rows per micro-batch (full fine-tuning, EMA)."
     ]
 
 

@@ -34,7 +34,7 @@ from selfdistill.methods import (
     scorer_judges,
     to_score,
 )
-from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time
+from selfdistill.model import LoadedModel, Sampling, check_room, prompts_at_a_time
 from selfdistill.runtime import ProgressBar
 
 
@@ -120,8 +120,9 @@ class EpisodePlayer:
             The episodes. An episode is correct if its reward is 1.
 
         Raises:
-            UserError: an environment fails, or does not judge.
+            UserError: an environment fails, or does not judge; or an engine has no room for the episodes.
         """
+        check_room(loaded, prompts, self.rules.max_length, "episode")
         seen = [replace(example, student_ids=ids) for example, ids in zip(examples, prompts, strict=True)]
         seeds = [0] * len(seen) if seeds is None else seeds
         order = sorted(range(len(seen)), key=lambda i: len(prompts[i]))

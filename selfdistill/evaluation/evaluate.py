@@ -129,7 +129,7 @@ class EvaluationSet:
         scorer, world = self.config.scorer, self.config.environment
         if not scorer_judges(self.config):
             if scorer:
-                say(f"note: the environment {world} judges, so scorer {scorer} is ignored")
+                say(f"note: the environment {world} gives the rewards, so scorer {scorer} is ignored")
             return
         if self._player:
             say_note(f"the environment {world} has no reward, so the scorer judges the last reply")

@@ -153,5 +153,5 @@ def _read(cache: Path) -> dict[str, Grade]:
             raise ValueError("unknown grade")
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a file of grades"
-        raise UserError(f"{cache}: the judge's grades cannot be read: {reason}; move the file away") from None
+        raise UserError(f"{cache}: the judge's verdicts cannot be read: {reason}; move the file away") from None
     return kept

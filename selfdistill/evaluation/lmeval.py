@@ -52,8 +52,8 @@ def lm_eval_abilities(
     """Accuracy on lm-eval tasks, one result per task; a group or tag expands to its tasks.
 
     Prompts, few-shot examples and metrics are lm-eval's, without a chat template. Log-probabilities are float32. Inputs
-    longer than the model's window are left-truncated by lm-eval, with a warning. A task's data is downloaded unless it
-    is a local file or cached.
+    longer than the model's context window are left-truncated by lm-eval, with a warning. A task's data is downloaded
+    unless it is a local file or cached.
 
     Args:
         loaded: the model.

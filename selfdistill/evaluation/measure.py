@@ -127,7 +127,7 @@ class Measure:
         kept = [row for row, length in zip(made, lengths, strict=True) if length <= window]
         if len(kept) < len(made) and (config.on_long_prompt == "error" or not kept):
             who = "prompt" if context is None else "teacher's prompt"
-            text = (f"{who} and demonstration have ", f" tokens, limit {window} (the model's window)")
+            text = (f"{who} and demonstration have ", f" tokens, limit {window} (the model's context window)")
             long = [pair for pair in zip(made, lengths, strict=True) if pair[1] > window]
             bad = [RowProblem(row.demonstration.source, text[0], str(length), text[1]) for row, length in long]
             raise UserError(

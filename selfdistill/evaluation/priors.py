@@ -186,8 +186,8 @@ def encode_priors(
     context's. An empty context becomes the tokenizer's BOS token, or EOS if it has none, as in lm-eval.
 
     Raises:
-        UserError: rows exceed the model's window, or a scorer cannot use the answer to a question; names the first ten
-            and the total.
+        UserError: rows exceed the model's context window, or a scorer cannot use the answer to a question; names the
+            first ten and the total.
     """
     encoded: list[EncodedPrior] = []
     bad: list[RowProblem] = []
@@ -209,7 +209,7 @@ def encode_priors(
     if bad:
         count = "1 row is" if len(bad) == 1 else f"{len(bad)} rows are"
         raise UserError(
-            f"prior: {count} longer than the window of {loaded.window} tokens of model {loaded.name!r}: "
+            f"prior: {count} longer than the context window of {loaded.window} tokens of model {loaded.name!r}: "
             f"{by_reason(bad)}; shorten or remove {'it' if len(bad) == 1 else 'them'}"
         )
     return encoded

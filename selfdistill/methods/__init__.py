@@ -23,7 +23,7 @@ from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import to_score, verdicts_on
 from selfdistill.methods.encoders import encoder_of
 from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
-from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts
+from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts, repeated_prompts
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.prefixes import GuidedSamples
@@ -70,6 +70,7 @@ __all__ = [
     "limits_of",
     "own_names",
     "play",
+    "repeated_prompts",
     "rules_of",
     "scorer_judges",
     "shows_parts",

@@ -3,7 +3,8 @@
     z -> y ~ p(.|z);   L = mean_t D( p(.|z, y_<t), p_0(.|z, y_<t) )
 
 z are general prompts, your own traffic, or the prompts of earlier skills. p is the student and p_0 the model
-before the first step, which sees the same prompt. So no answers are needed. D is forward KL, KL(p_0||p), by default.
+before the first step, which sees the same prompt. So no answers are needed. D is forward KL, KL(p_0||p), by default;
+JSD has the weight ``jsd_weight``.
 
 Related: Learning without Forgetting (Li and Hoiem 2016, arXiv 1606.09282) distils from the old model on the new task's
 inputs; the second stage of SFT + Re-invoke (arXiv 2601.19897) has the same loss, but after the task instead of
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from selfdistill.config import TrainConfig
 from selfdistill.loss import Divergence
@@ -32,13 +34,15 @@ def anchors(config: TrainConfig) -> Parts:
     """
     if not config.anchors or not config.anchor_share:
         return ()
+    own: dict[str, Any] = {"weight": config.jsd_weight} if config.anchor_divergence == "jsd" else {}
+    loss = Divergence(config.anchor_divergence, **own)
     return tuple(
         Part(
             name,
             Method(
                 examples=PromptExamples(config, source),
                 sequence=StudentSamples(sampling_of(config), 1, sample_seed(config.seed, 0, 0, number)),
-                loss=Divergence(config.anchor_divergence),
+                loss=loss,
                 teacher=FROZEN,
                 importance_cap=engine_cap(config),
             ),

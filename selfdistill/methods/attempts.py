@@ -1,4 +1,13 @@
-"""Contexts made from samples: what the teacher sees once the samples of a prompt have their verdicts."""
+"""Contexts made from samples: what the teacher sees once the samples of a prompt have their verdicts.
+
+As in the authors' code of SDPO, the sibling is the first that is right, without its thoughts, and by default feedback
+is shown where there is no sibling.
+
+Differences: in their runs a reward of 0.5 is right, here only 1. They show a sample that was cut like any other, here
+only if no other is right. They call the sibling a correct solution, here the words are those of ``context``. They cut a
+context that is too long, here its sample is left out. They show whatever feedback there is, here only on samples with a
+reward below 1; that of the built-in scorers names the expected answer.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from selfdistill.config import TrainConfig
 from selfdistill.data import (
     Context,
     ContextEncoder,
@@ -17,6 +27,7 @@ from selfdistill.data import (
     parse_context,
     thought_and_said,
     with_feedback,
+    without_thoughts,
 )
 from selfdistill.errors import UserError
 from selfdistill.methods.encoders import cut
@@ -31,8 +42,8 @@ Shown = Literal["sibling", "feedback", "either", "both"]
 class AttemptContexts:
     """Samples whose teacher sees a sibling that succeeded or feedback; others are left out.
 
-    The sibling is the first other sample for the prompt whose reward is 1, without its thoughts. Feedback is shown on
-    samples with a reward below 1.
+    The sibling is the first other sample for the prompt whose reward is 1, without its thoughts. One that was cut at
+    the length limit is shown only if no other is right. Feedback is shown on samples with a reward below 1.
 
     Raises:
         UserError: the context cannot show another attempt in place of the demonstration.
@@ -63,7 +74,8 @@ class AttemptContexts:
         for number, sample in enumerate(samples):
             first = number - number % self.group
             others = (other for other in range(first, first + self.group) if other != number)
-            succeeded = next((other for other in others if verdicts[other].reward == 1), None)
+            right = [other for other in others if verdicts[other].reward == 1]
+            succeeded = min(right, key=lambda other: samples[other].truncated, default=None)
             sibling = None if succeeded is None else _demonstrated(samples[succeeded], encode)
             feedback = verdicts[number].feedback if verdicts[number].reward < 1 else ""
             ids = self._encoded(sample.example, sibling, feedback, encode)
@@ -97,7 +109,21 @@ class AttemptContexts:
         """The problem of a row for whose prompt the context can show no sibling."""
         if self.show == "feedback":
             return None
-        return self._layout.lacks(replace(demonstration, privileged_context=""))
+        problem = self._layout.lacks(replace(demonstration, privileged_context=""))
+        way = "give method_settings with context turns" + (", or use turns last" if demonstration.episode else "")
+        return problem and f"{problem.partition(';')[0]}; {way}"  # --context, which it advises, is not used
+
+
+def attempts_of(config: TrainConfig, group: int, show: Shown, context: str | None) -> AttemptContexts:
+    """The contexts of a run; without ``context``, siblings are shown as an example, or as turns in an environment.
+
+    Raises:
+        UserError: the context cannot show siblings, or none is shown.
+    """
+    if show == "feedback" and context is not None:
+        raise UserError("setting 'method_settings', 'context' shows siblings, found show 'feedback': leave one out")
+    plays = config.environment != "none"
+    return AttemptContexts(group, show, context or ("turns" if plays else "example:reasoning=false"), plays)
 
 
 @dataclass(frozen=True)
@@ -111,9 +137,9 @@ class AttemptExamples(ScoredExamples):
 
 
 def _demonstrated(sample: Completion, encode: ContextEncoder) -> Demonstration:
-    """The sample's row with the sample as its demonstration: a reply without its thoughts, or an episode."""
+    """The sample's row with the sample as its demonstration, a reply or an episode, without its thoughts."""
     row = sample.example.demonstration
     if sample.messages:
-        return replace(row, episode=sample.messages, privileged_context=None)
+        return replace(row, episode=tuple(without_thoughts(sample.messages)), privileged_context=None)
     said = thought_and_said(encode.chat, sample.example.student_ids, sample.ids)[1]
     return replace(row, privileged_context=said)

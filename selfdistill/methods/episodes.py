@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from selfdistill.config import TaskSettings, TrainConfig
-from selfdistill.data import ChatFormat, Example, Message, TemplateRefusal, Verdict
+from selfdistill.data import ChatFormat, Example, Message, TemplateRefusal, Verdict, changed_when_shown_anew
 from selfdistill.environments import Step
 from selfdistill.errors import UserError
 from selfdistill.methods.examples import DemonstrationExamples
@@ -22,6 +22,12 @@ from selfdistill.methods.slots import Method
 from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of, scorer_judges
 from selfdistill.model import LoadedModel, Rollout, Sampling, TurnSampler, sample_seed
 from selfdistill.runtime import gathered, rank_slice, say_note
+
+_LIMITS = {
+    "max_turns": "raise max_turns",
+    "max_episode_length": "raise max_episode_length, which counts replies, observations, and room for one more reply",
+}
+"""Settings that cut episodes, and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,14 @@ class EpisodeRules:
     """Replies of the student."""
     max_length: int
     """Tokens of replies and observations together."""
-    told: list[str] = field(default_factory=list, compare=False)
-    """Failures that were reported: only the first, because a run may have thousands."""
+    told: set[str] = field(default_factory=set, compare=False)
+    """Kinds of notes that were printed: only the first of a kind, because a run may have thousands."""
+
+    def tell(self, kind: str, note: str) -> None:
+        """Print the first note of a kind."""
+        if kind not in self.told:
+            self.told.add(kind)
+            say_note(note)
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class _Answer:
     """Token ids of the observations up to the next reply; None if there is no next reply."""
     cut: str = ""
     """Why the episode ends here without being done."""
+    limit: str = ""
+    """The setting that cut it, if it is one of :data:`_LIMITS`."""
     failure: str = ""
     """A failure outside the task: of the environment's step or the chat template."""
 
@@ -66,6 +80,7 @@ class _Episode:
     turns: int = 0
     invalid_calls: int = 0
     truncated: bool = False
+    cut: bool = False
     verdict: Verdict | None = None
     ended: bool = False
 
@@ -91,7 +106,7 @@ class _Episode:
             if step.done and step.reward is not None:
                 self.verdict = Verdict(step.reward, step.feedback)
         if answer.cut:
-            self.truncated, self.verdict = True, Verdict(0.0, answer.cut)
+            self.truncated, self.cut, self.verdict = True, step is not None, Verdict(0.0, answer.cut)
         if step is None or answer.ids is None:
             self.ended = True
             return
@@ -107,6 +122,7 @@ class _Episode:
             self.ids,
             self.logps,
             self.truncated,
+            cut=self.cut,
             given=tuple(self.given),
             turns=self.turns,
             invalid_calls=self.invalid_calls,
@@ -165,16 +181,35 @@ def play(
             answers = gathered(partial(table.answers, episodes, mine, turn))
             for number, answer in zip(going, answers, strict=True):
                 episodes[number].take(rollouts[number], answer)
-                _tell_failure(rules, examples[number], answer, turn)
-    return [episode.completion() for episode in episodes]
+                _tell_end(rules, examples[number], answer, turn)
+    completions = [episode.completion() for episode in episodes]
+    for completion in completions:
+        _tell_change(rules, chat, completion)
+    return completions
 
 
-def _tell_failure(rules: EpisodeRules, example: Example, answer: _Answer, turn: int) -> None:
-    """Report, once, that an episode ended for a reason outside the task: otherwise only the rewards would show it."""
-    if not answer.failure or rules.told:
+def _tell_end(rules: EpisodeRules, example: Example, answer: _Answer, turn: int) -> None:
+    """Report, once each, ends outside the task and those by a limit: otherwise only the rewards would show them."""
+    place = f"{example.demonstration.source}, at turn {turn}"
+    if answer.failure:
+        rules.tell("failure", f"{place}: {answer.failure}; the episode has reward 0")
+    if answer.limit:
+        rules.tell(answer.limit, f"{place}: {answer.cut}, so it has reward 0; {_LIMITS[answer.limit]}")
+
+
+def _tell_change(rules: EpisodeRules, chat: ChatFormat, played: Completion) -> None:
+    """Report, once, that an application which shows the messages anew shows the model other turns than this run."""
+    if "change" in rules.told or not played.given:
         return
-    rules.told.append(f"{example.demonstration.source}, at turn {turn}: {answer.failure}; the episode has reward 0")
-    say_note(rules.told[0])
+    row, before = played.example.demonstration, played.messages[:-1]
+    options, prompt = row.template_options, played.example.student_ids
+    spans = played.reply_spans[:-1]
+    if changed := changed_when_shown_anew(chat, [*row.prompt, *before], options, prompt, played.ids, spans):
+        rules.tell(
+            "change",
+            f"{row.source}: as an earlier turn, the chat template {changed}; here it stays as it was sampled, but "
+            "applications that send the messages again show the model what the template writes",
+        )
 
 
 @dataclass(frozen=True)
@@ -210,7 +245,7 @@ class _Table:
             failure = f"environment {self.rules.environment!r}: {step.feedback}" if step.failed else ""
             return _Answer(message, step, failure=failure)
         if turn == self.rules.max_turns:
-            return _Answer(message, step, cut=f"the episode was cut after {turn} turns")
+            return _Answer(message, step, cut=f"the episode was cut after {turn} turns", limit="max_turns")
         row = episode.example.demonstration
         before = [*row.prompt, *episode.messages, message]
         try:
@@ -218,7 +253,8 @@ class _Table:
         except TemplateRefusal as error:
             return _Answer(message, step, cut=f"the episode was cut: {error}", failure=str(error))
         if len(episode.ids) + len(rollout.ids) + len(ids) + limit > self.rules.max_length:
-            return _Answer(message, step, cut=f"the episode was cut near {self.rules.max_length} tokens")
+            cut = f"the episode was cut near {self.rules.max_length} tokens"
+            return _Answer(message, step, cut=cut, limit="max_episode_length")
         return _Answer(message, step, ids)
 
 

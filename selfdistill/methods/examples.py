@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -55,6 +56,12 @@ class ExampleSource(Protocol):
         """
         ...
 
+    def notes(
+        self, examples: Sequence[Example], rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> list[str]:
+        """Notes for the user, before the run, on the encoded examples and the rows of which they were made."""
+        ...
+
 
 @dataclass(frozen=True)
 class DemonstrationExamples:
@@ -92,8 +99,10 @@ class DemonstrationExamples:
             **limits_of(self.config, self.replies),
         )
 
-    def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
-        """Notes on the encoded examples for the user, before the run."""
+    def notes(
+        self, examples: Sequence[Example], rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> list[str]:
+        """See :class:`ExampleSource`."""
         return [*notes_on(examples, chat), *self._longer_than_samples(examples)]
 
     def _longer_than_samples(self, examples: Sequence[Example]) -> list[str]:
@@ -176,6 +185,23 @@ class PromptExamples:
             on_long_prompt = "drop"
         return examples_of_prompts(self.config, anchor_prompts(self.prompts), loaded, chat, on_long_prompt)
 
+    def notes(
+        self, examples: Sequence[Example], rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> list[str]:
+        """Prompts that are also prompts of the rows."""
+        repeated = repeated_prompts(examples, rows)
+        note = (
+            f"{len(repeated)} of {self.counted(len(examples))} are also prompts of the demonstrations "
+            f"({first_ten(repeated)}); remove them: they teach the model two things at once"
+        )
+        return [note] if repeated else []
+
+
+def repeated_prompts(examples: Sequence[Example], rows: Sequence[Demonstration]) -> list[str]:
+    """The sources of examples whose prompts are among those of the rows."""
+    prompts = {json.dumps(row.prompt) for row in rows}
+    return [x.demonstration.source for x in examples if json.dumps(x.demonstration.prompt) in prompts]
+
 
 def examples_of_prompts(
     config: TrainConfig, prompts: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat, on_long_prompt: str
@@ -221,8 +247,8 @@ class DocumentExamples:
         room = (loaded.window or 2 * length) - length
         if room < 1:
             raise UserError(
-                f"setting 'max_completion_length': {length} leaves no room for preceding text in the model's window of "
-                f"{loaded.window} tokens; lower it"
+                f"setting 'max_completion_length': {length} leaves no room for preceding text in the model's context "
+                f"window of {loaded.window} tokens; lower it"
             )
         room = min(room, config.max_prompt_length or room)
         begin = loaded.tokenizer.bos_token_id
@@ -234,3 +260,11 @@ class DocumentExamples:
                 piece = replace(demonstration, row=len(examples), completion=document or "", prompt=())
                 examples.append(Example(piece, ids[max(0, start - room) : start], None, ids[start : start + length]))
         return examples, 0
+
+    def notes(
+        self, examples: Sequence[Example], rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> list[str]:
+        """Rows that are not used."""
+        without = [row.source for row in rows if not row.document]
+        note = f"{len(without)} of {len(rows)} rows have no document and are not used ({first_ten(without)})"
+        return [note] if without else []

@@ -36,7 +36,9 @@ class GuidedExamples(ScoredExamples):
     unit: Unit = "lines"
     """What counts as an action."""
 
-    def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
+    def notes(
+        self, examples: Sequence[Example], rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> list[str]:
         """Those of other demonstrations, and whose guides are never tried whole, as they do not fit."""
         encode, whole, none = encoder_of(self.config, chat, loaded.window), [], 0
         for row in (example.demonstration for example in examples):
@@ -44,7 +46,7 @@ class GuidedExamples(ScoredExamples):
             if guided(row, guides[-1], encode) is None:
                 whole.append(row.source)
                 none += guided(row, guides[0], encode) is None
-        notes = super().notes(examples, loaded, chat)
+        notes = super().notes(examples, rows, loaded, chat)
         if whole:
             notes.append(
                 f"the guides of {len(whole)} of {len(examples)} rows do not fit completely into the prompt "
@@ -134,7 +136,7 @@ class GuidedAfterFailure:
         rollouts = iter(sample(loaded, prompts, self.sampling, seeds) if prompts else [])
         return [
             [
-                Completion(search.example, r.ids, r.logps if self.weighed else None, r.truncated)
+                Completion(search.example, r.ids, r.logps if self.weighed else None, r.truncated, guided=True)
                 for r in islice(rollouts, size)
             ]
             for search, size in zip(tried, sizes, strict=True)

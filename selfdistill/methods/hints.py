@@ -11,6 +11,7 @@ from selfdistill.data import (
     JUDGE,
     ChatFormat,
     ContextEncoder,
+    Demonstration,
     Example,
     Hint,
     HintPart,
@@ -113,11 +114,13 @@ class ShortestHints(DrawnSamples):
 class LastReplies(ScoredExamples):
     """Rows of which the last reply is learnt, the one that the scorer judges; says so of rows with more."""
 
-    def notes(self, examples: Sequence[Example], loaded: LoadedModel, chat: ChatFormat) -> list[str]:
-        rows = [x.demonstration.turn_of or x.demonstration for x in examples]
-        more = [row for row in rows if any(turn["role"] == "assistant" for turn in row.episode[:-1])]
+    def notes(
+        self, examples: Sequence[Example], rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> list[str]:
+        whole = [x.demonstration.turn_of or x.demonstration for x in examples]
+        more = [row for row in whole if any(turn["role"] == "assistant" for turn in row.episode[:-1])]
         found = [f"hint shortest learns the last reply alone of {number_of(len(more), 'row')} with several"]
-        return [*super().notes(examples, loaded, chat), *(found if more else [])]
+        return [*super().notes(examples, rows, loaded, chat), *(found if more else [])]
 
 
 def hint_of(config: TrainConfig, share: float, part: HintPart = first_words) -> Hint:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from selfdistill.config import TrainConfig
+from selfdistill.errors import UserError
 from selfdistill.methods.on_policy import on_policy
 from selfdistill.methods.slots import FROZEN, Method, divergence_of
 
@@ -29,4 +30,8 @@ CLIP = 0.05
 
 def opsd(config: TrainConfig) -> tuple[Method, ...]:
     """Student samples, the frozen model with the demonstration, a clipped divergence."""
+    if config.support == "sampled":
+        raise UserError(
+            "setting 'support': opsd clips each vocabulary entry, found 'sampled', which has none: use full or top_k"
+        )
     return (on_policy(config, replace(divergence_of(config), clip=config.entry_clip or CLIP), FROZEN),)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from statistics import fmean
 from typing import Any, Literal
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ContextEncoder, Example, Verdict
+from selfdistill.data import ContextEncoder, Example, Verdict, continued_by
 from selfdistill.errors import UserError
 from selfdistill.methods.checking import ScorerChecker, verdicts_on
 from selfdistill.methods.encoders import cut, encoder_of, guided
-from selfdistill.methods.sequences import Completion, DrawnSamples
+from selfdistill.methods.sequences import Completion, DrawnSamples, seeds_of
 from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
 
 Where = Literal["reply", "prompt"]
@@ -40,7 +40,7 @@ def continued(
         chosen = [number for number, prefix in enumerate(prefixes) if bool(prefix) == has_prefix]
         if not chosen:
             continue
-        prompts = [[*examples[number].student_ids, *prefixes[number]] for number in chosen]
+        prompts = [continued_by(examples[number].student_ids, prefixes[number]) for number in chosen]
         rollouts = sample(loaded, prompts, policy, [seeds[number] for number in chosen])
         for number, r in zip(chosen, rollouts, strict=True):
             x, prefix = examples[number], prefixes[number]
@@ -103,14 +103,10 @@ class GuidedSamples:
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
         expanded: list[Example] = []
         prefixes: list[list[int]] = []
-        seeds: list[int] = []
-        seen: Counter[int] = Counter()  # an example may occur twice in a batch that spans the end of an epoch
         for example in examples:
-            row = example.demonstration.row
             expanded += [example] * self.per_example
             prefixes += [[]] * self.group + [example.completion_ids] * self.group
-            seeds += [sample_seed(self.seed, step, row, seen[row] + number) for number in range(self.per_example)]
-            seen[row] += self.per_example
+        seeds = list(chain(*seeds_of(examples, self.per_example, self.seed, step)))
         return _helped(self, loaded, expanded, prefixes, seeds)
 
     def longest_example(self, example: Example, encode: ContextEncoder) -> Example:
@@ -147,28 +143,20 @@ class MicroGroups:
         check = ScorerChecker(self.config.scorer)
         made: list[list[Completion]] = [[] for _ in examples]
         rewards: list[list[float]] = [[] for _ in examples]
+        seeds = seeds_of(examples, self.per_example, self.seed, step)
         for size, ratio, threshold in zip(self.sizes, self.ratios, self.thresholds, strict=True):
             guided = [number for number, own in enumerate(rewards) if fmean(own or [0]) < threshold]
             alone = [number for number in range(len(examples)) if number not in guided]
-            seeds = self._seeds(examples, step, range(len(made[0]), len(made[0]) + size))
+            numbers = slice(len(made[0]), len(made[0]) + size)
             for chosen, share in ((alone, 0.0), (guided, ratio)):
                 expanded = [examples[number] for number in chosen for _ in range(size)]
-                samples = self._after(loaded, expanded, share, [seed for number in chosen for seed in seeds[number]])
+                own_seeds = [seed for number in chosen for seed in seeds[number][numbers]]
+                samples = self._after(loaded, expanded, share, own_seeds)
                 verdicts = verdicts_on(check, samples, chat)
                 for place, (one, verdict) in enumerate(zip(samples, verdicts, strict=True)):
                     made[chosen[place // size]].append(replace(one, verdict=verdict))
                     rewards[chosen[place // size]].append(verdict.reward)
         return [completion for own in made for completion in own]
-
-    def _seeds(self, examples: Sequence[Example], step: int, numbers: range) -> list[list[int]]:
-        """The seeds of each example's samples with these numbers: those of :class:`StudentSamples`."""
-        seen: Counter[int] = Counter()  # an example may occur twice in a batch that spans the end of an epoch
-        found = []
-        for example in examples:
-            row = example.demonstration.row
-            found.append([sample_seed(self.seed, step, row, seen[row] + number) for number in numbers])
-            seen[row] += self.per_example
-        return found
 
     def _after(
         self, loaded: LoadedModel, examples: Sequence[Example], share: float, seeds: Sequence[int]

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Protocol
 
 from selfdistill.data import Example, Message, Verdict, own_tokens, reply_spans
@@ -37,6 +37,8 @@ class Completion:
     given: tuple[tuple[int, int], ...] = ()
     """Half-open spans of ``ids`` that are not the model's own, in order. They are never learnt, and have a
     log-probability of 0 in ``logps``."""
+    cut: bool = False
+    """Of a truncated episode: whether it was cut after a complete reply."""
     turns: int = 1
     """Replies of the episode."""
     invalid_calls: int = 0
@@ -45,6 +47,8 @@ class Completion:
     """The environment's, or the checker's if what sampled it needed it; None: not yet judged."""
     messages: tuple[Message, ...] = ()
     """All messages after the prompt; empty without an environment."""
+    guided: bool = False
+    """Sampled from another prompt than the example's, so that ``logps`` are far from the student's."""
 
     @property
     def is_own(self) -> list[bool]:
@@ -79,6 +83,16 @@ class SequenceSource(Protocol):
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]: ...
 
 
+def seeds_of(examples: Sequence[Example], count: int, seed: int, step: int) -> list[list[int]]:
+    """The seeds of each example's samples in a step, ``count`` of each."""
+    seen: Counter[int] = Counter()  # an example may occur twice in a batch that spans the end of an epoch
+    found = []
+    for row in (example.demonstration.row for example in examples):
+        found.append([sample_seed(seed, step, row, seen[row] + number) for number in range(count)])
+        seen[row] += count
+    return found
+
+
 @dataclass(frozen=True)
 class StudentSamples:
     """On-policy: the student's own samples."""
@@ -99,13 +113,7 @@ class StudentSamples:
     def expanded(self, examples: Sequence[Example], step: int) -> tuple[list[Example], list[int]]:
         """Each example as often as it is sampled, and the seeds of the samples."""
         expanded = [example for example in examples for _ in range(self.num_generations)]
-        seen: Counter[int] = Counter()  # an example may occur twice in a batch that spans the end of an epoch
-        seeds = []
-        for example in expanded:
-            number = example.demonstration.row
-            seeds.append(sample_seed(self.seed, step, number, seen[number]))
-            seen[number] += 1
-        return expanded, seeds
+        return expanded, list(chain(*seeds_of(examples, self.num_generations, self.seed, step)))
 
 
 @dataclass(frozen=True)

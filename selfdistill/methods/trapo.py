@@ -8,9 +8,10 @@ no help. Advantages are those over all samples of the prompt. Tokens of a prefix
 SFT; here the gradient of p/a is as for p itself.
 
 Differences: we did not find the sizes of the micro-groups in paper or code. Here they are 4, 2, 1 and 1 of 8 samples,
-because more copies of the same demonstration add little. The authors average over prefix and sample together. Here each
-has its own mean over all samples, and g, 1 by default, weighs one against the other. A complete demonstration has an
-advantage, which affects the others', but no tokens of its own.
+because more copies of the same demonstration add little. The authors average over prefix and sample together. Here
+prefixes have their own mean over all samples, and g, 1 by default, weighs one loss against the other. A complete
+demonstration has an advantage, which affects the others', but no tokens of its own, so L_GRPO is the mean over the
+other samples: over 7 of 8 with the default sizes.
 """
 
 from __future__ import annotations

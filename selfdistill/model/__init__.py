@@ -53,7 +53,7 @@ from selfdistill.model.precision import (
 )
 from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
 from selfdistill.model.sampled import Sampled
-from selfdistill.model.sampling import Rollout, Sampling, sample, sample_at_its_longest, sample_seed
+from selfdistill.model.sampling import Rollout, Sampling, check_room, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
 from selfdistill.model.stored_weights import StoredWeights, overwrite_tensor, stored_bytes, stored_weights
 from selfdistill.model.teacher import Teacher, TeacherRule, staging_bytes
@@ -87,6 +87,7 @@ __all__ = [
     "can_be_in_4bit",
     "check_base",
     "check_matching",
+    "check_room",
     "checkpoint_activations",
     "close_engine",
     "count_of",

@@ -9,8 +9,9 @@ Legend: B sequences, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,6 +92,60 @@ def any_length(kind: str) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+TOKENS_PER_CHECK = {"cuda": 16}
+"""After how many tokens decoding looks for samples that have ended. Each look waits for the device; without one, the
+launch of the next tokens runs ahead. A sample that ends in between computes tokens that are thrown away."""
+
+
+def tokens_per_check(kind: str) -> int:
+    """After how many tokens decoding looks for ended samples on a device of this kind."""
+    return TOKENS_PER_CHECK.get(kind, 1)
+
+
+def has_graphs(kind: str) -> bool:
+    """Whether a device of this kind can replay captured work with a single launch."""
+    return kind == "cuda"
+
+
+def captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """``run`` as one launch of a CUDA graph where there are any; elsewhere ``run`` itself.
+
+    A replay does again what ``run`` does now, at the same addresses: shapes, Python numbers and branches are fixed, and
+    its result is overwritten by the next. Other threads may use the device meanwhile.
+
+    Follows https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+
+    Args:
+        run: computes the same whenever it is called. It is called twice: first so that libraries allocate what they
+            keep, then to be captured.
+        device: where.
+
+    Raises:
+        RuntimeError: it cannot be captured, for instance because it waits for the device.
+    """
+    if not has_graphs(device.type):
+        return run
+    stream, graph = _capture_stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # is left even if the capture fails at its end
+        run()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures, because libraries keep memory for each stream."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -16,6 +16,10 @@ from selfdistill.runtime import say_note
 
 if TYPE_CHECKING:  # that module asks this one for the engine
     from selfdistill.model.sampling import Rollout, Sampling
+
+
+Answered = Literal["completion", "episode"]
+"""What follows a prompt."""
 
 
 class Engine(Protocol):
@@ -32,6 +36,13 @@ class Engine(Protocol):
         self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
     ) -> list[Rollout]:
         """As :func:`selfdistill.model.sampling.sample`."""
+
+    def check_room(self, prompts: Sequence[Sequence[int]], tokens: int, what: Answered = "completion") -> None:
+        """Refuse prompts after which it has no room for so many tokens of a completion or an episode.
+
+        Raises:
+            UserError: names the settings that limit them.
+        """
 
     def describe(self) -> str:
         """Its name and capacity."""

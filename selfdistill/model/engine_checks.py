@@ -5,8 +5,6 @@ Legend: L prompt and completion, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -39,27 +37,12 @@ def vocabulary_size(loaded: LoadedModel) -> int:
     return size
 
 
-def check_limits(
-    prompts: Sequence[Sequence[int]], sampling: Sampling, length: int, limited_by: str, remedy: str
-) -> None:
-    """Refuse what vLLM would silently truncate or alter.
-
-    Args:
-        prompts: token ids.
-        sampling: the policy.
-        length: the engine's maximum length of a prompt with its completion, in tokens.
-        limited_by: what may limit it besides the model's window.
-        remedy: how to raise it.
+def check_temperature(sampling: Sampling) -> None:
+    """Refuse temperatures that vLLM would silently alter, or refuse.
 
     Raises:
         UserError: the message names the problem and the remedy.
     """
-    longest = max(map(len, prompts), default=0) + sampling.max_completion_length
-    if longest > length:
-        raise UserError(
-            f"engine vllm: a prompt with its completion has up to {longest} tokens, and the engine allows {length}: "
-            f"the model's window{limited_by}; lower max_completion_length or max_prompt_length, or {remedy}"
-        )
     if sampling.temperature and not _LEAST_TEMPERATURE <= sampling.temperature <= _MOST_TEMPERATURE:
         raise UserError(
             f"engine vllm: samples at temperatures from {_LEAST_TEMPERATURE} to {_MOST_TEMPERATURE:g}, found "

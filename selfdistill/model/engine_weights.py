@@ -220,10 +220,11 @@ def _parts(causal: nn.Module, name: str) -> Iterator[tuple[str, tuple[Tensor, An
             owner = owner.removesuffix(_BASE)
             around += [wrapped[owner]] if owner in wrapped else []
         for layer in around:
-            _check_lora(layer, name)
+            if kind := _other_kind(layer):
+                raise _unsupported(name, f"an adapter of kind {kind}")
             merge = layer if getattr(layer, "parameter_name", "weight") == own else merge
         if not around and any(part in path for part in _OTHER_KINDS):
-            raise _unsupported(name)
+            raise _unsupported(name, f"an adapter other than LoRA at {path.replace(_BASE, '')}")
         yield path.replace(_BASE, ""), (weight.detach(), merge)
 
 
@@ -239,23 +240,23 @@ def _saved_buffers(causal: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, buffer
 
 
-def _check_lora(layer: Any, name: str) -> None:
-    """Refuse adapters that are not W + s B A, of a linear layer or of each expert in a tensor.
-
-    Raises:
-        UserError: names the model.
-    """
+def _other_kind(layer: Any) -> str | None:
+    """What a layer's adapter is, if it is not W + s B A of a linear layer or of each expert in a tensor."""
     from peft.tuners.lora import Linear, ParamWrapper
 
-    plain = isinstance(layer, (Linear, ParamWrapper))
-    if not plain or layer.lora_variant or any(layer.lora_bias.values()) or layer.merged:
-        raise _unsupported(name)
+    if not isinstance(layer, (Linear, ParamWrapper)):
+        return type(layer).__name__
+    for variant in layer.lora_variant.values():
+        return type(variant).__name__
+    if any(layer.lora_bias.values()):
+        return "LoRA with a bias"
+    return "merged LoRA" if layer.merged else None
 
 
-def _unsupported(name: str) -> UserError:
+def _unsupported(name: str, found: str) -> UserError:
     return UserError(
-        f"model {name!r}: an engine gets LoRA on linear layers and experts merged, and this adapter is of another "
-        "kind; merge it first (selfdistill export --merge), or leave engine out"
+        f"model {name!r}: found {found}, but an engine gets LoRA on linear layers and experts merged; merge it first "
+        "(selfdistill export --merge), or leave engine out"
     )
 
 

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
+from selfdistill.model.decoding_steps import ReadRows
 from selfdistill.model.device import any_length
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.precision import cached_casts
 from selfdistill.model.prefix_cache import States, can_continue_cache, fill, has_full_attention
 from selfdistill.model.sampled import counted
-from selfdistill.model.sampling import ReadRows, Rollout, Sampling, decode, read, sample
+from selfdistill.model.sampling import Rollout, Sampling, decode, read, sample
 from selfdistill.runtime import all_gather, rank_slice
 
 
@@ -99,8 +101,9 @@ class TurnSampler:
         rows = self._read_on(goes_on, prompts) if len(goes_on) == len(prompts) else read(self._loaded, prompts)
         states: dict[int, States] = {}
 
-        def leave(rows: ReadRows, places: list[int], samples: list[int]) -> None:
-            states.update(zip(samples, _taken(rows, places), strict=True))
+        def leave(cache: DynamicCache, mask_BL: Tensor, places: list[int], samples: list[int]) -> None:
+            are_rest = len(states) + len(places) == len(prompts)
+            states.update(zip(samples, _taken(cache, mask_BL, places, release=are_rest), strict=True))
 
         rollouts = decode(self._loaded, rows, sampling, seeds, leave)
         for place, (number, rollout) in enumerate(zip(episodes, rollouts, strict=True)):
@@ -135,15 +138,15 @@ class TurnSampler:
         return ReadRows(cache, logits_BV, mask_BL, torch.zeros_like(filled_B))
 
 
-def _taken(rows: ReadRows, places: Sequence[int]) -> list[States]:
-    """Copies of the states of some rows, without padding; if these are all rows, one layer at a time is held twice."""
-    layers: Any = rows.cache.layers
-    kept = [rows.mask_BL[place].nonzero()[:, 0] for place in places]  # as a mask, each layer would wait for the device
+def _taken(cache: DynamicCache, mask_BL: Tensor, places: Sequence[int], *, release: bool) -> list[States]:
+    """Copies of the states of some rows, without padding. With ``release``, each layer is freed once it is copied."""
+    layers: Any = cache.layers
+    kept = [mask_BL[place].nonzero()[:, 0] for place in places]  # as a mask, each layer would wait for the device
     taken: list[States] = [[] for _ in places]
     for layer in layers:
         for states, place, index_L in zip(taken, places, kept, strict=True):
             pair = (layer.keys[place][:, index_L], layer.values[place][:, index_L])
             states.append(pair)
-        if len(places) == len(rows.mask_BL):
+        if release:
             layer.release()
     return taken

@@ -62,6 +62,8 @@ class LoadedModel:
     """Tokens sampled from it so far, by PyTorch or the engine, and the time."""
     continues_cache: bool | None = None
     """Result of :func:`selfdistill.model.prefix_cache.can_continue_cache`; None before its first call."""
+    captures: bool | None = None
+    """Whether decoding captured as a CUDA graph agreed with the model; None until it was tried."""
     pictures: PictureInputs | None = None
     """How an image-text model reads pictures; None for a model that reads none."""
     separate_head: bool | None = None

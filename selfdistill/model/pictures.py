@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from selfdistill.data import Picture, pictures_in
+from selfdistill.data import Picture, PictureRefusal, pictures_in
 from selfdistill.errors import UserError
 from selfdistill.model.files import local_folder
 
@@ -147,11 +147,11 @@ class PictureInputs:
         """The text that replaces each picture's token in the prompt.
 
         Raises:
-            UserError: the processor rejects a picture.
+            PictureRefusal: the processor rejects a picture.
         """
-        for picture in pictures:
+        for number, picture in enumerate(pictures, 1):
             if picture.digest not in self._texts:
-                self._process(picture)
+                self._process(picture, number)
         return [self._texts[picture.digest] for picture in pictures]
 
     def inputs(
@@ -190,11 +190,12 @@ class PictureInputs:
 
     def _pixels(self, picture: Picture) -> dict[str, Tensor]:
         if picture.digest not in self._kept:
-            self._process(picture)
+            self._process(picture, 1)
         self._kept.move_to_end(picture.digest)
         return self._kept[picture.digest]
 
-    def _process(self, picture: Picture) -> None:
+    def _process(self, picture: Picture, number: int) -> None:
+        """Keep what the processor makes of a picture, the prompt's ``number``-th."""
         try:
             made = self.processor(
                 text=[self.token], images=[picture.decoded()], return_tensors="pt", return_text_replacement_offsets=True
@@ -204,7 +205,8 @@ class PictureInputs:
             raise
         except Exception as error:  # processors are programs and may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"model {self._name!r}: its processor rejects picture {picture.path}: {reason}") from None
+            name = f"picture {number}" + (f" ({picture.path})" if picture.path else "")
+            raise PictureRefusal(f"model {self._name!r}: its processor rejects {name}: {reason}") from None
         self._texts[picture.digest] = text
         self._kept[picture.digest] = {key: value for key, value in made.items() if key not in _OF_TEXT}
         while _bytes(self._kept) > KEPT_BYTES and len(self._kept) > 1:

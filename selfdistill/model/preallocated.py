@@ -1,4 +1,4 @@
-"""Key/value caches with memory for future tokens.
+"""Key/value caches with memory for future tokens, which grows or has its full size at once.
 
 Legend: B unfinished samples, L length so far, H key/value heads, C channels of a head.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from selfdistill.model.prefix_cache import in_attention_dtype
 
@@ -77,6 +77,73 @@ class PreallocatedLayer(DynamicLayer):
         """Select these rows of the batch."""
         keys_BHLC, values_BHLC = (states[beam_idx] for states in self._room)
         self._hold((keys_BHLC, values_BHLC), self._length)
+
+
+class FixedLayer(DynamicLayer):
+    """A cache layer that holds all of its memory at once, and is told by a tensor where the next token belongs.
+
+    So a pass for one token has the same shapes and addresses every time. Running it again changes nothing. Attention
+    must mask the memory after that token, as transformers does for static caches, because it is returned too.
+
+    Args:
+        layer: a cache layer that holds the prompts, perhaps only a sliding window of them.
+        place_1: the number of tokens so far, kept up to date by the owner; shape (1,).
+        most: maximum number of new tokens.
+    """
+
+    is_compileable = True
+    """Tells transformers to make the mask without reading its values."""
+
+    def __init__(self, layer: Any, place_1: Tensor, most: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
+        self.is_sliding, self._place_1 = layer.is_sliding, place_1
+        self._dropped = layer.get_seq_length() - layer.keys.shape[2]  # tokens before the window
+        self.keys, self.values = (
+            torch.nn.functional.pad(in_attention_dtype(states), (0, 0, 0, most))
+            for states in (layer.keys, layer.values)
+        )
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the new token, and return the whole memory."""
+        assert self.keys is not None
+        assert self.values is not None
+        index_1 = self._place_1 - self._dropped
+        self.keys.index_copy_(2, index_1, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, index_1, value_states.to(self.values.dtype))
+        return self.keys, self.values
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        """Length of the memory, and the place of its first token."""
+        assert self.keys is not None
+        return self.keys.shape[2], self._dropped
+
+    def get_seq_length(self, *_: Any) -> Tensor:  # type: ignore[override]
+        """Number of tokens so far, as a tensor."""
+        return self._place_1[0]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select these rows of the batch."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = self.keys[beam_idx], self.values[beam_idx]
+
+    def release(self) -> None:
+        """Free the memory; nothing is read or written afterwards."""
+        self.keys, self.values = None, None
+
+
+def can_be_fixed(cache: DynamicCache) -> bool:
+    """Whether all layers of a cache keep keys and values, at most of a sliding window, and nothing else."""
+    layers: list[Any] = cache.layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers)
+
+
+def fix(cache: DynamicCache, place_1: Tensor, most: int) -> None:
+    """Give the layers memory for ``most`` new tokens as :class:`FixedLayer`: only one layer is held twice at a time."""
+    layers: list[Any] = cache.layers
+    for number, layer in enumerate(layers):
+        layers[number] = FixedLayer(layer, place_1, most)
 
 
 def preallocate(cache: DynamicCache, most: int) -> None:

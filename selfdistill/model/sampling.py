@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +15,13 @@ from transformers import DynamicCache
 
 from selfdistill.data import NEXT_TURN, pictures_in
 from selfdistill.errors import UserError
-from selfdistill.model.device import any_length, pass_tokens, running_sum
-from selfdistill.model.engine import engine_for
+from selfdistill.model.decoding_steps import ReadRows, select_rows, steps_for
+from selfdistill.model.device import any_length, pass_tokens, running_sum, tokens_per_check
+from selfdistill.model.engine import Answered, engine_for
 from selfdistill.model.fsdp import unsharded
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.pictures import has_own_positions, position_shift
-from selfdistill.model.preallocated import PreallocatedLayer, preallocate
 from selfdistill.model.precision import cached_casts
 from selfdistill.model.prefix_cache import can_continue_cache, common_prefix_length
 from selfdistill.model.sampled import counted
@@ -100,8 +99,29 @@ def sample(
     return rollouts
 
 
+def check_room(loaded: LoadedModel, prompts: Sequence[Sequence[int]], tokens: int, what: Answered) -> None:
+    """Check before anything is sampled that an engine has room for prompts and what follows; PyTorch always has.
+
+    Args:
+        loaded: the model to sample from.
+        prompts: token ids.
+        tokens: maximum number of tokens after a prompt.
+        what: what these are, a completion or an episode.
+
+    Raises:
+        UserError: it has not; or as :func:`sample`.
+        EngineFailed: the engine does not start.
+    """
+    if loaded.engine is not None:
+        engine_for(loaded).check_room(prompts, tokens, what)
+
+
 def sample_at_its_longest(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, at: Callable[[str], object]
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    at: Callable[[str], object],
+    kind: str = "cpu",
 ) -> None:
     """Sample the first and the last token, as if samples ended just before the last: the peak memory of sampling.
 
@@ -113,6 +133,7 @@ def sample_at_its_longest(
         prompts: token ids.
         sampling: the policy.
         at: called with the name of each part of the work before it begins.
+        kind: of the device that is meant.
     """
     zeros_B = torch.zeros(len(prompts), dtype=torch.float64)
     uniform_B = zeros_B if sampling.temperature > 0 else None
@@ -120,35 +141,25 @@ def sample_at_its_longest(
     with cached_casts(loaded.model):
         at("prompts")
         rows = read(loaded, prompts)
-        cache, logits_BV, mask_BL = rows.cache, rows.logits_BV, rows.mask_BL
+        logits_BV = rows.logits_BV
         at("states")
-        preallocate(cache, between + 1)
-        for layer in cache.layers:
-            if isinstance(layer, PreallocatedLayer):
-                layer.skip(between)
+        steps = steps_for(loaded, rows, between + 1, kind)
+        steps.skip(between)
         at("choice")
         token_B, _ = choose(logits_BV.float(), sampling, uniform_B)
-        if len(prompts) > 1:
-            at("rows that stay")
-            _keep_rows(cache, torch.arange(len(prompts)))
         at("last token")
-        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(prompts), between + 1)], dim=1)
-        logits_BV = loaded.model(
-            input_ids=token_B[:, None],
-            attention_mask=mask_BL,
-            position_ids=mask_BL.sum(1)[:, None] - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        logits_BV = steps(token_B)
         at("last choice")
         choose(logits_BV.float(), sampling, uniform_B)
+        if len(prompts) > 1:
+            at("rows that stay")
+            steps.keep(torch.arange(steps.copied(len(prompts))))
 
 
 def cut_at_next_turn(loaded: LoadedModel, rollout: Rollout) -> Rollout:
     """The rollout up to the beginning of the plain-text layout's next turn, if it contains one."""
-    ids = torch.tensor([rollout.ids])
     for end in range(1, len(rollout.ids) + 1):
-        if _at_next_turn(loaded, ids[:, :end]):
+        if _at_next_turn(loaded, rollout.ids[:end]):
             return Rollout(rollout.ids[:end], rollout.logps[:end], truncated=False)
     return rollout
 
@@ -160,105 +171,104 @@ def _sample(
     return decode(loaded, read(loaded, prompts), sampling, seeds) if prompts else []
 
 
-@dataclass
-class ReadRows:
-    """Token sequences that the model has read, one per row of a cache."""
-
-    cache: DynamicCache
-    logits_BV: Tensor
-    """Logits of the token after each row."""
-    mask_BL: Tensor
-    """1 where the cache holds a token of the row, 0 at padding."""
-    shift_B: Tensor
-    """Offset of the next token's position from the number of tokens before it: 0, unless the model gives pictures
-    two-dimensional positions."""
-
-
 def decode(
     loaded: LoadedModel,
     rows: ReadRows,
     sampling: Sampling,
     seeds: Sequence[int] | None,
-    leave: Callable[[ReadRows, list[int], list[int]], object] | None = None,
+    leave: Callable[[DynamicCache, Tensor, list[int], list[int]], object] | None = None,
 ) -> list[Rollout]:
     """Continue each row as :func:`sample` does.
+
+    Where looking for ended samples waits for the device, that happens every few tokens
+    (:func:`selfdistill.model.device.tokens_per_check`). Until then they go on, and their further tokens are dropped.
 
     Args:
         loaded: the model.
         rows: the sequences to continue; consumed.
         sampling: the policy.
         seeds: one per row.
-        leave: called when samples end, before their rows leave the batch, with the current rows, the indices of the
-            rows that end, and the indices of their samples. The last token of a sample is not in the cache.
+        leave: called when samples have ended, before their rows leave the batch, with the cache, the mask of the tokens
+            of each row and its sample, the indices of the rows that end, and the indices of their samples. The last
+            token of a sample is not among them.
     """
-    model, device = loaded.model, loaded.device
-    cache, logits_BV, mask_BL = rows.cache, rows.logits_BV, rows.mask_BL
-    count, limit = len(logits_BV), sampling.max_completion_length
-    uniform_BT = None
-    if sampling.temperature > 0:
-        assert seeds is not None, "sampling needs a seed per prompt"
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        uniform_BT = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators])
-        if device.type != "mps":  # has no float64
-            uniform_BT = uniform_BT.to(device)
-    end_tokens = torch.tensor(loaded.end_token_ids, device=device)
-    preallocate(cache, limit - 1)
-    position_B = mask_BL.sum(1) + rows.shift_B
+    device, count, limit = loaded.device, len(rows.logits_BV), sampling.max_completion_length
+    width, every = rows.mask_BL.shape[1], tokens_per_check(device.type)
+    uniform_BT = _uniform_numbers(sampling, seeds, device)
+    logits_BV, steps = rows.logits_BV, steps_for(loaded, rows, limit - 1, device.type)
     tokens = torch.empty(count, limit, dtype=torch.long, device=device)
     logps = torch.zeros(count, limit, device=device)
-    lengths = torch.full((count,), limit, device=device)
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
-    alive = torch.arange(count, device=device)  # the sample in each row of the batch
+    lengths: dict[int, int] = {}  # of the samples that have ended
+    alive = list(range(count))  # the sample in each row of the batch
+    alive_B = torch.arange(count, device=device)
+    checked = 0
     for t in range(limit):
         uniform_B = None if uniform_BT is None else uniform_BT[:, t]
         logits_BV = logits_BV.float() if loaded.pictures is None else loaded.pictures.allowed(logits_BV.float())
         token_B, logp_B = choose(logits_BV, sampling, uniform_B)
-        tokens[alive, t], logps[alive, t] = token_B, logp_B
-        done_B = torch.isin(token_B, end_tokens) | _at_next_turn(loaded, tokens[alive, : t + 1])
-        done = [row for row, ends in enumerate(done_B.tolist()) if ends]  # waits for the device, once per token
-        leaving = done if t < limit - 1 else list(range(len(alive)))
-        if done:
-            lengths[alive[done]], ended[alive[done]] = t + 1, True
-        if leave is not None and leaving:
-            current = ReadRows(cache, logits_BV, mask_BL, position_B - mask_BL.sum(1))
-            leave(current, leaving, alive[leaving].tolist())
-        if len(leaving) == len(alive):
-            break
-        if done:  # finished rows leave the batch
-            keep = (~done_B).nonzero()[:, 0]
-            _keep_rows(cache, keep)
-            alive, token_B, mask_BL, position_B = alive[keep], token_B[keep], mask_BL[keep], position_B[keep]
-            if uniform_BT is not None:
-                uniform_BT = uniform_BT[keep.to(uniform_BT.device)]
-        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(alive), 1)], dim=1)
-        logits_BV = model(
-            input_ids=token_B[:, None],
-            attention_mask=mask_BL,
-            position_ids=position_B[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-        position_B = position_B + 1
-    return [
-        Rollout(tokens[i, :n].tolist(), logps[i, :n].tolist(), not e)
-        for i, (n, e) in enumerate(zip(lengths.tolist(), ended.tolist(), strict=True))
-    ]
+        tokens[alive_B, t], logps[alive_B, t] = token_B, logp_B
+        is_last = t == limit - 1
+        if is_last or (t + 1) % every == 0:
+            found = _ends(loaded, tokens[alive_B, : t + 1], checked)  # waits for the device
+            ends = {row: length for row, length in found.items() if alive[row] not in lengths}
+            lengths |= {alive[row]: length for row, length in ends.items()}
+            going, checked = [row for row, i in enumerate(alive) if i not in lengths], t + 1
+            leaving = sorted([*ends, *going]) if is_last else list(ends)
+            if leave is not None and leaving:
+                valid = [width + ends.get(row, limit) - 1 for row in range(len(alive))]
+                leave(steps.cache, _masked(steps.mask_BL, valid), leaving, [alive[row] for row in leaving])
+            if is_last or not going:
+                break
+            if len(going) <= steps.staying(len(alive)):  # finished rows leave the batch
+                keep_B = torch.tensor(going, device=device)
+                steps.keep(keep_B)
+                alive, alive_B, token_B = [alive[row] for row in going], alive_B[keep_B], token_B[keep_B]
+                if uniform_BT is not None:
+                    uniform_BT = uniform_BT[keep_B.to(uniform_BT.device)]
+        logits_BV = steps(token_B)
+    drawn = enumerate(zip(tokens.tolist(), logps.tolist(), strict=True))
+    return [Rollout(ids[: lengths.get(i)], known[: lengths.get(i)], i not in lengths) for i, (ids, known) in drawn]
 
 
-def _at_next_turn(loaded: LoadedModel, tokens_BT: Tensor) -> Tensor:
-    """Which samples have reached the next turn of the plain-text layout; none with a chat template."""
-    if loaded.tokenizer.chat_template:
-        return torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
-    # A token has at least one character, so the last tokens contain the marker if a sample ends with it.
-    tails = loaded.tokenizer.batch_decode(tokens_BT[:, -2 * len(NEXT_TURN) :].tolist())
-    return torch.tensor([NEXT_TURN in tail for tail in tails], device=tokens_BT.device)
+def _uniform_numbers(sampling: Sampling, seeds: Sequence[int] | None, device: torch.device) -> Tensor | None:
+    """The numbers by which each sample's tokens are chosen, ``uniform_BT``; None for greedy decoding."""
+    if sampling.temperature == 0:
+        return None
+    assert seeds is not None, "sampling needs a seed per prompt"
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    length = sampling.max_completion_length
+    uniform_BT = torch.stack([torch.rand(length, generator=g, dtype=torch.float64) for g in generators])
+    return uniform_BT if device.type == "mps" else uniform_BT.to(device)  # it has no float64
 
 
-def _keep_rows(cache: DynamicCache, index_B: Tensor) -> None:
-    """Select rows of a cache, with the one method that layers with recurrent states also have."""
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        layer.reorder_cache(index_B)
+def _masked(mask_BL: Tensor, lengths: list[int]) -> Tensor:
+    """A mask without what follows the first places of each row."""
+    place_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+    return mask_BL * (place_L < torch.tensor(lengths, device=mask_BL.device)[:, None])
+
+
+def _ends(loaded: LoadedModel, tokens_BT: Tensor, checked: int) -> dict[int, int]:
+    """Number of tokens up to the end, for the rows that end after their first ``checked`` tokens."""
+    start = max(0, checked - _TAIL)
+    found = [_end(loaded, ids, checked - start) for ids in tokens_BT[:, start:].tolist()]
+    return {row: start + length for row, length in enumerate(found) if length is not None}
+
+
+def _end(loaded: LoadedModel, ids: list[int], checked: int) -> int | None:
+    """Number of tokens up to the first end after the first ``checked`` tokens."""
+    for length in range(checked + 1, len(ids) + 1):
+        if ids[length - 1] in loaded.end_token_ids or _at_next_turn(loaded, ids[:length]):
+            return length
+    return None
+
+
+_TAIL = 2 * len(NEXT_TURN)
+"""Tokens that contain the beginning of the next turn if a sample ends with it: each has at least one character."""
+
+
+def _at_next_turn(loaded: LoadedModel, ids: list[int]) -> bool:
+    """Whether a sample has reached the next turn of the plain-text layout; never with a chat template."""
+    return not loaded.tokenizer.chat_template and NEXT_TURN in loaded.tokenizer.decode(ids[-_TAIL:])
 
 
 def read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> ReadRows:
@@ -303,7 +313,7 @@ def read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> ReadRows:
     places = {key: number for number, key in enumerate(unique)}
     index_B = torch.tensor([places[key] for key in keys], device=device)
     if len(rows) < len(prompts):
-        _keep_rows(cache, index_B)
+        select_rows(cache, index_B)
     return ReadRows(cache, logits_BV[index_B], mask_BL[index_B], shift_B[index_B])
 
 
@@ -331,7 +341,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> t
             sorted_BV[:, sampling.top_k :] = 0
         sorted_BV /= sorted_BV.sum(-1, keepdim=True)
         # Keep a token if the mass before it is below top_p: the smallest set that reaches top_p, never empty.
-        sorted_BV[running_sum(sorted_BV) - sorted_BV >= sampling.top_p] = 0
+        sorted_BV.masked_fill_(running_sum(sorted_BV) - sorted_BV >= sampling.top_p, 0)
         probs_BV = torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV)
     cumulative_BV = running_sum(probs_BV)
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]

@@ -11,7 +11,8 @@ import torch
 
 from selfdistill.config import EngineSettings
 from selfdistill.errors import EngineFailed, UserError
-from selfdistill.model.engine_checks import check_limits, vocabulary_size
+from selfdistill.model.engine import Answered
+from selfdistill.model.engine_checks import check_temperature, vocabulary_size
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Rollout, Sampling, cut_at_next_turn
 from selfdistill.runtime import RaisedOnAllRanks, all_gather, rank_slice
@@ -31,7 +32,7 @@ class VllmSampling(ABC):
     length: int
     """Maximum length of a prompt with its completion, in tokens."""
     limited_by: str
-    """What else may limit the length besides the model's window, for messages."""
+    """What else may limit the length besides the model's context window, for messages."""
     longer_with: str
     """How to raise that limit."""
 
@@ -55,12 +56,23 @@ class VllmSampling(ABC):
         """
         if self.failed:
             raise EngineFailed(f"engine vllm: it failed earlier ({self.failed}) and is not used again")
-        check_limits(prompts, sampling, self.length, self.limited_by, self.longer_with)
+        self.check_room(prompts, sampling.max_completion_length)
+        check_temperature(sampling)
         assert sampling.temperature == 0 or seeds is not None, "sampling needs a seed per prompt"
         rollouts = all_gather(self._sampled(loaded, prompts, sampling, seeds, rank_slice(len(prompts))))
         if not loaded.tokenizer.chat_template:
             rollouts = [cut_at_next_turn(loaded, rollout) for rollout in rollouts]
         return rollouts
+
+    def check_room(self, prompts: Sequence[Sequence[int]], tokens: int, what: Answered = "completion") -> None:
+        """Refuse prompts after which it has no room for so many tokens; see :meth:`Engine.check_room`."""
+        longest = max(map(len, prompts), default=0) + tokens
+        if longest > self.length:
+            raise UserError(
+                f"engine vllm: a prompt with its {what} has up to {longest} tokens, and the engine allows "
+                f"{self.length}: the model's window{self.limited_by}; lower max_{what}_length or max_prompt_length, "
+                f"or {self.longer_with}"
+            )
 
     @abstractmethod
     def _sampled(

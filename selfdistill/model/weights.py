@@ -142,8 +142,8 @@ def _config(path: str, name: str) -> PretrainedConfig:
         raise UserError(f"model {name!r}: {first_line(error)}") from None
     if config is None and Path(path).is_dir():
         raise UserError(
-            f"model {name!r}: an adapter in place of a base; merge it first with selfdistill export --merge true, and "
-            "give the result"
+            f"model {name!r}: an adapter, but a base model is needed; merge it first with selfdistill export --merge "
+            "true, and give the result"
         )
     if config is None:
         raise UserError(f"model {name!r}: an adapter on the model hub; download it, and give its folder")

@@ -48,7 +48,10 @@ _Scored = tuple[Tensor, Head]
 
 @dataclass(frozen=True)
 class SamplerGap:
-    """Absolute difference between a token's log-probability by the student and by what sampled it, in nats."""
+    """Absolute difference between a token's log-probability by the student and by what sampled it, in nats.
+
+    Only of samples of the student's own prompt.
+    """
 
     total: float = 0.0
     """Sum over the tokens."""
@@ -94,6 +97,15 @@ class PartResult:
         losses = {name: total for name, total in self.statistics.items() if name.startswith("turn_loss/")}
         return {name: total / self.statistics[name.replace("loss", "weight")] for name, total in losses.items()}
 
+    @property
+    def teacher_gains(self) -> dict[str, float]:
+        """Mean log q - log p of the learnt samples with reward 1, and of others with a verdict, as names of metrics.
+
+        Empty without a teacher.
+        """
+        gains = {name: total for name, total in self.statistics.items() if name.startswith("teacher_gain/")}
+        return {name: total / self.statistics[name.replace("gain", "weight")] for name, total in gains.items()}
+
 
 @dataclass
 class _Sums:
@@ -122,6 +134,8 @@ class _Sums:
         weights_n = micro.weights_bT[has_weight_bT].to(per_token["loss"].device)
         for name, values_n in per_token.items():
             self.statistics[name] += float((values_n * weights_n).sum())
+        if "teacher_logp" in per_token:
+            self._add_gains(micro, weights_n * (per_token["teacher_logp"] - per_token["student_logp"]))
         if any(c.messages for c in micro.completions):
             turn_N = torch.tensor([turn for c in micro.completions for turn in c.turn_of], device=weights_n.device)
             turn_n = turn_N[has_weight_bT[micro.mask_bT].to(weights_n.device)]
@@ -129,6 +143,15 @@ class _Sums:
                 chosen_n = weights_n * (turn_n == turn)
                 self.statistics[f"turn_weight/{turn}"] += float(chosen_n.sum())
                 self.statistics[f"turn_loss/{turn}"] += float((per_token["loss"] * chosen_n).sum())
+
+    def _add_gains(self, micro: Weighed, gains_n: Tensor) -> None:
+        """Add the weighted log q - log p of each completion with a verdict, apart for right and wrong ones."""
+        weight_b, count_b = micro.weights_bT.sum(dim=1), (micro.weights_bT > 0).sum(dim=1).tolist()
+        for completion, weight, gain_n in zip(micro.completions, weight_b, gains_n.split(count_b), strict=True):
+            if completion.verdict is not None and weight > 0:
+                kind = "right" if completion.verdict.reward == 1 else "wrong"
+                self.statistics[f"teacher_gain/{kind}"] += float(gain_n.sum())
+                self.statistics[f"teacher_weight/{kind}"] += float(weight)
 
 
 @dataclass(frozen=True)
@@ -307,8 +330,8 @@ class BatchGradient:
         pad = torch.nn.functional.pad
         pairs = list(zip(micro.completions, student, micro.has_weight_b.tolist(), strict=True))
         sampled = [own if c.logps is None else torch.tensor(c.logps) for c, own, _ in pairs]
-        differences = [(own - torch.tensor(c.logps))[c.is_own] for c, own, is_learnt in pairs if is_learnt and c.logps]
-        gap = SamplerGap.of(differences)
+        alike = [(c, own) for c, own, is_learnt in pairs if is_learnt and c.logps and not c.guided]
+        gap = SamplerGap.of([(own - torch.tensor(c.logps))[c.is_own] for c, own in alike])
         student_bT, sampled_bT = (
             torch.stack([pad(logp, (0, width - len(logp))) for logp in logps]) for logps in (student, sampled)
         )

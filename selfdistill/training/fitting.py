@@ -15,7 +15,7 @@ from selfdistill.data import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel, can_be_in_4bit
 from selfdistill.runtime import Printable, all_gather, free_memory, local_world_size
-from selfdistill.training.memory import MemoryPlanner
+from selfdistill.training.memory import MemoryPlanner, has_moving_teacher
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.rates import Rates
 from selfdistill.training.schedule import has_room
@@ -281,7 +281,7 @@ def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:
         yield {"gradient_checkpointing": True}
     if device.mixed_precision == "no" and device.kind == "cuda":
         yield {"mixed_precision": "bf16"}
-    if config.teacher in ("ema", "snapshot") and not config.lora_rank:
+    if config.teacher in ("ema", "snapshot") and has_moving_teacher(config) and not config.lora_rank:
         yield {"teacher": "live"}
     # An adapter needs the files of its base, and leaves the vision tower as it is.
     if not config.lora_rank and not planner.has_model and not config.train_vision_tower:

@@ -69,6 +69,8 @@ TIMED_ROWS = 64
 """Most rows, of all lengths, whose average determines the time of a step."""
 FEW_LAYERS = (2, 3)
 """Numbers of layers to trace if all layers are alike; from there a peak grows in proportion."""
+_Trace = tuple[dict[str, Bytes], int, str | None]
+"""What a step's phases add to permanent memory, the bytes of cached contexts, and why there is neither, if so."""
 
 
 class MemoryPlanner:
@@ -99,6 +101,7 @@ class MemoryPlanner:
         """Whether any row has a picture."""
         self._models: dict[tuple[Any, ...], LoadedModel] = {}
         self._plans: dict[tuple[str, bool], MemoryPlan] = {}
+        self._traces: dict[tuple[str, bool], _Trace] = {}
         self._sampled: dict[Hashable, Segments] = {}
         self._teachers: dict[str, LoadedModel] = {}
         self._others(config)
@@ -127,18 +130,13 @@ class MemoryPlanner:
         if self.has_pictures or not has_full_attention(loaded.model.config.get_text_config()):
             cached = []
         cached = [] if config.fsdp else cached
-        fixed, untraced = self.fixed(config), None
         sharding = Sharding.of(config, device, loaded, others) if config.fsdp else None
-        try:
-            with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
-                models, sampled = self._traced_models(config), self._sampled
-                steps = [TracedStep(config, device, model, others, cached, sampled) for model in models]
-                layers, samplers = len(alike_layers(loaded)), self._samplers(config)
-                traced = _phases(config, device, steps, stages, samplers, layers, sharding)
-                fixed["contexts"] += self._contexts(config, cached, stages)
-        except Exception as error:  # whatever a model's code makes of tensors without data
-            untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
-            traced = {"step": sharding("step", Bytes()) if sharding else Bytes()}
+        key = (config.model_dump_json(exclude={"optim"}), least)  # the moments are no part of a trace
+        if key not in self._traces:
+            self._traces[key] = self._trace(config, stages, others, cached, sharding)
+        added, contexts, untraced = self._traces[key]
+        traced, fixed = dict(added), self.fixed(config)
+        fixed["contexts"] += contexts
         if config.engine != "none" and device.kind == "cuda":
             traced["sampling"] = Bytes({"engine": _engine_bytes(config, device, loaded)})
             if sharding:  # sends one gathered weight at a time
@@ -152,6 +150,26 @@ class MemoryPlanner:
         before = Bytes({name: fixed[name] for name in fixed if name not in ("moments", "contexts", "drift")})
         phases = tuple(Phase(name, (before if name == "drawing" else fixed) + size) for name, size in traced.items())
         return MemoryPlan(config, device, phases, longest_lengths(stages), _dtype(loaded), untraced, host)
+
+    def _trace(
+        self,
+        config: TrainConfig,
+        stages: list[list[PlannedPart]],
+        others: dict[TeacherRule, LoadedModel],
+        cached: Sequence[TeacherRule],
+        sharding: Sharding | None,
+    ) -> _Trace:
+        device = self.device(config)
+        try:
+            with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
+                models, sampled = self._traced_models(config), self._sampled
+                steps = [TracedStep(config, device, model, others, cached, sampled) for model in models]
+                layers, samplers = len(alike_layers(self._model(config))), self._samplers(config)
+                phases = _phases(config, device, steps, stages, samplers, layers, sharding)
+                return phases, self._contexts(config, cached, stages), None
+        except Exception as error:  # whatever a model's code makes of tensors without data
+            untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
+            return {"step": sharding("step", Bytes()) if sharding else Bytes()}, 0, untraced
 
     def time(self, config: TrainConfig, rates: Rates) -> TimePlan:
         """Rough time of a run with these settings on a device with these rates."""
@@ -299,6 +317,11 @@ def _teacher_bytes(
     return tensor_bytes((*moving, *loaded.model.buffers()))
 
 
+def has_moving_teacher(config: TrainConfig) -> bool:
+    """Whether a teacher of a run with these settings follows the student."""
+    return any(map(_moves, teacher_rules(planned_methods(config))))
+
+
 def _moves(rule: TeacherRule) -> bool:
     return rule.kind in ("ema", "snapshot")
 
@@ -308,7 +331,7 @@ def _averaged(config: TrainConfig, loaded: LoadedModel) -> list[Tensor]:
 
     It is moved in parts of ``staging_bytes``, of which a float32 copy is made, with twice their size.
     """
-    if config.lora_rank or not any(map(_moves, teacher_rules(planned_methods(config)))):
+    if config.lora_rank or not has_moving_teacher(config):
         return []
     return [p for p in loaded.model.parameters() if p.requires_grad and p.dtype != torch.float32]
 

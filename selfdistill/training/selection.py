@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, ContextEncoder, Verdict
@@ -29,7 +29,7 @@ class Selected:
 
     part: BatchPart
     completions: Sequence[Completion]
-    """With their factors and contexts; may be none."""
+    """With their factors and contexts, and samples with their verdicts; may be none."""
     verdicts: Sequence[Verdict]
     """One per sample; empty if the method has no checker."""
     unfit: int
@@ -74,10 +74,13 @@ class Selector:
         return encoder_of(self.config, self.chat, self.window)
 
     def _selected(self, part: BatchPart, verdicts: Sequence[Verdict]) -> Selected:
+        samples = part.completions
+        if verdicts:
+            samples = [replace(sample, verdict=verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
         if part.method.select is None:
-            return Selected(part, part.completions, verdicts, unfit=0)
+            return Selected(part, samples, verdicts, unfit=0)
         encode = self.encoder()
-        learnt = part.method.select(part.completions, verdicts, encode)
+        learnt = part.method.select(samples, verdicts, encode)
         if encode.unfit and not self._noted:
             self._noted = True
             say_note(

@@ -24,8 +24,25 @@ from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
-from selfdistill.methods import FROZEN, DemonstrationExamples, Method, Part, check_steps, scorer_judges, stages_of
-from selfdistill.model import LoadedModel, TeacherRule, deterministic, has_gpu, refuse_autocast, resolved_precision
+from selfdistill.methods import (
+    FROZEN,
+    Method,
+    Part,
+    check_steps,
+    repeated_prompts,
+    rules_of,
+    scorer_judges,
+    stages_of,
+)
+from selfdistill.model import (
+    LoadedModel,
+    TeacherRule,
+    check_room,
+    deterministic,
+    has_gpu,
+    refuse_autocast,
+    resolved_precision,
+)
 from selfdistill.runtime import barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
 
@@ -141,6 +158,20 @@ def refuse_with_pictures(config: TrainConfig, stages: Sequence[Stage], loaded: L
                 raise UserError(f"setting {name!r} does not work with pictures; leave it out")
 
 
+def check_engine(stages: Sequence[Stage], loaded: LoadedModel) -> None:
+    """Check that an engine, if there is one, has room for the samples and episodes after all prompts.
+
+    Raises:
+        UserError: it has not.
+    """
+    for part in (part for stage in stages for part in stage.sampled):
+        prompts, sampling = [x.student_ids for x in part.examples], part.method.sequence.sampling
+        if rules := rules_of(part.method):
+            check_room(loaded, prompts, rules.max_length, "episode")
+        elif sampling is not None:
+            check_room(loaded, prompts, sampling.max_completion_length, "completion")
+
+
 def repeating(config: TrainConfig) -> AbstractContextManager[None]:
     """Deterministic operations while it is open, if the settings ask for them."""
     return deterministic("cuda" if has_gpu() else "cpu") if config.deterministic else nullcontext()
@@ -203,15 +234,8 @@ def _encoded(
 ) -> EncodedPart:
     method = part.method
     examples, dropped = method.examples(demonstrations, loaded, chat)
-    if isinstance(method.examples, DemonstrationExamples):
-        for note in method.examples.notes(examples, loaded, chat):
-            say_note(note)
-    else:
-        if repeated := repeated_prompts(examples, demonstrations):
-            say_note(
-                f"{len(repeated)} of {method.examples.counted(len(examples))} are also prompts of the demonstrations "
-                f"({first_ten(repeated)}); remove them: they teach the model two things at once"
-            )
+    for note in method.examples.notes(examples, demonstrations, loaded, chat):
+        say_note(note)
     if method.checker and scorer_judges(config):
         check_answers([example.demonstration for example in examples], config.scorer)
     lengths = [min(example.learnt_tokens, config.longest_completion) for example in examples]
@@ -219,12 +243,6 @@ def _encoded(
     demonstrated = [example.learnt_tokens for example in examples if example.demonstration.completion]
     average = mean(demonstrated) if demonstrated else None
     return EncodedPart(part.name, method, part.share, examples, dropped, demonstrated=average)
-
-
-def repeated_prompts(examples: Sequence[Example], rows: Sequence[Demonstration]) -> list[str]:
-    """The sources of examples whose prompts are among those of the rows."""
-    prompts = {json.dumps(row.prompt) for row in rows}
-    return [x.demonstration.source for x in examples if json.dumps(x.demonstration.prompt) in prompts]
 
 
 def note_test_prompts(stage: Stage, questions: Sequence[Demonstration]) -> None:

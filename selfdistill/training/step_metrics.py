@@ -68,6 +68,7 @@ def step_metrics(
         metrics["importance"] = task.importance
     if task.reward is not None:
         metrics["reward"] = task.reward
+        metrics |= task.teacher_gains
     if control is not None:
         metrics["control"] = control
     if by_part:
@@ -101,6 +102,7 @@ def _of_episodes(task: PartResult) -> dict[str, float]:
     found = {
         "episode/turns": sum(c.turns for c in episodes) / len(episodes),
         "episode/invalid_calls": sum(c.invalid_calls for c in episodes) / len(episodes),
+        "episode/cut": sum(c.cut for c in episodes) / len(episodes),
     }
     if len(verdicts) == len(episodes):
         found["episode/reward"] = sum(verdict.reward for verdict in verdicts) / len(verdicts)

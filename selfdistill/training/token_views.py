@@ -3,21 +3,23 @@
 It also shows episodes that no teacher scores.
 
 The rollouts are greedy. Where the teacher's contexts are made of a step's samples, they are samples, with the seeds of
-the first step.
+the first step. Where the teacher sees more or less of the demonstration from step to step, it sees the most here.
 
 Legend: N tokens of a completion, n tokens in one chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selfdistill.data import Demonstration, Example, as_transcript, shown_text, speaker_of
+from selfdistill.data import Demonstration, Example, as_transcript, shown_text, speaker_of, texts_of
 from selfdistill.loss import CHUNK_TOKENS, forward_kl
 from selfdistill.methods import Completion, play, rules_of, scorer_judges, verdicts_on
 from selfdistill.model import Sampling, cached_casts, root_unsharded, sample, unsharded
@@ -33,17 +35,19 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
     """Rollouts of ``view_rows`` examples, or episodes, spread over the data, scored by student p and teacher q.
 
     Returns:
-        One dict per example: ``row`` (source), ``prompt`` (its last turn), ``demonstration``, ``truncated`` and
-        ``tokens``, the student's own. Each token has ``text``, ``logp`` and ``logq`` (nats), ``kl`` (KL(q||p), nats)
-        and ``top``, the teacher's most likely tokens with their probabilities. An episode also has ``reward`` (None if
-        it was not judged), ``feedback`` and ``turns``, each with the number of its ``tokens``, the names of its
-        ``calls``, why it is ``invalid``, and ``observations``, each with ``speaker`` and ``text``. Where the teacher's
-        contexts are made of samples, rows of which none is learnt are left out. Without a teacher only methods that
-        learn from their own episodes have any, and tokens have nothing but ``text``.
+        One dict per example: ``row`` (source), ``tools`` (a JSON text of each), ``before`` (the prompt's other turns),
+        ``prompt`` (its last turn), ``teacher_sees`` (the teacher's prompt), ``truncated`` and ``tokens``, the student's
+        own. Each token has ``text`` (of :func:`texts_of`), ``logp`` and ``logq`` (nats), ``kl`` (KL(q||p), nats) and
+        ``top``, the teacher's most likely tokens with their probabilities. An episode also has ``reward`` (None if it
+        was not judged), ``feedback`` and ``turns``, each with the number of its ``tokens``, the names of its ``calls``,
+        why it is ``invalid``, and ``observations``, each with ``speaker`` and ``text``. Where the teacher's contexts
+        are made of samples, rows of which none is learnt are left out. Without a teacher only methods that learn from
+        their own episodes have any; ``demonstration`` is in the place of ``teacher_sees``, and tokens have nothing but
+        ``text``.
     """
     if trainer.teacher is None or trainer.stage.task.method.teacher is None:
         return _unscored(trainer)
-    model, tokenizer, views = trainer.loaded.model, trainer.loaded.tokenizer, []
+    model, views = trainer.loaded.model, []
     with unsharded(model), cached_casts(model), trainer.accelerator.autocast():
         shown = _rollouts(trainer)
         students = [trainer.forward_pass(model, [x.example.student_ids], [x.ids]) for x in shown]
@@ -59,8 +63,10 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
                 strict=True,
             ):
                 logits_nV = student.head(mine_nD), teacher.head(theirs_nD)
-                tokens += _chunk(tokenizer, ids.tolist(), *(part_nV.float().log_softmax(-1) for part_nV in logits_nV))
-            views.append(_view(rollout, tokens))
+                logs_nV = (part_nV.float().log_softmax(-1) for part_nV in logits_nV)
+                tokens += _chunk(trainer.loaded.tokenizer, ids.tolist(), *logs_nV)
+            sees = _read(trainer, rollout.example.teacher_ids or [])
+            views.append(_view(trainer, rollout, tokens) | {"teacher_sees": sees})
     return views
 
 
@@ -68,19 +74,26 @@ def _unscored(trainer: Trainer) -> list[dict[str, Any]]:
     """Views of episodes that no teacher scores; empty for a method that plays none."""
     if not rules_of(trainer.stage.task.method):
         return []
-    model, tokenizer = trainer.loaded.model, trainer.loaded.tokenizer
+    model = trainer.loaded.model
     with unsharded(model), cached_casts(model), trainer.accelerator.autocast():
         shown = _rollouts(trainer)
-    return [_view(rollout, [{"text": tokenizer.decode([token])} for token in rollout.ids]) for rollout in shown]
+    return [
+        _view(trainer, rollout, [{}] * len(rollout.ids))
+        | {"demonstration": _demonstration(rollout.example.demonstration)}
+        for rollout in shown
+    ]
 
 
-def _view(rollout: Completion, tokens: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The view of a rollout with these tokens, of which the student's own are shown; see :func:`token_views`."""
+def _view(trainer: Trainer, rollout: Completion, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The view of a rollout with these scores of its tokens, of which the student's own are shown."""
     row = rollout.example.demonstration
+    texts = texts_of(trainer.loaded.tokenizer, rollout.ids)
+    tokens = [{"text": text, **score} for text, score in zip(texts, scores, strict=True)]
     return {
         "row": row.source,
+        "tools": [json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in row.tools or ()],
+        "before": shown_text(as_transcript(row.prompt[:-1])),
         "prompt": shown_text(row.prompt[-1]["content"]),
-        "demonstration": _demonstration(row),
         "tokens": [token for token, is_own in zip(tokens, rollout.is_own, strict=True) if is_own],
         "truncated": rollout.truncated,
         **_transcript(rollout),
@@ -120,8 +133,16 @@ def _judged(trainer: Trainer, rollouts: list[Completion]) -> list[Completion]:
     return [replace(one, verdict=verdict) for one, verdict in zip(rollouts, verdicts, strict=True)]
 
 
+def _read(trainer: Trainer, ids: Sequence[int]) -> str:
+    """A prompt as the model reads it, with its control tokens; a word for the tokens of a picture."""
+    pictures = trainer.loaded.pictures
+    mark = None if pictures is None else pictures.token_id
+    runs = groupby(ids, key=lambda token: token == mark)
+    return "".join("[picture]" if is_mark else trainer.loaded.tokenizer.decode(list(run)) for is_mark, run in runs)
+
+
 def _demonstration(row: Demonstration) -> str:
-    """What the teacher sees, as text."""
+    """The row's demonstration, as text."""
     return shown_text(row.privileged_context or (as_transcript(row.episode) if row.episode else row.completion))
 
 
@@ -143,14 +164,13 @@ def _transcript(episode: Completion) -> dict[str, Any]:
 
 
 def _chunk(tokenizer: Any, ids: list[int], logp_nV: Tensor, logq_nV: Tensor) -> list[dict[str, Any]]:
-    """The views of these tokens; see :func:`token_views`."""
+    """The scores of these tokens; see :func:`token_views`."""
     kl_n = forward_kl(logp_nV, logq_nV).tolist()
     top, tokens = logq_nV.topk(PREFERRED), []
     for n, token in enumerate(ids):
         preferred = zip(top.indices[n].tolist(), top.values[n].exp().tolist(), strict=True)
         tokens.append(
             {
-                "text": tokenizer.decode([token]),
                 "logp": float(logp_nV[n, token]),
                 "logq": float(logq_nV[n, token]),
                 "kl": kl_n[n],

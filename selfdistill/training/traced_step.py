@@ -177,8 +177,9 @@ class TracedStep:
     ) -> Segments:
         live = LiveTensors(loaded.model)
         live.component = "workspace"
+        device = "cpu" if self._config.fsdp else self._device.kind  # shards are sampled from as on a CPU
         with live, self._autocast():
-            sample_at_its_longest(loaded, prompts, sampling, lambda name: live.begin((phase, kind + name)))
+            sample_at_its_longest(loaded, prompts, sampling, lambda name: live.begin((phase, kind + name)), device)
             states = FilledCache(loaded).token_bytes * len(prompts)
         states *= len(prompts[0]) + sampling.max_completion_length
         for peak in live.peaks.values():

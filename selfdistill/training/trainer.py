@@ -56,6 +56,7 @@ from selfdistill.training.setup import (
     EncodedPart,
     Stage,
     batch_unit,
+    check_engine,
     chosen_rows,
     make_accelerator,
     make_stages,
@@ -152,6 +153,8 @@ class Trainer:
         if config.fsdp:
             self._shard(*self.teachers.values())
         self.engine()  # before any long work
+        with self.accelerator.autocast():
+            check_engine(self.stages, self.loaded)
         if check is not None:
             check(self)
         for stage in self.stages:

@@ -154,6 +154,26 @@ def test_checks_that_need_bitsandbytes_are_not_run_without_it(
             checks[name].run(bench.Bench("cpu", tmp_path, tmp_path), None)
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_decoding_with_graphs_must_give_the_samples_of_decoding_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, right: bool
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT)
+    graphs, bench = import_module("graphs"), import_module("bench")
+    monkeypatch.setattr(
+        graphs, "token_costs", lambda *_, **__: dict.fromkeys(("captured", "not captured", "capture"), 1)
+    )
+    if not right:
+        steps = graphs.decoding_steps.FixedSteps
+        monkeypatch.setattr(steps, "__call__", lambda self, token_B, call=steps.__call__: -call(self, token_B))
+    numbers: list[Any] = []
+    graphs.check_graphs(bench.Bench("cpu", tmp_path, tmp_path), bench.Found(numbers.append))
+    assert [number.passes for number in numbers if "share" in number.name] == [right] * 2
+    assert all(number.passes for number in numbers) is right
+    assert len(numbers) == 5 + 2 * 5
+
+
 @pytest.mark.parametrize(
     ("device", "own", "passes"), [("cpu", 0.33001, True), ("cpu", 0.3302, False), ("cuda", 0.34, False)]
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ENDS
 from safetensors.torch import load_file, save_file
 
 from selfdistill.cli import main
@@ -42,7 +43,7 @@ def settings(
 
     def make(**values: Any) -> CompareConfig:
         defaults: dict[str, Any] = {
-            "model": str(model_folder(ends=(257, *range(40, 75)))),
+            "model": str(model_folder(ends=ENDS, layers=1)),
             "data": str(data),
             "test": str(test),
             "prior": str(prior),
@@ -109,7 +110,7 @@ def test_methods_are_compared_in_an_environment(
     tmp_path: Path,
 ) -> None:
     rows = [{"prompt": f"q{i}", "completion": "ab" * (1 + i % 4), "answer": 1 + i % 3} for i in range(6)]
-    values: dict[str, Any] = {"model": str(model_folder(ends=(257, *range(40, 75)), seed=5, room=2048))}
+    values: dict[str, Any] = {"model": str(model_folder(ends=ENDS, seed=5, room=2048))}
     values |= {
         "environment": "python:tiny_worlds.Asks",
         "max_episode_length": 300,

@@ -63,7 +63,7 @@ def view(step: int, row: int, tokens: list[str]) -> dict[str, Any]:
         "step": step,
         "row": f"skill.jsonl:{row}",
         "prompt": f"Where is ticket {17 + row}? Answer with the shelf and the box, as the archive's list has them.",
-        "demonstration": f"Ticket {17 + row}: shelf B, box 4.",
+        "teacher_sees": f"user: Where is it?\nassistant: Ticket {17 + row}: shelf B, box {step}.",
         "tokens": shown,
         "truncated": step == 0,
     }
@@ -232,6 +232,24 @@ def test_a_run_is_shown_whole(here: Path) -> None:
     assert tokens[1]["aria-label"] == " 17: reward +2.18; teacher prefers  17 98%, ↵ <1%,  box <1%"
 
 
+def test_what_the_teacher_sees_is_shown_with_each_reply(here: Path) -> None:
+    text = report("skill").text
+    for step in (0, STEPS):
+        assert text.count(f"Ticket 18: shelf B, box {step}.") == 1
+    assert text.count("The teacher sees") == 4
+    assert not re.search("Demonstration(?!s)", text)
+
+
+def test_a_demonstration_is_shown_where_no_teacher_scored(here: Path) -> None:
+    lines = Path("skill/token_views.jsonl").read_text(encoding="utf-8").splitlines()
+    views = [json.loads(line) for line in lines]
+    jsonl(Path("skill/token_views.jsonl"), [{"demonstration": one.pop("teacher_sees"), **one} for one in views])
+    text = report("skill").text
+    assert len(re.findall("Demonstration(?!s)", text)) == 2
+    assert text.count("Ticket 18: shelf B, box 0.") == 1
+    assert "The teacher sees" not in text
+
+
 def test_the_loss_is_shown_by_part_where_steps_have_several(here: Path) -> None:
     assert "Loss by part" not in report("skill").text
     lines = [json.loads(line) for line in Path("skill/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -296,6 +314,23 @@ def test_an_episode_is_shown_as_a_transcript_whose_observations_have_no_colour(h
     assert [str(token["aria-label"]).split(":")[0] for token in tokens] == [*words, *words[:4]]
     assert page.attributes("script") == []
     assert {"mean reward", "turns", "invalid calls", "0.61", "2.75", "0.33"} <= {cell.strip() for cell in page.cells}
+
+
+def test_tools_and_earlier_turns_of_the_prompt_are_shown(here: Path) -> None:
+    before = "system: Be brief.\nuser: Hello.\nassistant: Hello."
+    tools = ['{"name": "find"}', f'{{"name": "{ATTACK}"}}']
+    words = view(0, 1, ["a", "", "界"])
+    jsonl(Path("skill/token_views.jsonl"), [words | {"before": before, "tools": tools}])
+    page = report("skill")
+    assert before in page.text
+    assert "\n".join(tools) in page.text
+    tokens = [span for span in page.attributes("span") if span.get("class", "").startswith("token ")]
+    assert [str(token["aria-label"]).split(":")[0] for token in tokens] == ["a", "(empty)", "界"]
+    assert "·" in page.text
+    jsonl(Path("skill/token_views.jsonl"), [words])  # as earlier versions wrote it
+    page = report("skill")
+    assert "Earlier turns" not in page.text
+    assert "Tools" not in page.text
 
 
 def test_the_page_is_accessible(everything: Path) -> None:

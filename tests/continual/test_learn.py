@@ -70,7 +70,7 @@ def make(model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp
             "max_prior_drop": 1.0,
             "max_skill_drop": 1.0,
         }
-        defaults |= {"model": str(model_folder()), "prior": str(tmp_path / "prior.jsonl")}
+        defaults |= {"model": str(model_folder(layers=1)), "prior": str(tmp_path / "prior.jsonl")}
         return LearnConfig(**(defaults | values))
 
     return settings

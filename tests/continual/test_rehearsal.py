@@ -52,7 +52,7 @@ def make(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
             "state": str(tmp_path / "state"),
             "action": "add",
             "data": str(data),
-            "model": str(model_folder()),
+            "model": str(model_folder(layers=1)),
             "method": "sft",
             "max_completion_length": 8,
             "batch_size": 8,

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from selfdistill import UserError
-from selfdistill.data import ChatFormat, Demonstration, encode, load_demonstrations, notes_on, parse_context
+from selfdistill.data import ChatFormat, Demonstration, encode, load_demonstrations, notes_on, parse_context, texts_of
 from selfdistill.data.chat_format import thought_and_said
 
 LIMITS: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 64, "window": None}
@@ -474,3 +474,29 @@ def test_a_thought_after_a_closed_one_and_an_unused_argument_are_told(make_token
         "thoughts, or turn thinking on (chat_template_kwargs)",
         "setting 'chat_template_kwargs': the chat template does not use 'enable_thinkin'",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "merges", "texts"),
+    [
+        ("ab", (), ["a", "b"]),
+        ("界", (), ["", "", "界"]),
+        ("é<|im_end|>", (), ["", "é", "<|im_end|>"]),
+        ("x界y", (("x", "ç"),), ["x", "", "界", "y"]),  # ç is the first byte of the character
+    ],
+)
+def test_a_character_is_the_text_of_its_last_token(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], text: str, merges: Any, texts: list[str]
+) -> None:
+    tokenizer = make_tokenizer(merges=merges)
+    assert texts_of(tokenizer, tokenizer.encode(text)) == texts
+
+
+def test_bytes_that_are_no_character_are_replaced(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
+    tokenizer = make_tokenizer()
+    first, second, third = tokenizer.encode("界")
+    end, lost = tokenizer.eos_token_id, "\N{REPLACEMENT CHARACTER}"
+    assert texts_of(tokenizer, []) == []
+    assert texts_of(tokenizer, [first, second]) == [lost, lost]
+    assert texts_of(tokenizer, [first, end, third]) == [lost, "<|im_end|>", lost]
+    assert texts_of(tokenizer, [first] * 9 + [first, second, third]) == [lost] * 9 + ["", "", "界"]

@@ -115,7 +115,8 @@ def test_a_column_that_would_be_lost_is_refused(column: str, value: Any, advice:
 
 def test_the_table_in_the_documentation_names_what_is_refused() -> None:
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    table = text.partition("## Columns of other tools")[2].partition("\n\nA note, once per data set")[0]
+    section = text.partition("## Alpaca, ShareGPT and other formats")[2]
+    table = section.partition("\n\nA note names any other unused column")[0]
     named = [
         name
         for line in table.splitlines()

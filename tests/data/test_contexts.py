@@ -178,11 +178,32 @@ def test_rewritten_shows_other_words_in_place_of_the_question() -> None:
     assert context_spec(parse_context("rewritten")) == "rewritten"
 
 
-def test_turns_repeats_everything_but_the_system_prompt() -> None:
-    asked = [user("Hi"), assistant("Hello"), user("Why?")]
-    told = [*asked, assistant("So.")]
-    assert Turns(repeats=2).messages(LONG_CHAT, []) == [SYSTEM, *told, *told, *asked]
+def test_turns_repeats_the_question_and_the_demonstration_alone() -> None:
+    begun, told = [SYSTEM, user("Hi"), assistant("Hello")], [user("Why?"), assistant("So.")]
+    assert Turns(repeats=2).messages(LONG_CHAT, []) == [*begun, *told, *told, user("Why?")]
     assert len(Turns(repeats=5).messages(row(), [])) == 11
+    documented = row(prompt=LONG_CHAT.prompt, document="Once.")
+    assert Document(show="answer", repeats=2).messages(documented, []) == [*begun, *told, *told, user("Why?")]
+    _, *read = Document(show="document").messages(documented, [])
+    assert read[2:] == list(LONG_CHAT.prompt[1:])
+    other = row(1, "Who?", "He.")
+    shown = [SYSTEM, user("Who?"), assistant("He."), *begun[1:], *told, user("Why?")]
+    assert FewShot(k=1, this=True).messages(LONG_CHAT, [LONG_CHAT, other]) == shown
+
+
+def test_turns_repeats_a_whole_episode_with_two_user_turns_before_its_last_turn() -> None:
+    whole = row(
+        prompt=(user("Hi"), assistant("Hello"), user("Why?")),
+        reply="",
+        episode=(assistant("So."), user("And?"), assistant("Then.")),
+    )
+    last = row(prompt=(*whole.prompt, assistant("So."), user("And?")), reply="Then.", turn_of=whole)
+    asked = [user("Why?"), assistant("So."), user("And?")]
+    told = [*asked, assistant("Then.")]
+    begun = [user("Hi"), assistant("Hello")]
+    assert Turns(repeats=2).messages(last, []) == [*begun, *told, *told, *asked]
+    turn = [user("And?"), assistant("Then.")]
+    assert Turns(repeats=2, show="turn").messages(last, []) == [*last.prompt[:-1], *turn, *turn, user("And?")]
 
 
 def test_example_asks_for_an_own_answer_with_or_without_reasoning() -> None:

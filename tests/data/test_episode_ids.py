@@ -12,6 +12,8 @@ from tool_templates import CALL_TAGS, HERMES, TOOL_TEMPLATES, ToolTemplate
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import Verbatim
 from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.encoding import reply_spans
+from selfdistill.data.episodes import changed_when_shown_anew, encode_replies
 from selfdistill.data.scorers import score, scored_text
 from selfdistill.data.template import TemplateRefusal
 
@@ -388,6 +390,50 @@ def test_tags_in_another_form_are_text(changed: str, by: str) -> None:
     assert "weather" in message["content"]
 
 
+# --- earlier turns that are shown anew ---
+
+THOUGHT = "<think>\nhm\n</think>"
+WEATHER = {
+    "thought of a call": [calls(CITY, content=THOUGHT), result("rain"), says("It rains.")],
+    "thought": [says(f"{THOUGHT}\n\nIt rains."), user("And now?"), says("Still.")],
+    "text": [calls(CITY, content="I look that up."), result("rain"), says("It rains.")],
+    "call": [says("Wait."), user("Well?"), calls(ODD), result("rain"), says("It rains.")],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "changed"),
+    [
+        ("hermes", "thought", ""),
+        ("qwen3", "thought of a call", ""),
+        ("qwen3", "thought", "leaves out the thought of the reply '<think> hm </think> It rains.'"),
+        ("qwen3", "text", "leaves out the empty thought of the reply '<think> </think> I look that up. "),
+        ("llama3_1", "thought of a call", "leaves out the thought of the reply '<think> hm </think> "),
+        ("llama3_1", "text", "leaves out the text beside the call in the reply 'I look that up. {"),
+        ("mistral", "text", "leaves out the text beside the call in the reply 'I look that up. [TOOL_CALLS] "),
+        *((template.name, "call", "") for template in TOOL_TEMPLATES if template.name != "qwen3"),
+    ],
+)
+def test_what_a_template_changes_in_earlier_turns_is_found(name: str, turns: str, changed: str) -> None:
+    chat = chat_of(next(template for template in TOOL_TEMPLATES if template.name == name))
+    row = Demonstration((user("Weather?"),), "", episode=tuple(WEATHER[turns]), tools=[TOOL])
+    ids, given = encode_replies(row, chat)
+    prompt = chat.encode_prompt(row.prompt, OPTIONS)
+    before = [*row.prompt, *row.episode[:-1]]
+    found = changed_when_shown_anew(chat, before, OPTIONS, prompt, ids, reply_spans(len(ids), given)[:-1])
+    assert found.startswith(changed) if changed else not found
+
+
+def test_a_reply_that_is_written_otherwise_is_found() -> None:
+    chat = chat_of(TOOL_TEMPLATES[0])
+    sampled = '<tool_call>\n{"arguments": {"city": "Oslo"}, "name": "weather"}\n</tool_call>'
+    ids = [*chat.encode_text(sampled), chat.end_token_id]
+    before = [user("Weather?"), chat.message_of(ids), result("rain")]
+    prompt = chat.encode_prompt(before[:1], OPTIONS)
+    found = changed_when_shown_anew(chat, before, OPTIONS, prompt, ids, [(0, len(ids))])
+    assert found.startswith('rewrites the reply \'<tool_call> {"arguments": {"city"')
+
+
 # --- replies that are not calls ---
 
 
@@ -398,6 +444,16 @@ def test_tags_in_another_form_are_text(changed: str, by: str) -> None:
         ("hermes", '<tool_call>\n{"arguments": {}}\n</tool_call>', "the call has no name"),
         ("hermes", '<tool_call>\n{"name": "f", "arguments": [1]}\n</tool_call>', "the arguments of f are not a JSON"),
         ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": NaN}}\n</tool_call>', "NaN is not a JSON value"),
+        (
+            "hermes",
+            '<tool_call>\n{"name": "f", "arguments": {"a": 1, "a": 9}}\n</tool_call>',
+            "the call is not valid JSON: duplicate key 'a'; remove one",
+        ),
+        (
+            "hermes",
+            r'<tool_call>{"name": "f", "arguments": "{\"a\": 2}, {\"a\": 3}"}</tool_call>',
+            "the arguments of f go on after their JSON value",
+        ),
         ("hermes", "<tool_call>", "the call is not valid JSON"),
         ("llama3_1", '{"name": "f", "parameters": {"a": ', "the call is not valid JSON"),
         ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}', "the call is not valid JSON"),
@@ -440,6 +496,7 @@ def test_tags_in_another_form_are_text(changed: str, by: str) -> None:
             'Action: f\nAction Input: {"a": NaN}',
             "must be followed by 'Action Input:' and a JSON object",
         ),
+        ("plain ChatML", 'Action: f\nAction Input: {"a": 1, "a": 9}', "a JSON object, in which no key comes twice"),
         ("plain ChatML", "Action: f\nAction Input: [1]", "the arguments of f are not a JSON object"),
     ],
 )
@@ -457,6 +514,7 @@ def test_a_call_that_cannot_be_read_says_why(template: str, reply: str, problem:
         '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>',
         '<tool_call>\n{"arguments": {"city": "Oslo"}, "name": "weather"}',
         '<tool_call>\n{"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}\n</tool_call>\n',
+        '<tool_call>\n{"name": "weather", "arguments": " {\\"city\\": \\"Oslo\\"}\\n"}\n</tool_call>\n',
     ],
 )
 def test_other_spellings_of_a_call_are_read(reply: str) -> None:

@@ -162,6 +162,13 @@ def test_a_broken_picture_is_refused(tmp_path: Path) -> None:
         assert problem.endswith("); replace it"), name
 
 
+def test_a_broken_picture_that_was_opened_is_refused() -> None:
+    first, second, rest = png(Image.effect_noise((300, 300), 80)).split(b"IDAT")
+    problem = problem_of(row(Image.open(io.BytesIO(first + b"IDAT" + second + b"ID\0T" + rest))))
+    assert problem.startswith("column 'images[0]': the PIL image cannot be decoded (")
+    assert problem.endswith("); replace it")
+
+
 @pytest.mark.parametrize("side", [9500, 20000])  # Pillow itself warns of the first and refuses the second
 def test_a_picture_that_would_fill_the_memory_is_refused_by_its_header(side: int) -> None:
     bomb = png(Image.new("1", (side, side)))
@@ -176,6 +183,10 @@ def test_an_animation_and_deep_channels_are_refused() -> None:
     assert problem_of(row(film)) == (
         "column 'images[0]': the picture has 3 frames, expected a single picture; save one frame"
     )
+    assert problem_of(row(Image.open(io.BytesIO(film)))) == (
+        "column 'images[0]': the PIL image has 3 frames, expected a single picture; save one frame"
+    )
+    assert one(Image.open(io.BytesIO(film)).copy()).images  # of the current frame alone
     deep = png(Image.new("I;16", (4, 4), 40000))
     assert "has mode I;16, expected 8 bits per channel; convert it" in problem_of(row(deep))
     assert "has mode F, expected 8 bits per channel; convert it" in problem_of(row(Image.new("F", (4, 4))))
@@ -199,11 +210,16 @@ WANT = "expected a path, a PIL image or an object with bytes and path"
             "first",
         ),
         (row("iVBORw0KGgo" * 90), f"column 'images[0]': {BASE64} cannot be read (File name too long)"),
+        (row("a\0.png"), r"column 'images[0]': 'a\x00.png' cannot be read (embedded null byte)"),
         (row(RED, image=RED), "has 'image' and 'images', expected one of them"),
     ],
 )
 def test_what_is_no_picture_is_refused(value: dict[str, Any], problem: str) -> None:
     assert problem_of(value) == problem
+
+
+def test_a_path_with_half_of_a_surrogate_pair_is_refused() -> None:
+    assert problem_of(row("\ud800.png")).startswith(r"column 'images[0]': '\ud800.png' cannot be read (")
 
 
 def test_as_many_pictures_as_places() -> None:

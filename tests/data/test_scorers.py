@@ -515,6 +515,7 @@ EXPECTED = "expected True or False, a reward from 0 to 1, or a pair of one of th
         ("return float('nan')", f"returned nan, {EXPECTED}"),
         ("return None", f"returned None, {EXPECTED}"),
         ("return 'right'", f"returned 'right', {EXPECTED}"),
+        ("import torch; return torch.ones(2)", f"returned tensor([1., 1.]), {EXPECTED}"),
         ("return True, None", f"returned (True, None), {EXPECTED}"),
         ("return [][0]", "failed: IndexError: list index out of range"),
         ("raise ValueError('two\\nlines')", "failed: ValueError: two lines"),
@@ -538,6 +539,9 @@ def test_a_function_that_does_not_say_right_or_wrong(
         ("1", Verdict(1.0)),
         ("(False, 'line 3: no such name')", Verdict(0.0, "line 3: no such name")),
         ("(0.5, '')", Verdict(0.5)),
+        ("__import__('numpy').array([1, 2]).any()", Verdict(1.0)),
+        ("__import__('numpy').float32(0.25), 'so'", Verdict(0.25, "so")),
+        ("__import__('torch').tensor(0.5)", Verdict(0.5)),
     ],
 )
 def test_a_function_gives_a_reward_and_feedback(

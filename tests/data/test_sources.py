@@ -137,7 +137,7 @@ def test_rows_of_a_test_are_never_read_as_training_data(names: tuple[str, ...], 
 def test_the_only_split_is_read_where_none_is_named(name: str, split: str) -> None:
     path = folder(name)
     assert read(path) == read(path, None) == read(path, split) == [name]
-    assert notes_of(path) == [f"{path}: the only split, '{split}', is read"]
+    assert notes_of(path) == [f"{path}: reading the only split, '{split}'"]
     assert notes_of(path, split) == []
     assert error_of(path, "probe") == (f"{path}: no split 'probe' in this data set, expected {split} (setting 'split')")
 

@@ -425,6 +425,7 @@ def test_a_public_method_that_is_no_tool_says_how_to_leave_it_out(make: Make) ->
     wrong = {
         "def go(self, a: int): return a": r"no docstring; write one, with a line for each argument under 'Args:'",
         "def go(self, a: int): 'Go.'": r"'a'.*; give each argument a line under 'Args:' of the docstring",
+        "def go(self, a: int): 'Go.\\n\\nArgs:\\n    a (int): it'": r"of the docstring, as 'a: ...' without a type",
         "def go(self, a): 'Go.'": r"; give each argument a type hint and a line under 'Args:' of the docstring",
     }
     for method, problem in wrong.items():

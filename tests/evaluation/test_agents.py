@@ -133,7 +133,7 @@ def test_a_scorer_is_not_used_and_that_is_said(
     scripted: Callable[..., EvalConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate(scripted(scorer="contains"))
-    assert f"the environment {SCRIPTED} judges, so scorer contains is ignored" in capsys.readouterr().err
+    assert f"the environment {SCRIPTED} gives the rewards, so scorer contains is ignored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -159,6 +159,8 @@ class Says:
 
     def __init__(self, loaded: LoadedModel, *replies: dict[str, Any]) -> None:
         self._chat, self._replies = loaded.chat(), replies
+
+    def check_room(self, *_: Any) -> None: ...
 
     def sample(self, loaded: LoadedModel, prompts: list[list[int]], *_: Any) -> list[Rollout]:
         texts = [self._chat.tokenizer.decode(prompt) for prompt in prompts]
@@ -300,6 +302,8 @@ class Copies:
 
     def __init__(self, loaded: LoadedModel, examples: Sequence[Example]) -> None:
         self._chat, self._examples = loaded.chat(), examples
+
+    def check_room(self, *_: Any) -> None: ...
 
     def sample(self, loaded: LoadedModel, prompts: list[list[int]], *_: Any) -> list[Rollout]:
         replies = [self._reply(prompt) for prompt in prompts]

@@ -183,6 +183,7 @@ def test_hopeless_data_is_called_unlikely(
     assert result.verdict.startswith("Self-distillation is unlikely to help: ")
     assert result.memory_rows == 4
     out = " ".join(repr(result).split())
+    assert "Expected with batch_size 32: " in out
     assert "GiB with 4 rows per micro-batch" in out
     assert "All layouts have the same accuracy, so log p(demo) alone decides their order." in out
     assert f"No context is good enough; the least bad: {result.best.context} " in out
@@ -297,7 +298,7 @@ def test_a_demonstration_beyond_the_window_is_named(
     assert [found.context for found in result.layouts] == ["turns:repeats=1"]
     assert result.skipped == {
         "turns:repeats=2": f"1 of 3 rows do not fit: {data}:3: teacher's prompt and demonstration have 523 tokens, "
-        "limit 512 (the model's window); drop them with on_long_prompt drop"
+        "limit 512 (the model's context window); drop them with on_long_prompt drop"
     }
     result = check(config_of(model_folder(), data, on_long_prompt="drop", **settings))
     assert {found.context: found.items for found in result.layouts} == {"turns:repeats=1": 3, "turns:repeats=2": 2}

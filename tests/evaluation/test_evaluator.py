@@ -167,7 +167,9 @@ def test_token_views_are_what_student_and_teacher_say_of_each_token(settings: Ca
     ):
         ids = [tokens["text"] for tokens in view["tokens"]]
         assert view["prompt"] == row.demonstration.prompt[0]["content"]
-        assert view["demonstration"] == row.demonstration.completion
+        turn, reply = row.demonstration.prompt[0], {"role": "assistant", "content": row.demonstration.completion}
+        assert view["teacher_sees"] == run.chat.render([turn, reply, turn])
+        assert "demonstration" not in view
         chosen: list[int] = []
         for text, token in zip(ids, view["tokens"], strict=True):
             with torch.no_grad():

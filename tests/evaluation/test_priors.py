@@ -272,7 +272,7 @@ def test_every_row_of_every_file_must_fit_the_window_before_anything_is_computed
     with pytest.raises(UserError) as error:
         encode_priors(loaded, chat_of(loaded), load_prior(str(tmp_path)))
     message = str(error.value)
-    assert message.startswith("prior: 2 rows are longer than the window of 512 tokens of model ")
+    assert message.startswith("prior: 2 rows are longer than the context window of 512 tokens of model ")
     assert f": {b}:2, {c}:1: 513, " in message
     assert message.endswith("; shorten or remove them")
     b.write_text(json.dumps(fits) + "\n", encoding="utf-8")

@@ -95,7 +95,7 @@ def test_the_trials_equal_plain_pytorch(
     demos = [(ids, chat.encode_completion(row.completion)) for ids, row in zip(students, rows, strict=True)]
     prompts = anchor_prompts()
     general = [chat.encode_prompt(row.prompt) for row in random.Random(0).sample(prompts, len(prompts))]
-    general = [ids for ids in general if len(ids) + 16 <= 512][:16]  # the model's window
+    general = [ids for ids in general if len(ids) + 16 <= 512][:16]  # the model's context window
     answers = [(ids, r.ids) for ids, r in zip(general, sample(teacher, general, Sampling(16, 0)), strict=True)]
 
     def sft(_step: int) -> torch.Tensor:

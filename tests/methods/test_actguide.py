@@ -160,6 +160,10 @@ def test_actguide_is_grpo_under_the_prompt_alone(
     loss.backward()
     (result,) = judged(run, samples, rewards)
     assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+    if values:  # what a guide changes is no fault of the engine
+        assert result.gap is not None
+        assert result.gap.tokens == sum(len(c.ids) for c in (*samples[:2], *samples[4:6]))
+        assert result.gap.largest < 1e-3
     assert largest_difference(gradients(run.loaded.model), gradients(student)) < 1e-5
 
 

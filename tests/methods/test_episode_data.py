@@ -214,7 +214,7 @@ def test_limits_are_those_of_one_reply_and_of_the_window(of_episodes: Callable[.
     assert len(encode(data, None, chat, max_completion_length=longest, **fits)[0]) == 3
     with pytest.raises(UserError, match=f"completion has {longest} tokens, limit {longest - 1}"):
         encode(data, None, chat, max_completion_length=longest - 1, **fits)
-    with pytest.raises(UserError, match=r"prompt and episode have 153, 285 tokens, limit 150 \(the window\)"):
+    with pytest.raises(UserError, match=r"prompt and episode have 153, 285 tokens, limit 150 \(the context window\)"):
         encode(data, None, chat, max_completion_length=longest, **(fits | {"window": 150}))
 
 

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,18 @@ from torch import Tensor
 from selfdistill.cli import main
 from selfdistill.config import EngineSettings, load_yaml
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import ChatFormat, Demonstration, Picture, load_demonstrations, packaged
+from selfdistill.data import (
+    ChatFormat,
+    ContextEncoder,
+    Demonstration,
+    Picture,
+    Verdict,
+    load_demonstrations,
+    packaged,
+)
 from selfdistill.errors import UserError
 from selfdistill.methods import begun, lacks_of, rules_of, stages_of, unused_settings
+from selfdistill.methods.attempts import AttemptContexts
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import LoadedModel, Rollout, Sampling
 from selfdistill.training.memory import MemoryPlanner
@@ -182,6 +192,54 @@ def test_an_episode_that_is_cut_has_failed(talks: Settings, values: dict[str, An
     assert all(not c.given or c.given[-1][1] < len(c.ids) for c in found)  # none ends with an observation
 
 
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [
+        ({"max_turns": 2}, r"at turn 2: the episode was cut after 2 turns, so it has reward 0; raise max_turns"),
+        (
+            {"max_episode_length": 50},
+            r"at turn \d: the episode was cut near 50 tokens, so it has reward 0; raise max_episode_length, which "
+            "counts replies, observations, and room for one more reply",
+        ),
+        ({"max_completion_length": 3, "max_episode_length": 300}, None),
+    ],
+)
+def test_the_first_episode_that_a_limit_cuts_is_noted_and_all_are_counted(
+    talks: Settings, capsys: pytest.CaptureFixture[str], values: dict[str, Any], note: str | None
+) -> None:
+    config = talks(batch_size=6, max_steps=2, **values)
+    train(config)
+    notes = re.findall(r"note: (.* the episode was cut .*)", capsys.readouterr().err)
+    assert len(notes) == (note is not None)
+    assert note is None or re.fullmatch(rf".*talks.jsonl:\d, {note}", notes[0])
+    cut, truncated = ([line[name] for line in metrics_of(config)] for name in ("episode/cut", "completion/truncated"))
+    assert all(x <= y for x, y in zip(cut, truncated, strict=True))
+    assert any(cut) == (note is not None)
+    assert any(truncated)
+
+
+def test_the_first_reply_that_the_template_shows_otherwise_is_noted(
+    talks: Settings, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    begins = "<|im_start|>assistant\n"
+    template = CHATML.replace(begins, f"{begins}<think>\n\n</think>\n\n")
+    noted = r"note: (.*talks.jsonl:\d: as an earlier turn, the chat template .*)"
+    for out, model in (("plain", {}), ("thinks", {"template": template})):
+        folder = str(model_folder(ends=ENDS, **model))
+        for again in ("", "again"):
+            train(talks(out + again, model=folder, batch_size=6))
+        notes = re.findall(noted, capsys.readouterr().err)
+        assert len(notes) == 2 * (out == "thinks")
+        assert all(" chat template leaves out the empty thought of the reply " in note for note in notes)
+        assert all(
+            note.endswith(
+                "; here it stays as it was sampled, but applications that send the messages again show the "
+                "model what the template writes"
+            )
+            for note in notes
+        )
+
+
 def test_tools_and_what_the_environment_says_first_are_shown_to_both(
     talks: Settings, model_folder: Callable[..., Path]
 ) -> None:
@@ -298,6 +356,23 @@ def test_sdpos_teacher_sees_an_episode_that_succeeded(talks: Settings) -> None:
         stages_of(talks(method="sdpo", method_settings={"context": "example"}))
 
 
+def test_sdpos_teacher_sees_an_episode_without_its_thoughts(talks: Settings) -> None:
+    run = Trainer(talks(method="sdpo", num_generations=2))
+    example = run.stage.task.examples[0]
+    first = {"role": "assistant", "content": "<think>a long way</think>\nOne."}
+    asked, last = {"role": "user", "content": "Go on."}, {"role": "assistant", "content": "<think></think>Two."}
+    right = Completion(example, [1, 2, 3], None, False, verdict=Verdict(1.0), messages=(first, asked, last))
+    wrong = replace(right, verdict=Verdict(0.0))
+    contexts = AttemptContexts(2, "sibling", "turns", episodes=True)
+    encode = ContextEncoder(run.chat, None, 16, run.loaded.window)
+    (learnt,) = contexts([right, wrong], [Verdict(1.0), Verdict(0.0)], encode)
+    seen = run.chat.tokenizer.decode(learnt.example.teacher_ids)
+    assert "<|im_start|>assistant\nOne.<|im_end|>" in seen
+    assert "<|im_start|>assistant\nTwo.<|im_end|>" in seen
+    assert "think" not in seen
+    assert right.messages[0] == first
+
+
 def test_views_of_tokens_are_of_episodes(talks: Settings) -> None:
     config = talks(max_steps=1, view_rows=6)
     train(config)
@@ -313,6 +388,41 @@ def test_views_of_tokens_are_of_episodes(talks: Settings) -> None:
         assert view["feedback"]
         assert 0 <= view["reward"] <= 1
     assert not any("<|im_start|>" in token["text"] for view in views for token in view["tokens"])
+
+
+def test_views_show_tools_and_the_prompts_earlier_turns(
+    talks: Settings, model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
+    data = str(write_rows([{"prompt": prompt, "completion": "ab", "answer": 2}], name="one.jsonl"))
+    model = str(model_folder(ends=ENDS, room=1024))
+    run = Trainer(talks(data=data, model=model, environment="python:tiny_worlds.Asks", view_rows=1, batch_size=1))
+    (view,) = token_views(run)
+    assert (view["before"], view["prompt"]) == ("system: Be brief.\nuser: q", "Go on, 2 times.")
+    assert [json.loads(tool) for tool in view["tools"]] == [tiny_worlds.LOOK_UP["function"]]
+
+
+@pytest.mark.parametrize("method", ["sdft", "grpo"])
+def test_a_character_of_several_tokens_is_shown_whole(
+    talks: Settings, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    own = {"num_generations": 2} if method == "grpo" else {}
+    run = Trainer(talks(method=method, view_rows=2, **own))
+    ids = [*run.chat.encode_text("a 界😀"), run.chat.end_token_id]
+    monkeypatch.setattr("selfdistill.methods.episodes.TurnSampler", partial(Always, ids))
+    for view in token_views(run):
+        texts = [token["text"] for token in view["tokens"]]
+        assert texts[:10] == ["a", " ", "", "", "界", "", "", "", "😀", "<|im_end|>"]
+
+
+class Always:
+    """A sampler of one and the same reply."""
+
+    def __init__(self, ids: list[int], *_: Any) -> None:
+        self._ids = ids
+
+    def __call__(self, episodes: list[int], *_: Any) -> list[Rollout]:
+        return [Rollout(self._ids, [-0.5] * len(self._ids), truncated=False) for _ in episodes]
 
 
 def test_without_a_teacher_views_are_transcripts(talks: Settings, tmp_path: Path) -> None:

@@ -559,6 +559,7 @@ def test_every_stage_has_a_step(all_of_them: Settings) -> None:
     ("values", "name"),
     [
         ({"divergence": "jsd"}, "jsd_weight"),
+        ({"method": "sft", "anchors": "package", "anchor_divergence": "jsd"}, "jsd_weight"),
         ({"support": "top_k"}, "support_tail"),
         ({"support": "sampled", "divergence": "reverse_kl"}, "sampled_baseline"),
         ({"support": "sampled", "divergence": "reverse_kl"}, "divergence"),
@@ -614,6 +615,19 @@ def test_what_does_not_go_together_is_refused(all_of_them: Settings, values: dic
 def test_cpt_needs_documents(settings: Settings) -> None:
     with pytest.raises(UserError, match=r"^method 'cpt' learns from documents, and .*train\.jsonl has none"):
         Trainer(settings(method="cpt"))
+
+
+def test_cpt_says_which_rows_it_does_not_use(
+    settings: Settings, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "q"}, {"prompt": "r", "document": "A text."}, {"prompt": "s"}]
+    Trainer(settings(method="cpt", data=str(write_rows(rows, name="some.jsonl"))))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "note: 2 of 3 rows have no document and are not used (" in said
+    assert "some.jsonl:1; " in said
+    assert "some.jsonl:3)" in said
+    Trainer(settings(method="cpt", data=str(write_rows(rows[1:2], name="all.jsonl"))))
+    assert "no document" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -491,6 +491,10 @@ def test_the_base_is_held_by_a_method_that_needs_it_only(
             {"support": "sampled", "divergence": "reverse_kl", "entry_clip": 0.1},
             "setting 'entry_clip': the 'sampled' support has no sum over the vocabulary to clip: leave one out",
         ),
+        (
+            {"method": "opsd", "support": "sampled", "divergence": "reverse_kl"},
+            "setting 'support': opsd clips each vocabulary entry, found 'sampled', which has none: use full or top_k",
+        ),
     ],
 )
 def test_what_a_method_cannot_use_is_refused_in_one_line(

@@ -6,6 +6,8 @@ Dimensions in names: T completion tokens, V vocabulary, K entries that are compa
 from __future__ import annotations
 
 import copy
+import html
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,11 +28,12 @@ from conftest import (
     largest_difference,
     metrics_of,
 )
-from formulas import chosen, kl, mean_over_rows, moved, trained_in_one_and_two
+from formulas import chosen, judged, kl, mean_over_rows, moved, trained_in_one_and_two
 from torch import Tensor
 
+from selfdistill.cli import main
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import ContextEncoder, Verdict
+from selfdistill.data import ContextEncoder, Demonstration, Verdict
 from selfdistill.data.contexts import CONTEXTS, ONE_DEMONSTRATION
 from selfdistill.errors import UserError
 from selfdistill.methods import stages_of
@@ -79,6 +82,20 @@ def test_a_sibling_is_the_first_other_sample_that_is_right(all_of_them: Settings
         ]
         assert run.loaded.tokenizer.decode(c.example.teacher_ids) == run.chat.render(messages)
         assert c.example.student_ids == run.chat.encode_prompt(messages[:1])
+
+
+@pytest.mark.parametrize(("cut", "sibling"), [([0, 1], 2), ([0, 1, 2], 0)], ids=str)
+def test_a_sample_that_was_cut_is_a_sibling_only_if_no_other_is_right(
+    all_of_them: Settings, cut: list[int], sibling: int
+) -> None:
+    run = Trainer(all_of_them(method="sdpo"))
+    samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:1], 1)
+    samples = [replace(c, truncated=number in cut) for number, c in enumerate(samples)]
+    encode = ContextEncoder(run.chat, None, run.config.max_completion_length, run.loaded.window)
+    learnt = AttemptContexts(4, "sibling", "turns")(samples, [RIGHT, RIGHT, RIGHT, WRONG], encode)
+    (turn,) = samples[3].example.demonstration.prompt
+    reply = {"role": "assistant", "content": said(run, samples[sibling])}
+    assert learnt[3].example.teacher_ids == run.chat.encode_prompt([turn, reply, turn])
 
 
 @pytest.mark.parametrize(
@@ -150,8 +167,17 @@ def test_an_episode_that_the_context_cannot_show_is_refused_before_any_step(
     row = {"messages": [{"role": role, "content": text} for role, text in turns], "answer": "ab"}
     data = str(write_rows([row], name="e.jsonl"))
     config = all_of_them(method="sdpo", data=data, turns="all", method_settings={"show": show})
-    with pytest.raises(UserError, match="cannot show an episode; use turns") if refused else nullcontext():
+    way = "give method_settings with context turns, or use turns last$"
+    with pytest.raises(UserError, match=f"cannot show an episode; {way}") if refused else nullcontext():
         Trainer(config)
+
+
+def test_a_prompt_without_a_question_needs_the_context_turns() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    row = Demonstration(prompt=(call, {"role": "tool", "content": "rain"}))
+    problem = "column 'prompt': no user turn, which context 'example' needs; give method_settings with context turns"
+    assert AttemptContexts(4, "either", "example").lacks(row) == problem
+    assert AttemptContexts(4, "either", "turns").lacks(row) is None
 
 
 # --- the loss, against float64 ---
@@ -199,8 +225,9 @@ def plain_loss(
         policy.append(-advantages[-1] * chosen(log_p_TV, c.ids))
         right = [i for i in group if i != number and rewards[i] == 1]
         if right:
+            whole = [i for i in right if not samples[i].truncated]
             turn = c.example.demonstration.prompt[0]
-            reply = {"role": "assistant", "content": said(run, samples[right[0]])}
+            reply = {"role": "assistant", "content": said(run, samples[(whole or right)[0]])}
             with torch.no_grad():
                 context = run.chat.encode_prompt([turn, reply, turn])
                 seen = [logits(teacher, context, c.ids) for teacher in teachers]
@@ -324,6 +351,45 @@ def test_a_mixture_as_teacher_takes_the_place_of_others(all_of_them: Settings, v
         stages_of(config)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"teacher": "frozen", "method_settings": {"ema_rate": 0.1}}, "'ema_rate' needs teacher ema: leave it or the"),
+        ({"teacher_model": "other", "method_settings": {"ema_rate": 0.1}}, "'ema_rate' needs teacher ema: leave it"),
+        ({"method_settings": {"show": "feedback", "context": "turns"}}, "'context' shows siblings, found show 'feedb"),
+    ],
+    ids=str,
+)
+def test_own_settings_without_effect_are_refused(all_of_them: Settings, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^setting 'method_settings', {message}"):
+        stages_of(all_of_them(method="sdpo", **values))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_teachers_gain_is_apart_for_right_and_wrong_samples(all_of_them: Settings, micro_batches: int) -> None:
+    config = all_of_them(method="sdpo", batch_size=2, gradient_accumulation_steps=micro_batches, learning_rate=1e-2)
+    run = moved(config)
+    samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:2], 2)
+    results = judged(run, samples, [1.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0])  # the fifth has no sibling
+    student, teacher = (copy.deepcopy(run.loaded.model).double() for _ in range(2))
+    assert run.teacher is not None
+    with torch.no_grad(), run.teacher.model() as network:
+        teacher.load_state_dict(network.state_dict())
+    gains: dict[str, list[float]] = {"right": [], "wrong": []}
+    with torch.no_grad():
+        for c in results[0].selected.completions:
+            mine, theirs = (
+                chosen(logits(model, context or [], c.ids).log_softmax(-1), c.ids)
+                for model, context in ((student, c.example.student_ids), (teacher, c.example.teacher_ids))
+            )
+            assert c.verdict is not None
+            gains["right" if c.verdict.reward == 1 else "wrong"].append(float((theirs - mine).mean()))
+    assert [len(found) for found in gains.values()] == [2, 5]
+    expected = {f"teacher_gain/{kind}": statistics.mean(found) for kind, found in gains.items()}
+    assert min(map(abs, expected.values())) > 1e-3
+    assert results[0].teacher_gains == pytest.approx(expected, abs=1e-5)
+
+
 # --- steps and runs ---
 
 
@@ -360,6 +426,26 @@ def test_the_teachers_view_is_of_samples_that_are_learnt(all_of_them: Settings) 
         logits_TV = logits(run.loaded.model, c.example.teacher_ids, c.ids)  # an EMA that has not moved
         expected = chosen(logits_TV.log_softmax(-1), c.ids).tolist()
         assert [token["logq"] for token in view["tokens"]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_report_shows_what_the_teacher_saw_and_not_the_rows_completion(
+    all_of_them: Settings, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "the gold one", "answer": "no such reply"} for i in range(4)]
+    data = str(write_rows(rows, name="hard.jsonl"))
+    config = all_of_them(method="sdpo", data=data, view_rows=2, max_steps=1, method_settings={"show": "feedback"})
+    train(config)
+    lines = (Path(config.output_dir) / "token_views.jsonl").read_text(encoding="utf-8").splitlines()
+    views = [json.loads(line) for line in lines]
+    assert [view["step"] for view in views] == [0, 0, 1, 1]
+    page = tmp_path / "report.html"
+    assert main(["report", config.output_dir, "-o", str(page)]) == 0
+    shown = html.unescape(page.read_text(encoding="utf-8"))
+    for view in views:
+        assert "the feedback on it:\n\nexpected 'no such reply', found " in view["teacher_sees"]
+        assert view["teacher_sees"] in shown
+        assert "the gold one" not in json.dumps(view)
+    assert "the gold one" not in shown
 
 
 def test_a_step_without_anything_to_learn_leaves_the_average_where_it_is(
@@ -402,6 +488,8 @@ def test_metrics_of_a_mixture(all_of_them: Settings) -> None:
         assert line["unfit"] == 0
     assert {0 < line["learnt"] <= 1 for line in metrics_of(config)} == {True}
     assert min(line["learnt"] for line in metrics_of(config)) < 1
+    gains = [line.keys() & {"teacher_gain/right", "teacher_gain/wrong"} for line in metrics_of(config)]
+    assert all(bool(found) == bool(line["learnt"]) for found, line in zip(gains, metrics_of(config), strict=True))
 
 
 @pytest.mark.parametrize("own", [OWN, {"context": "turns", "trust_region": 0.3}], ids=str)

@@ -407,4 +407,4 @@ def test_an_adapter_in_place_of_the_base_is_refused(adapter: Callable[..., Path]
     folder = adapter(LoraConfig(**LORA, target_modules=["q_proj"]))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(folder / name, tmp_path / "base")
-    refused(folder, f"model {str(tmp_path / 'base')!r}: an adapter in place of a base; merge it first")
+    refused(folder, f"model {str(tmp_path / 'base')!r}: an adapter, but a base model is needed; merge it first")

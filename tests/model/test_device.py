@@ -10,16 +10,19 @@ import torch
 
 from selfdistill.model.device import (
     any_length,
+    captured,
     cpu_asked,
     deterministic,
     doubled_sum,
     fast_products,
     has_gpu,
+    has_graphs,
     loss_tokens,
     padded_length,
     pass_tokens,
     running_sum,
     staging,
+    tokens_per_check,
 )
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
@@ -33,6 +36,19 @@ def cudnn_attention() -> Iterator[None]:
     torch.backends.cuda.enable_cudnn_sdp(True)
     yield
     torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("cuda", 16), ("cpu", 1), ("mps", 1)])
+def test_only_a_gpu_replays_passes_and_looks_for_ends_less_often(kind: str, tokens: int) -> None:
+    assert tokens_per_check(kind) == tokens
+    assert has_graphs(kind) == (kind == "cuda")
+
+
+def test_without_graphs_nothing_is_captured() -> None:
+    def run() -> torch.Tensor:
+        raise AssertionError("ran")
+
+    assert captured(run, torch.device("cpu")) is run
 
 
 @pytest.mark.usefixtures("cudnn_attention")

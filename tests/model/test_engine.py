@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import same
 from odd_models import MAKERS, ODD_LAYERS, SIZE
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     LlamaConfig,
@@ -126,6 +127,22 @@ def test_lora_is_merged_as_peft_merges_it(load: Loader) -> None:
     expected = dict(merged(loaded.model, "m").named_parameters())
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"target_modules": ["q_proj"], "use_dora": True}, "an adapter of kind DoraLinearVariant"),
+        ({"target_modules": ["q_proj"], "lora_bias": True, "bias": "none"}, "an adapter of kind LoRA with a bias"),
+        ({"target_modules": ["embed_tokens"]}, "an adapter of kind Embedding"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "an adapter other than LoRA at lm_head"),
+    ],
+)
+def test_the_message_about_other_adapters_names_their_kind(load: Loader, settings: dict[str, Any], found: str) -> None:
+    loaded = load(tied=False)
+    loaded.model = get_peft_model(loaded.model, LoraConfig(r=2, **settings))
+    with pytest.raises(UserError, match=rf"^model .*: found {found}.*, but an engine gets LoRA .*; merge it first"):
+        list(hub_tensors(loaded))
 
 
 def test_the_active_adapters_are_merged_and_belong_to_the_version(load: Loader) -> None:

@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 from sampled import FREE, GREEDY, own, prompts, seeds, train
 from vllm_fake import FakeVllm, fake_vllm
 
-from selfdistill.config import EngineSettings, TrainConfig
+from selfdistill.config import EngineSettings, EvalConfig, TrainConfig
 from selfdistill.config.files import continued
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import EngineFailed, UserError
-from selfdistill.evaluation import answer
+from selfdistill.evaluation import answer, evaluate
 from selfdistill.model import (
     LoadedModel,
     Sampling,
@@ -46,6 +46,7 @@ from selfdistill.model.engine_weights import hub_tensors
 from selfdistill.model.vllm_client import ServerProblem, VllmClient
 from selfdistill.runtime import read_lines
 from selfdistill.training.train import train as run_training
+from selfdistill.training.trainer import Trainer
 
 Loader = Callable[..., LoadedModel]
 Settings = Callable[..., TrainConfig]
@@ -641,6 +642,29 @@ def test_a_run_with_a_server_is_that_without(run: Settings, fake: FakeVllm, valu
     assert largest_difference(final_weights(served), final_weights(ours)) < 1e-4  # of steps of 1e-3
     for line in metrics_of(served):
         assert line["engine/gap"] <= line["engine/gap_max"] < 1e-3
+
+
+def test_episodes_that_a_server_has_no_room_for_are_refused_before_any_is_played(
+    run: Settings, fake: FakeVllm, write_rows: Callable[..., Path]
+) -> None:
+    facts = {"id": "base", "parent": None, "max_model_len": 64}
+    fake.instead = lambda path, body: (200, {"data": [facts]}) if path == "/v1/models" else None
+    rows = [{"prompt": f"q{i}" * (1 + i), "completion": "a", "answer": 2} for i in range(4)]
+    data = str(write_rows(rows, name="talks.jsonl"))
+    plays = {"data": data, "environment": "python:tiny_worlds.Talk", "max_completion_length": 4}
+    config = run("run", fake, max_steps=1, max_episode_length=60, **plays)
+    longest = 60 + max(len(x.student_ids) for x in Trainer(run("ours", **plays)).stage.task.examples)
+    refused = (
+        rf"a prompt with its episode has up to {longest} tokens, and the engine allows 64: the model's window or "
+        r"--max-model-len of the servers; lower max_episode_length or max_prompt_length, or raise --max-model-len$"
+    )
+    with pytest.raises(UserError, match=refused):
+        run_training(config)
+    served = {name: getattr(config, name) for name in ("model", "engine", "engine_url", "engine_folder")}
+    with pytest.raises(UserError, match=refused):
+        evaluate(EvalConfig(**plays, **served, max_episode_length=60))
+    assert paths(fake).count("/v1/completions") == 1  # what the server was checked with
+    run_training(run("shorter", fake, max_steps=1, max_episode_length=60 - (longest - 64), **plays))
 
 
 @pytest.mark.slow

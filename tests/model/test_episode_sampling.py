@@ -72,6 +72,21 @@ def test_replies_from_kept_states_are_those_of_sampling_anew(load: Loader) -> No
             assert rollout.logps == pytest.approx(logps(loaded, prompt, rollout.ids), abs=1e-5)
 
 
+@pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed shapes"])
+def test_replies_are_the_same_where_ends_are_looked_for_every_few_tokens(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, fixed: bool
+) -> None:
+    loaded = replace(load(ends=MANY_ENDS), captures=True)
+    wanted = conversation(loaded, [0, 1, 2, 3])
+    monkeypatch.setattr("selfdistill.model.sampling.tokens_per_check", lambda _kind: 6)
+    monkeypatch.setattr("selfdistill.model.decoding_steps.has_graphs", lambda _kind: fixed)
+    found = conversation(loaded, [0, 1, 2, 3])
+    for number, own in found.items():
+        for (prompt, rollout), (other, reply) in zip(own, wanted[number], strict=True):
+            assert prompt == other
+            assert_alike(rollout, reply)
+
+
 def test_layers_keep_their_states_without_waiting_for_the_device(load: Loader) -> None:
     def waits(layers: int) -> int:
         loaded = replace(load(layers=layers), end_token_ids=(-1,))

@@ -284,7 +284,7 @@ def test_rank_0_may_write_for_longer_than_an_operation_may_take(tmp_path: Path) 
         for _ in range(2):
             found = full_tensors({"weight": weight})["weight"]
             if is_rank0():
-                time.sleep(3)  # as for a file
+                time.sleep(1.5)  # as for a file
         return 10 if not is_rank0() or found.tolist() == [0.0, 1.0, 2.0, 3.0] else 11
 
     assert [child.wait() for child in started_together(work, tmp_path / "log")] == [10, 10]

@@ -315,6 +315,32 @@ def test_a_prompt_that_lost_its_pictures_is_refused(folder_of: Folder) -> None:
         sample(loaded, [prompt], Sampling(2, temperature=0.0))
 
 
+def test_rows_whose_pictures_the_processor_rejects_are_named(folder_of: Folder, tmp_path: Path) -> None:
+    loaded = load_model(str(folder_of(FAMILIES[0])))
+    assert loaded.pictures is not None
+    processor = loaded.pictures.processor
+
+    def strict(images: list[Image.Image], **options: Any) -> Any:
+        if images[0].height > 200 * images[0].width:
+            raise ValueError("absolute aspect ratio must be\nsmaller than 200")
+        return processor(images=images, **options)
+
+    loaded.pictures.processor = strict
+    narrow, path = Image.new("RGB", (1, 300)), tmp_path / "a.png"
+    narrow.save(path)
+    raw = [*rows(), rows()[1] | {"images": [rows()[0]["images"][0], narrow]}, rows()[0] | {"images": [str(path)]}]
+    why = "absolute aspect ratio must be smaller than 200"
+    with pytest.raises(UserError) as error:
+        encode(
+            load_demonstrations(raw), None, loaded.chat(), max_prompt_length=None, max_completion_length=9, window=None
+        )
+    name = f"model {loaded.name!r}: its processor rejects picture"
+    assert str(error.value) == (
+        f"2 of 5 rows have pictures that the model does not read: data[3]: {name} 2: {why}; "
+        f"data[4]: {name} 1 ({path}): {why}"
+    )
+
+
 def test_a_picture_is_decoded_again_from_its_file(folder_of: Folder, tmp_path: Path) -> None:
     loaded, path = load_model(str(folder_of(FAMILIES[0]))), tmp_path / "a.png"
     draw_shape("red", "circle").save(path)

@@ -219,7 +219,7 @@ def test_a_run_whose_other_process_hangs_says_so_in_one_line(
     settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings("hung", **COMMON | {"max_steps": 200})
-    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=10))
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=5))
     real = Trainer.step
 
     def hangs(run: Trainer, index: int) -> dict[str, Any]:
@@ -239,14 +239,14 @@ def test_a_process_that_works_alone_may_take_longer_than_an_operation_on_gradien
     def work() -> int:
         short = timedelta(seconds=1)
         Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=short)])
-        broadcast_from_rank0(lambda: time.sleep(2))
+        broadcast_from_rank0(lambda: time.sleep(1.5))
         if os.environ["RANK"] == "1":
-            time.sleep(2)
+            time.sleep(1.5)
         weight = torch.nn.Parameter(torch.ones(2))
         weight.grad = torch.ones(2)
         all_reduce_gradients([weight])
         if os.environ["RANK"] == "0":
-            time.sleep(2)
+            time.sleep(1.5)
         barrier()
         return 10 if weight.grad.tolist() == [2.0, 2.0] else 11
 

@@ -47,7 +47,7 @@ def write(
 
     def make(**values: Any) -> list[str]:
         settings = {
-            "model": str(model_folder(ends=ENDS)),
+            "model": str(model_folder(ends=ENDS, layers=1)),
             "data": data,
             "test": test,
             "prior": str(tmp_path / "prior"),
@@ -154,7 +154,7 @@ def test_after_shows_the_demonstration(
     load: Callable[..., LoadedModel],
     write_rows: Callable[..., Path],
 ) -> None:
-    base = load(ends=ENDS)
+    base = load(ends=ENDS, layers=1)
     bare = [{"role": "user", "content": "a?"}]
     shown = [*bare, {"role": "assistant", "content": "b"}, *bare]
     replies = generate(base, [bare, shown], max_completion_length=10)

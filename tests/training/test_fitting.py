@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from children import started_together
-from conftest import final_weights, same
+from conftest import ENDS, final_weights, same
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -25,9 +25,9 @@ from selfdistill.model.teacher import PART_NUMBERS
 from selfdistill.runtime import size_in_bytes
 from selfdistill.training import memory, plan_for, train
 from selfdistill.training.fitting import check_fits, check_host_fits, fit, fitted
-from selfdistill.training.memory import MemoryPlanner, memory_plan
+from selfdistill.training.memory import MemoryPlanner, has_moving_teacher, memory_plan
 from selfdistill.training.memory_result import MemoryPlan
-from selfdistill.training.traced_step import Device
+from selfdistill.training.traced_step import Device, TracedStep
 from selfdistill.training.train import AMPLE, check_memory
 
 Make = Callable[..., TrainConfig]
@@ -38,6 +38,13 @@ IN_ONE = {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
 
 def planned(config: TrainConfig, device: Device = CPU) -> MemoryPlan:
     return memory_plan(config, load_demonstrations(config.data), device)
+
+
+@pytest.fixture
+def settings(settings: Make, model_folder: Callable[..., Path]) -> Make:
+    """Settings of runs of a model with a single layer, which is planned soonest."""
+    folder = str(model_folder(ends=ENDS, layers=1))
+    return lambda out="run", **values: settings(out, **{"model": folder} | values)
 
 
 @pytest.fixture
@@ -226,6 +233,38 @@ def test_the_nearest_settings_change_least(long: Make) -> None:
         assert f" MiB: gradient_accumulation_steps {parts}" in found.verdict()
 
 
+def test_another_optimizer_is_planned_without_another_trace(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings()
+    smaller = config.model_copy(update={"optim": "adamw_8bit"})
+    expected, planner = planned(smaller), MemoryPlanner(config, load_demonstrations(config.data), CPU)
+    moments = planner.plan(config).largest.bytes["moments"]
+    monkeypatch.setattr(TracedStep, "learning", lambda *_, **__: pytest.fail("traced again"))
+    found = planner.plan(smaller)
+    assert found.phases == expected.phases
+    assert found.largest.bytes["moments"] < moments
+
+
+def test_a_teacher_that_does_not_follow_the_student_is_not_changed(
+    settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is none, it saves nothing; a method with a teacher of its own refuses the setting."""
+    config = settings(method="sft", batch_size=1, gradient_checkpointing=True)
+    planner = MemoryPlanner(config, load_demonstrations(config.data), CPU)
+    limit = planner.plan(config.model_copy(update={"optim": "adamw_8bit"})).peak
+    tried, plan = [], planner.plan
+
+    def noted(config: TrainConfig, **options: Any) -> MemoryPlan:
+        tried.append(config.teacher)
+        return plan(config, **options)
+
+    monkeypatch.setattr(planner, "plan", noted)
+    assert fitted(planner, config, limit).nearest is not None
+    assert tried == ["ema"] * len(tried)
+    assert len(tried) > 2
+    own: dict[str, Any] = {"scorer": "exact", "method_settings": {"trust_region": 0.5}}
+    assert not has_moving_teacher(settings(method="sdpo", **own))
+
+
 def test_micro_batches_and_checkpointing_are_chosen_where_they_are_not_given(long: Make) -> None:
     config = long()
     planner = MemoryPlanner(config, load_demonstrations(config.data), CPU)
@@ -248,7 +287,8 @@ def test_micro_batches_and_checkpointing_are_chosen_where_they_are_not_given(lon
 
 def test_parts_of_a_step_leave_room_for_no_more_micro_batches(settings: Make) -> None:
     """With ``fsdp`` every part is a multiple of processes times micro-batches; two such parts need a batch of 8."""
-    config = settings(method="sft", fsdp=True, batch_size=8, anchors="package")
+    few_moves: dict[str, Any] = {"lora_rank": 4, **BFLOAT16}
+    config = settings(method="sft", fsdp=True, batch_size=8, anchors="package", **few_moves)
     planner = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no", 2))
     saving = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
     limit = planner.plan(config.model_copy(update=saving), least=True).peak
@@ -273,11 +313,12 @@ def test_a_run_in_chosen_micro_batches_is_that_in_given_ones(
 def test_where_the_weights_do_not_fit_an_adapter_is_proposed(
     settings: Make, model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = with_config(model_folder(), tmp_path / "wide", hidden_size=512, intermediate_size=1024, head_dim=128)
-    config = settings(model=str(folder))
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    config = settings(model=str(with_config(model_folder(layers=1), tmp_path / "wide", **wide)), batch_size=1)
     rows = load_demonstrations(config.data)
-    live = MemoryPlanner(config, rows, CPU).fixed(config.model_copy(update={"teacher": "live"})).total()
-    found = fit(config, rows, CPU, live - 1)
+    planner = MemoryPlanner(config, rows, CPU)
+    live = planner.fixed(config.model_copy(update={"teacher": "live"})).total()
+    found = fitted(planner, config, live - 1)
     assert found.nearest is not None
     assert found.nearest[0] == {"lora_rank": 16}
     assert found.nearest_full is not None
@@ -292,7 +333,7 @@ def test_where_the_weights_do_not_fit_an_adapter_is_proposed(
         rf"or, without an adapter, with [\d.]+ MiB: {full}$",
         found.verdict(),
     )
-    assert fit(config, rows, CPU, plan.peak // 4).nearest_full is None
+    assert fitted(planner, config, plan.peak // 4).nearest_full is None
     with_tower = fit(config.model_copy(update={"train_vision_tower": True}), rows, CPU, live - 1)
     assert "lora_rank" not in with_tower.advice(), "the settings refuse the two together"
 
@@ -393,7 +434,7 @@ def test_fixed_memory_is_that_of_the_shapes(
     settings: Make, model_folder: Callable[..., Path], tmp_path: Path, tied: bool
 ) -> None:
     """W weights: D V, once more for a head of its own, and by layer those of attention, feed-forward and two norms."""
-    layers, wide, inner, vocabulary, keys = 28, 3584, 18944, 152064, 512
+    layers, wide, inner, vocabulary, keys = 4, 3584, 18944, 152064, 512
     folder = with_config(
         model_folder(tied=tied),
         tmp_path / "large",

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import ENDS, byte_tokenizer
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,15 +26,15 @@ Make = Callable[..., TrainConfig]
 VOCABULARY, HIDDEN = 2048, 128
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose parts all show: a million weights, for some CPUs multiply bfloat16 slowly."""
-    path = tmp_path_factory.mktemp("model")
+def write_model(path: Path, layers: int) -> Path:
+    """Write a random model whose parts all show: four layers have a million weights, for some CPUs multiply bfloat16
+    slowly.
+    """
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=320,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
@@ -48,6 +48,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), 4)
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """For what is planned alone, which takes longer with more layers."""
+    return str(write_model(tmp_path_factory.mktemp("model"), 1))
 
 
 @pytest.fixture(autouse=True)
@@ -174,16 +185,16 @@ def test_the_plan_is_what_the_steps_hold(
     assert plan.peak + copy == pytest.approx(measured, rel=0.03)
 
 
-def phase_of(config: TrainConfig, name: str) -> int:
+def phases_of(config: TrainConfig) -> dict[str, int]:
     plan = memory_plan(config, load_demonstrations(config.data), Device("cpu", "no"))
     assert plan.untraced is None
-    return next(phase.total for phase in plan.phases if phase.name == name)
+    return {phase.name: phase.total for phase in plan.phases}
 
 
 def test_the_plan_counts_the_chunks_of_the_loss_as_they_are_on_a_gpu(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: Make, one_layer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make(max_completion_length=256)  # 1,024 tokens in a batch
+    config = make(model=one_layer, max_completion_length=256)  # 1,024 tokens in a batch
     rows = load_demonstrations(config.data)
 
     def loss(kind: str) -> int:
@@ -228,7 +239,7 @@ def test_the_plan_counts_what_is_drawn_before_the_first_step(
 
     monkeypatch.setattr(kind, "draw", measured)
     Trainer(config)
-    assert phase_of(config, "drawing") == pytest.approx(max(peaks), rel=0.03)
+    assert phases_of(config)["drawing"] == pytest.approx(max(peaks), rel=0.03)
 
 
 @pytest.mark.slow
@@ -242,10 +253,10 @@ def test_the_plan_counts_the_guides_that_samples_see(make: Make, write_rows: Cal
     run = Trainer(config)
     held, task = after_a_step(run) - before, run.stage.task
     measured = held + added_peak(lambda: task.method.sequence(run.loaded, task.examples[:4], 1))
-    assert phase_of(config, "sampling") == pytest.approx(measured, rel=0.03)
+    assert phases_of(config)["sampling"] == pytest.approx(measured, rel=0.03)
 
 
-def test_the_plan_counts_the_prefixes_in_prompts(make: Make, write_rows: Callable[..., Path]) -> None:
+def test_the_plan_counts_the_prefixes_in_prompts(make: Make, one_layer: str, write_rows: Callable[..., Path]) -> None:
     """As GRPO on prompts that end with half of the demonstration, with as many samples."""
     completion = "ab" * 30
     prompts = ["q", f"q\n\nLet this guide your answer:\n\n{completion[:30]}\n\nNow answer the question."]
@@ -253,21 +264,24 @@ def test_the_plan_counts_the_prefixes_in_prompts(make: Make, write_rows: Callabl
         str(write_rows([{"prompt": prompt, "completion": completion}] * 4, name=f"{len(prompt)}.jsonl"))
         for prompt in prompts
     )
-    values: dict[str, Any] = {"batch_size": 4, "max_completion_length": 64, "scorer": "exact"}
+    values: dict[str, Any] = {"model": one_layer, "batch_size": 4, "max_completion_length": 64, "scorer": "exact"}
     own: dict[str, Any] = {"longest": 0.5, "where": "prompt"}
     pope = make(method="pope", data=alone, num_generations=2, method_settings=own, **values)
     short, long = (make(method="grpo", data=data, num_generations=4, **values) for data in (alone, guided))
+    found, least, expected = map(phases_of, (pope, short, long))
     for phase in ("sampling", "student"):
-        assert phase_of(short, phase) < 0.95 * phase_of(long, phase)
-        assert phase_of(pope, phase) == phase_of(long, phase)
+        assert least[phase] < 0.95 * expected[phase]
+        assert found[phase] == expected[phase]
 
 
 @pytest.mark.parametrize(
     "method",
     [name if name in QUICK_METHODS else pytest.param(name, marks=pytest.mark.slow) for name in get_args(MethodName)],
 )
-def test_the_plan_of_every_method_is_whole(all_of_them: Make, method: MethodName) -> None:
+def test_the_plan_of_every_method_is_whole(
+    all_of_them: Make, model_folder: Callable[..., Path], method: MethodName
+) -> None:
     own: list[dict[str, Any]] = [{}, {"method_settings": {"trust_region": 0.5}}] if method == "sdpo" else [{}]
     for values in own:
-        config = all_of_them(method=method, **values)
+        config = all_of_them(method=method, model=str(model_folder(ends=ENDS, layers=1)), **values)
         assert memory_plan(config, load_demonstrations(config.data), Device("cpu", "no")).untraced is None

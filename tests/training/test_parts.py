@@ -159,8 +159,14 @@ def plain(run: Trainer, base: Any, part: BatchPart, student: Any) -> Tensor:
         if part.name != "task":
             with torch.no_grad():
                 log_q_TV = row_log_probs(base, c.example.student_ids, c.ids)
-            reverse = run.config.anchor_divergence == "reverse_kl"
-            values.append(kl(log_p_TV, log_q_TV) if reverse else kl(log_q_TV, log_p_TV))
+            b = run.config.jsd_weight
+            log_m_TV = ((1 - b) * log_p_TV.exp() + b * log_q_TV.exp()).log()
+            divergences = {
+                "forward_kl": kl(log_q_TV, log_p_TV),
+                "reverse_kl": kl(log_p_TV, log_q_TV),
+                "jsd": b * kl(log_q_TV, log_m_TV) + (1 - b) * kl(log_p_TV, log_m_TV),
+            }
+            values.append(divergences[run.config.anchor_divergence])
         elif run.config.method == "sft":
             values.append(-log_p_TV[torch.arange(len(c.ids)), torch.tensor(c.ids)])
         else:
@@ -178,11 +184,12 @@ def plain(run: Trainer, base: Any, part: BatchPart, student: Any) -> Tensor:
     [
         {"teacher": "ema", "ema_rate": 0.3, "num_generations": 2},
         {"teacher": "frozen", "anchor_divergence": "reverse_kl"},
+        {"teacher": "frozen", "anchor_divergence": "jsd", "jsd_weight": 0.1},
         {"teacher": "frozen", "lora_rank": 4},
         {"teacher": "ema", "ema_rate": 0.3, "lora_rank": 4},
         {"method": "sft", "max_completion_length": 20, "loss_normalisation": "token"},
     ],
-    ids=["ema", "reverse", "lora", "lora ema", "sft"],
+    ids=["ema", "reverse", "jsd", "lora", "lora ema", "sft"],
 )
 def test_a_steps_gradient_is_the_sum_of_its_parts_by_share(
     anchored: Settings, values: dict[str, Any], micro_batches: int

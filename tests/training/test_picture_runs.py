@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,10 +25,12 @@ from selfdistill.data.shapes import COLOURS, draw_shape
 from selfdistill.errors import UserError
 from selfdistill.evaluation import spill
 from selfdistill.loss import CrossEntropy, Divergence
+from selfdistill.methods.prefixes import continued
 from selfdistill.model import ForwardPass, Sampling, fake_model, load_model, make_optimizer
 from selfdistill.training import export, merge, train
 from selfdistill.training.memory import memory_plan
 from selfdistill.training.planned_parts import planned_stages
+from selfdistill.training.token_views import token_views
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
@@ -159,6 +162,13 @@ def test_a_frozen_teachers_kept_contexts_change_nothing(
     kept, not_kept = (make(out=str(mib), teacher_cache_mib=mib, **settings) for mib in (64, 0))
     one, other = (weights(train(config)) for config in (kept, not_kept))
     assert largest_difference(one, other) < 1e-5
+
+
+def test_what_the_teacher_sees_has_a_word_for_each_picture(make: Make) -> None:
+    (view,) = token_views(Trainer(make(view_rows=1)))
+    seen = view["teacher_sees"]
+    assert (seen.count("[picture]"), seen.count("image")) == (2, 0)
+    assert re.sub(r"\s", "", seen).count("[picture]?") == 2
 
 
 @family
@@ -328,12 +338,32 @@ def test_the_plan_of_memory_keeps_the_pictures_of_longer_prompts(
     assert memory_plan(config, demonstrations, Device("cpu", "no")).untraced is None
 
 
+@one_family
+def test_a_sample_that_continues_a_beginning_sees_the_picture(make: Make, family: PictureFamily) -> None:
+    run = Trainer(make(family, method="pope", num_generations=2))
+    examples, beginnings = run.stage.task.examples[:3], [[70], [], [71, 72]]
+    for one in continued(run.loaded, examples, beginnings, Sampling(6), 0.5, [1, 2, 3]):
+        output = run.forward_pass(run.loaded.model, [one.example.student_ids], [one.ids])
+        assert run.loaded.pictures is not None
+        logp_NV = run.loaded.pictures.allowed(output.head(output.hidden_ND)).log_softmax(-1)
+        logp_N = logp_NV[torch.arange(len(one.ids)), torch.tensor(one.ids)]
+        first = one.given[0][1] if one.given else 0
+        assert one.logps is not None
+        assert logp_N[first:].tolist() == pytest.approx(one.logps[first:], abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["pope", pytest.param("trapo", marks=pytest.mark.slow)])
+def test_methods_that_continue_a_beginning_learn_from_rows_with_pictures(make: Make, method: str) -> None:
+    config = make(method=method, num_generations=2 if method == "pope" else None, max_steps=1, scorer="contains")
+    train(config)
+    assert "skipped" not in metrics_of(config)[0]
+
+
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
         ({"engine": "vllm"}, "setting 'engine' does not work with pictures; leave it out"),
         ({"torch_compile": True}, "setting 'torch_compile' does not work with pictures; leave it out"),
-        ({"method": "pope", "num_generations": 2}, "rows with pictures do not work with this method"),
     ],
 )
 def test_what_does_not_work_with_pictures_is_refused_in_one_line(

@@ -1149,9 +1149,19 @@ def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], m
     train(config)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     of_sdft = {"kl/forward", "kl/reverse", "drift/teacher", "importance", "rollout/tokens_per_second"}
-    of_others = {"reward", "learnt", "unfit", "control", "skipped", "loss/PART", "share/PART"}
+    of_others = {
+        "reward",
+        "teacher_gain/right",
+        "teacher_gain/wrong",
+        "learnt",
+        "unfit",
+        "control",
+        "skipped",
+        "loss/PART",
+        "share/PART",
+    }
     of_others |= {"engine/gap", "engine/gap_max", "time/sync_s", "turn_loss/NUMBER"}
-    of_others |= {f"episode/{name}" for name in ("turns", "invalid_calls", "reward", "success")}
+    of_others |= {f"episode/{name}" for name in ("turns", "invalid_calls", "cut", "reward", "success")}
     expected = set(METRICS) - of_others - (of_sdft if method == "sft" else set())
     values = [json.loads(line) for line in lines]
     assert [v["step"] for v in values] == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,91 @@
+"""Decoding captured as a CUDA graph against decoding without: the same samples, and the time of a token.
+
+On a CPU, passes have the same fixed shapes, but nothing is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import torch
+from bench import Bench, Check, Found
+from measure import alternate
+from models import WHOLE, endless, shape_model, small_model
+from speed import sampled
+
+from selfdistill.model import LoadedModel, Sampling, add_lora, decoding_steps, sample, sample_seed
+from selfdistill.model.loading import load_model
+from selfdistill.model.sampling import Rollout
+
+
+@contextmanager
+def decoding(graphs: bool) -> Iterator[None]:
+    """Decode with passes of fixed shapes, captured on a GPU, or with passes that grow."""
+    with patch.object(decoding_steps, "has_graphs", lambda _kind: graphs):
+        yield
+
+
+def check_graphs(bench: Bench, found: Found) -> None:
+    """Samples of a small model in float32 that end at unlike lengths; then the time of a token of a large one."""
+    loaded = load_model(small_model(bench))
+    loaded.model.to(bench.device)
+    vocabulary = loaded.model.config.vocab_size
+    loaded = replace(loaded, end_token_ids=tuple(range(0, vocabulary, 32)))
+    compare(bench, found, loaded, "samples")
+    found.add("captured passes that computed the same logits", float(loaded.captures is True), at_least=1.0)
+    with torch.no_grad():
+        loaded.model.get_output_embeddings().weight.mul_(0.9)
+    compare(bench, found, loaded, "after the weights changed")
+    few, more = 2, 4
+    for kind in ("full", "LoRA"):
+        costs = [token_costs(bench, layers, adapter=kind == "LoRA") for layers in (few, more)]
+        for name in ("captured", "not captured"):
+            low, high = (cost[name] for cost in costs)
+            found.add(f"{kind}: a token, {name}, {few} layers", low, "ms")
+            found.add(
+                f"{kind}: a token, {name}, {WHOLE} layers", low + (WHOLE - few) * (high - low) / (more - few), "ms"
+            )
+        found.add(f"{kind}: a capture, {more} layers", costs[1]["capture"], "ms")
+
+
+def compare(bench: Bench, found: Found, loaded: LoadedModel, name: str) -> None:
+    """How many samples are the same with and without graphs, and how much their log-probabilities differ."""
+    prompts = [[(7 * row + place) % 256 for place in range(5 + 3 * row)] for row in range(16)]
+    seeds = [sample_seed(0, 0, row, 0) for row in range(16)]
+    made: dict[bool, list[Rollout]] = {}
+    for graphs in (False, True):
+        with decoding(graphs):
+            made[graphs] = sample(loaded, prompts, Sampling(128 if bench.cuda else 40), seeds)
+    pairs = list(zip(made[False], made[True], strict=True))
+    same = [(a, b) for a, b in pairs if a.ids == b.ids]
+    gaps = [abs(x - y) for a, b in same for x, y in zip(a.logps, b.logps, strict=True)]
+    found.add(f"{name}: share that is the same", len(same) / len(pairs), at_least=0.9)
+    found.add(f"{name}: largest gap of their log-probabilities", max(gaps, default=0.0), "nats", at_most=1e-3)
+
+
+def token_costs(bench: Bench, layers: int, *, adapter: bool) -> dict[str, float]:
+    """Milliseconds of a new token of 16 samples, captured and not, and of a capture: what a rollout costs more."""
+    loaded = endless(shape_model(bench, layers, torch.bfloat16))
+    if adapter:
+        add_lora(loaded, 16, None, 0)
+    short, long = (16, 48) if bench.cuda else (10, 14)
+
+    def timed(graphs: bool, tokens: int) -> Callable[[], float]:
+        def run() -> float:
+            with decoding(graphs):
+                return sampled(loaded, 16, tokens, 40)
+
+        return run
+
+    names = {"captured": True, "not captured": False}
+    runs = {f"{name} {tokens}": timed(graphs, tokens) for name, graphs in names.items() for tokens in (short, long)}
+    times = {name: 1e3 * seconds for name, seconds in alternate(runs, 3).items()}
+    costs = {name: (times[f"{name} {long}"] - times[f"{name} {short}"]) / (long - short) for name in names}
+    without = [times[f"{name} {short}"] - short * costs[name] for name in names]
+    return costs | {"capture": without[0] - without[1]}
+
+
+CHECKS = (Check("graphs", "decoding captured as a CUDA graph against decoding without", 90, check_graphs),)

@@ -1,0 +1,217 @@
+"""The passes that continue a batch of samples by one token each.
+
+:class:`GrowingSteps` do this for every model. Each pass is longer than the one before, so a GPU waits while the CPU
+launches its kernels one by one, over a thousand for a token of a large model. :class:`FixedSteps` have the same shapes
+and addresses every time, so that a GPU can replay them with one launch.
+
+Legend: B rows of the batch, L places of the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from selfdistill.model.device import captured, has_graphs
+from selfdistill.model.fsdp import is_sharded
+from selfdistill.model.head import unwrap
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.preallocated import PreallocatedLayer, can_be_fixed, fix, preallocate
+from selfdistill.model.weights import first_line
+from selfdistill.runtime import say_note
+
+COMPARED_TOKENS = 2
+"""Tokens for which a model's first captured pass is compared with the pass itself: one could be right by chance, such
+as when the captured pass does nothing."""
+
+LEAST_TOKENS = 8
+"""Fewest new tokens that are worth a capture, estimated to take as long as three or four without one."""
+
+
+@dataclass
+class ReadRows:
+    """Token sequences that the model has read, one per row of a cache."""
+
+    cache: DynamicCache
+    logits_BV: Tensor
+    """Logits of the token after each row."""
+    mask_BL: Tensor
+    """1 where the cache holds a token of the row, 0 at padding."""
+    shift_B: Tensor
+    """Offset of the next token's position from the number of tokens before it: 0, unless the model gives pictures
+    two-dimensional positions."""
+
+
+class GrowingSteps:
+    """Passes over a cache that grows.
+
+    Args:
+        loaded: the model.
+        rows: what it has read; consumed.
+        most: maximum number of new tokens.
+    """
+
+    def __init__(self, loaded: LoadedModel, rows: ReadRows, most: int) -> None:
+        self._model = loaded.model
+        self.cache, self.mask_BL = rows.cache, rows.mask_BL
+        self._position_B = rows.mask_BL.sum(1) + rows.shift_B
+        preallocate(self.cache, most)
+
+    def __call__(self, token_B: Tensor) -> Tensor:
+        """Append a token to each row; returns the logits of the next, ``logits_BV``."""
+        self._grow_mask(1)
+        logits_BV: Tensor = self._model(
+            input_ids=token_B[:, None],
+            attention_mask=self.mask_BL,
+            position_ids=self._position_B[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        self._position_B = self._position_B + 1
+        return logits_BV
+
+    def _grow_mask(self, count: int) -> None:
+        self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(self.mask_BL), count)], dim=1)
+
+    def skip(self, count: int) -> None:
+        """Append this many tokens with zero states."""
+        self._grow_mask(count)
+        self._position_B = self._position_B + count
+        for layer in self.cache.layers:
+            if isinstance(layer, PreallocatedLayer):
+                layer.skip(count)
+
+    @staticmethod
+    def staying(rows: int) -> int:
+        """At how many rows or fewer, of so many, the others are worth dropping: always."""
+        return rows - 1
+
+    @staticmethod
+    def copied(rows: int) -> int:
+        """How many rows of a layer, of so many, are copied at most: all where its memory is full."""
+        return rows
+
+    def keep(self, index_B: Tensor) -> None:
+        """Drop all rows but these."""
+        select_rows(self.cache, index_B)
+        self.mask_BL, self._position_B = self.mask_BL[index_B], self._position_B[index_B]
+
+
+class FixedSteps:
+    """Passes with fixed shapes and addresses, captured where the device can do that; used as :class:`GrowingSteps`.
+
+    A captured pass reads the weights where they are, so it may not outlive a change of their memory. It is kept for
+    these rows only. A model's first is compared with the pass itself. If it differs or cannot be captured, a note says
+    so, and the model is not captured again.
+    """
+
+    def __init__(self, loaded: LoadedModel, rows: ReadRows, most: int) -> None:
+        self._loaded, self.cache = loaded, rows.cache
+        self.mask_BL = torch.nn.functional.pad(rows.mask_BL, (0, most))
+        self._place_1 = torch.tensor([rows.mask_BL.shape[1]], device=rows.mask_BL.device)
+        self._position_B1 = (rows.mask_BL.sum(1) + rows.shift_B)[:, None]
+        self._token_B1 = torch.zeros_like(self._position_B1)
+        self._run: Callable[[], Tensor] | None = None
+        self._to_compare = COMPARED_TOKENS if has_graphs(loaded.device.type) and loaded.captures is None else 0
+        fix(self.cache, self._place_1, most)
+
+    def __call__(self, token_B: Tensor) -> Tensor:
+        """Append a token to each row; returns the logits of the next, ``logits_BV``, valid until the next call."""
+        self._token_B1.copy_(token_B[:, None])
+        if self._run is None:
+            self._capture()
+        assert self._run is not None
+        logits_BV = self._run()
+        if self._to_compare:
+            logits_BV = self._compared(logits_BV)
+        self._place_1 += 1
+        self._position_B1 += 1
+        return logits_BV
+
+    def _pass(self) -> Tensor:
+        """The logits after the current tokens. Running it again changes nothing."""
+        self.mask_BL.index_fill_(1, self._place_1, 1)
+        logits_BV: Tensor = self._loaded.model(
+            input_ids=self._token_B1,
+            attention_mask=self.mask_BL,
+            position_ids=self._position_B1,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        return logits_BV
+
+    def _capture(self) -> None:
+        try:
+            self._run = captured(self._pass, self._loaded.device)
+        except Exception as error:  # whatever a model's code does that cannot be captured
+            self._give_up(first_line(error))
+
+    def _compared(self, logits_BV: Tensor) -> Tensor:
+        """These logits of a captured pass, or those of the pass itself if they differ."""
+        expected_BV = self._pass()
+        tolerance = 1e-3 if expected_BV.dtype == torch.float32 else 5e-2
+        error = (logits_BV - expected_BV).abs().max()
+        if not bool(error <= tolerance * expected_BV.abs().max().clamp(min=1.0)):
+            self._give_up("it computed other logits")
+            return expected_BV
+        self._to_compare -= 1
+        if self._to_compare == 0:
+            self._loaded.captures = True
+        return logits_BV
+
+    def _give_up(self, reason: str) -> None:
+        say_note(f"model {self._loaded.name!r}: sampling without a CUDA graph, which takes longer: {reason}")
+        self._run, self._to_compare, self._loaded.captures = self._pass, 0, False
+
+    def skip(self, count: int) -> None:
+        """Append this many tokens with zero states."""
+        self._place_1 += count
+        self._position_B1 += count
+
+    @staticmethod
+    def staying(rows: int) -> int:
+        """At how many rows or fewer, of so many, the others are worth dropping.
+
+        The passes for the rest must be captured again, for the time of a few tokens, and reading the weights takes as
+        long for few rows as for many. So this happens once half have ended.
+        """
+        return rows // 2
+
+    @staticmethod
+    def copied(rows: int) -> int:
+        """How many rows of a layer, of so many, are copied at most: those that stay."""
+        return rows // 2
+
+    def keep(self, index_B: Tensor) -> None:
+        """Drop all rows but these."""
+        self._run = None if self._loaded.captures is not False else self._pass
+        select_rows(self.cache, index_B)
+        self.mask_BL, self._position_B1 = self.mask_BL[index_B], self._position_B1[index_B]
+        self._token_B1 = torch.zeros_like(self._position_B1)
+
+
+def steps_for(loaded: LoadedModel, rows: ReadRows, most: int, kind: str) -> GrowingSteps | FixedSteps:
+    """The passes for these rows on a device of this kind."""
+    is_worth_it = has_graphs(kind) and most >= LEAST_TOKENS
+    fixed = is_worth_it and _can_be_captured(loaded) and can_be_fixed(rows.cache)
+    return FixedSteps(loaded, rows, most) if fixed else GrowingSteps(loaded, rows, most)
+
+
+def _can_be_captured(loaded: LoadedModel) -> bool:
+    """Whether a model's passes may have fixed shapes: transformers tests it, and nothing runs between its layers."""
+    model = unwrap(loaded.model)
+    declared = getattr(model, "_can_compile_fullgraph", False) and loaded.captures is not False
+    attention = getattr(model.config, "_attn_implementation", None)
+    return declared and attention in ("eager", "sdpa") and loaded.pictures is None and not is_sharded(loaded.model)
+
+
+def select_rows(cache: DynamicCache, index_B: Tensor) -> None:
+    """Select rows of a cache, with the one method that layers with recurrent states also have."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.reorder_cache(index_B)

@@ -1,0 +1,464 @@
+"""Decoding as on a GPU, on a CPU: ends looked for every few tokens, passes of fixed shapes, and what captures them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from odd_models import NAMES, ODD_LAYERS, odd_model
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from waits import Waits
+
+from selfdistill.data import NEXT_TURN
+from selfdistill.model import LiveTensors, add_lora, sample_at_its_longest
+from selfdistill.model.decoding_steps import FixedSteps, GrowingSteps, steps_for
+from selfdistill.model.dropout import disable_dropout
+from selfdistill.model.loading import LoadedModel
+from selfdistill.model.preallocated import FixedLayer
+from selfdistill.model.sampling import Rollout, Sampling, choose, read, sample
+
+Loader = Callable[..., LoadedModel]
+MANY_ENDS = (257, *range(40, 75))  # so that samples end at unlike lengths
+SEEDS = [1, 2, 3, 4, 5, 6]
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    draw = random.Random(7)
+    return [[draw.randrange(256) for _ in range(length)] for length in lengths]
+
+
+BATCH = prompts(5, 1, 40, 17, 2, 17)
+TINY: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+FIXED = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY)),
+    "qwen2, biases": lambda: Qwen2ForCausalLM(Qwen2Config(**TINY)),
+    "gemma2, windows, eager": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**TINY, head_dim=8, sliding_window=6, attn_implementation="eager")
+    ),
+    "gpt2, learnt positions": lambda: odd_model("gpt2, learnt positions")[0],
+    "bloom, bias by position": lambda: odd_model("bloom, bias by position")[0],
+    "deepseek, latent": ODD_LAYERS["deepseek 3"][0],
+    "llama 4, chunks": ODD_LAYERS["llama 4"][0],
+}
+"""Models of many families whose passes can have fixed shapes."""
+
+
+def of_kind(load: Loader, make: Callable[[], Any]) -> LoadedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().eval()
+    disable_dropout(model)
+    return replace(load(), model=model, end_token_ids=MANY_ENDS, window=None, continues_cache=None)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Decodes from now on as if the CPU were a GPU, without capture."""
+
+    def decide(every: int = 16, *, fixed: bool = True) -> None:
+        monkeypatch.setattr("selfdistill.model.sampling.tokens_per_check", lambda _kind: every)
+        monkeypatch.setattr("selfdistill.model.decoding_steps.has_graphs", lambda _kind: fixed)
+
+    return decide
+
+
+def assert_alike(found: list[Rollout], wanted: list[Rollout]) -> None:
+    assert [(r.ids, r.truncated) for r in found] == [(r.ids, r.truncated) for r in wanted]
+    for a, b in zip(found, wanted, strict=True):
+        assert a.logps == pytest.approx(b.logps, abs=1e-4)
+
+
+def pass_shapes(loaded: LoadedModel, work: Callable[[], Any]) -> list[tuple[int, ...]]:
+    """Shapes of the token ids of all passes."""
+    shapes: list[tuple[int, ...]] = []
+    hook = loaded.model.register_forward_pre_hook(
+        lambda _m, _a, kw: shapes.append(tuple(kw["input_ids"].shape)), with_kwargs=True
+    )
+    work()
+    hook.remove()
+    return shapes
+
+
+# --- how often ends are looked for ---
+
+
+@pytest.mark.parametrize(
+    "name", ["llama, one key/value head", "mpt, bias by place", "mamba, recurrent", "lfm2, hybrid"]
+)
+@pytest.mark.parametrize("every", [4, 16])
+def test_a_sample_is_the_same_however_often_ends_are_looked_for(
+    load: Loader, on_a_gpu: Callable[..., None], name: str, every: int
+) -> None:
+    loaded = of_kind(load, lambda: odd_model(name)[0])
+    for sampling in (Sampling(21), Sampling(21, temperature=0.0)):  # the limit is within a block
+        on_a_gpu(1, fixed=False)
+        wanted = sample(loaded, BATCH, sampling, SEEDS)
+        on_a_gpu(every, fixed=False)
+        assert_alike(sample(loaded, BATCH, sampling, SEEDS), wanted)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_samples_that_all_end_within_a_block_compute_no_further_block(
+    load: Loader, on_a_gpu: Callable[..., None], fixed: bool
+) -> None:
+    loaded = replace(load(), end_token_ids=tuple(range(300)), captures=True)  # each sample ends at once
+    on_a_gpu(4, fixed=fixed)
+    rollouts: list[Rollout] = []
+    shapes = pass_shapes(loaded, lambda: rollouts.extend(sample(loaded, BATCH, Sampling(50), SEEDS)))
+    assert len(shapes) == 1 + 3  # the prompts and three tokens
+    assert [(len(r.ids), len(r.logps), r.truncated) for r in rollouts] == [(1, 1, False)] * len(BATCH)
+
+
+@pytest.mark.parametrize("every", [1, 4, 16])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_plain_text_ends_where_the_next_turn_begins_however_often_that_is_looked_for(
+    load: Loader, on_a_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, every: int, fixed: bool
+) -> None:
+    loaded = load(template=None)
+    texts = [f"Yes.{NEXT_TURN} more", f"Yes,\n\nand no.{NEXT_TURN} more", "One\nUser: two\n User: three"]
+    scripts = [loaded.tokenizer(text)["input_ids"] + [0] * 99 for text in texts]
+    on_a_gpu(every, fixed=fixed)
+    at = 0
+
+    def scripted(logits_BV: Tensor, _sampling: Sampling, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal at
+        rows = [numbers.index(float(uniform)) for uniform in uniform_B for numbers in (uniforms[at],)]
+        at += 1
+        return torch.tensor([scripts[row][at - 1] for row in rows]), torch.zeros(len(rows))
+
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
+    drawn = torch.stack([torch.rand(30, generator=g, dtype=torch.float64) for g in generators])
+    uniforms = [drawn[:, t].tolist() for t in range(30)]  # tell which sample is in a row
+    monkeypatch.setattr("selfdistill.model.sampling.choose", scripted)
+    rollouts = sample(loaded, prompts(3, 4, 5), Sampling(30), [1, 2, 3])
+    said = [loaded.tokenizer.decode(rollout.ids) for rollout in rollouts]
+    assert said[:2] == [f"Yes.{NEXT_TURN}", f"Yes,\n\nand no.{NEXT_TURN}"]
+    assert [rollout.truncated for rollout in rollouts] == [False, False, True]
+    assert rollouts[2].ids == scripts[2][:30]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_between_looks_nothing_waits_for_the_device(load: Loader, on_a_gpu: Callable[..., None], fixed: bool) -> None:
+    loaded, batch = replace(load(), end_token_ids=(-1,), captures=True), prompts(9, 9)
+    on_a_gpu(16, fixed=fixed)
+
+    def waits(tokens: int) -> int:
+        with Waits() as seen:
+            sample(loaded, batch, Sampling(tokens), [1, 2])
+        return seen.count
+
+    # If the cache grows, transformers looks for padding in the mask.
+    assert waits(15) - waits(10) == (0 if fixed else 5)
+
+
+# --- passes of fixed shapes ---
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_passes_of_fixed_shapes_give_the_same_samples(load: Loader, on_a_gpu: Callable[..., None], name: str) -> None:
+    loaded = of_kind(load, FIXED[name])
+    for sampling in (Sampling(21), Sampling(21, temperature=0.0)):
+        on_a_gpu(1, fixed=False)
+        wanted = sample(loaded, BATCH, sampling, SEEDS)
+        on_a_gpu(4)
+        assert isinstance(steps_for(loaded, read(loaded, BATCH), 20, "cuda"), FixedSteps)
+        assert_alike(sample(loaded, BATCH, sampling, SEEDS), wanted)
+        on_a_gpu(16)
+        assert_alike(sample(loaded, BATCH, sampling, SEEDS), wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("llama", "gpt2", "bloom"))])
+def test_models_that_do_not_declare_it_have_passes_that_grow(load: Loader, name: str) -> None:
+    loaded = of_kind(load, lambda: odd_model(name)[0])
+    assert isinstance(steps_for(loaded, read(loaded, BATCH), 20, "cuda"), GrowingSteps)
+
+
+def test_few_tokens_are_not_worth_a_capture(load: Loader) -> None:
+    loaded = load()
+    for tokens, kind in ((7, GrowingSteps), (8, FixedSteps)):
+        assert type(steps_for(loaded, read(loaded, BATCH), tokens, "cuda")) is kind
+
+
+def test_a_cpu_has_passes_that_grow(load: Loader) -> None:
+    loaded = load()
+    assert isinstance(steps_for(loaded, read(loaded, BATCH), 20, "cpu"), GrowingSteps)
+
+
+def test_only_attention_of_pytorch_has_passes_of_fixed_shapes(load: Loader) -> None:
+    loaded = load()
+    rows = read(loaded, BATCH)
+    loaded.model.config._attn_implementation = "flash_attention_2"
+    assert isinstance(steps_for(loaded, rows, 20, "cuda"), GrowingSteps)
+
+
+def addresses(loaded: LoadedModel, steps: FixedSteps, token_B: Tensor) -> list[tuple[Any, ...]]:
+    """Shapes and addresses of all that a pass for a token reads and writes, apart from weights."""
+    found: list[tuple[Any, ...]] = []
+
+    def note(_module: Any, _inputs: Any, inputs: dict[str, Any]) -> None:
+        tensors = [inputs[name] for name in ("input_ids", "attention_mask", "position_ids")]
+        for layer in inputs["past_key_values"].layers:
+            assert isinstance(layer, FixedLayer)
+            tensors += [layer.keys, layer.values, layer.get_seq_length()]
+        found.extend((x.shape, x.dtype, x.data_ptr()) for x in tensors)
+
+    hook = loaded.model.register_forward_pre_hook(note, with_kwargs=True)
+    steps(token_B)
+    hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, windows, eager"])
+@torch.no_grad()
+def test_every_pass_has_the_same_shapes_and_addresses(load: Loader, name: str) -> None:
+    loaded = of_kind(load, FIXED[name])
+    steps = steps_for(loaded, read(loaded, BATCH), 20, "cuda")
+    assert isinstance(steps, FixedSteps)
+    token_B = torch.arange(len(BATCH))
+    first = addresses(loaded, steps, token_B)
+    assert all(addresses(loaded, steps, token_B + n) == first for n in range(19))
+
+
+def test_rows_leave_once_half_have_ended(load: Loader, on_a_gpu: Callable[..., None]) -> None:
+    loaded = replace(load(), end_token_ids=MANY_ENDS, captures=True)
+    on_a_gpu(1, fixed=False)
+    wanted = sample(loaded, BATCH * 2, Sampling(40), range(12))
+    lengths = sorted(len(r.ids) for r in wanted)
+    on_a_gpu(2)
+    shapes = pass_shapes(loaded, lambda: assert_alike(sample(loaded, BATCH * 2, Sampling(40), range(12)), wanted))
+    rows = [count for count, width in shapes if width == 1]
+    half = rows.index(6)
+    assert rows[:half] == [12] * half
+    assert lengths[5] <= half < lengths[5] + 2  # the sixth sample ended, and ends are looked for every two tokens
+    assert set(rows) <= {12, 6, 3, 2, 1}
+
+
+@pytest.mark.parametrize("active", [True, False], ids=["adapter on", "adapter off"])
+def test_an_adapter_takes_part_in_passes_of_fixed_shapes(
+    load: Loader, on_a_gpu: Callable[..., None], active: bool
+) -> None:
+    loaded = replace(load(), end_token_ids=MANY_ENDS)
+    plain = sample(loaded, BATCH, Sampling(12), SEEDS)
+    add_lora(loaded, 4, None, 0)
+    for name, weight in loaded.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    if not active:
+        loaded.model.base_model.disable_adapter_layers()
+    on_a_gpu(1, fixed=False)
+    wanted = sample(loaded, BATCH, Sampling(12), SEEDS)
+    assert ([r.ids for r in wanted] == [r.ids for r in plain]) is not active
+    on_a_gpu()
+    assert isinstance(steps_for(loaded, read(loaded, BATCH), 20, "cuda"), FixedSteps)
+    assert_alike(sample(loaded, BATCH, Sampling(12), SEEDS), wanted)
+
+
+def test_passes_of_fixed_shapes_keep_states_in_the_numbers_of_autocast(
+    load: Loader, on_a_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = replace(load(), end_token_ids=(-1,))
+    with torch.autocast("cpu", torch.bfloat16):
+        on_a_gpu(1, fixed=False)
+        wanted = sample(loaded, BATCH, Sampling(12), SEEDS)
+        on_a_gpu()
+        found = sample(loaded, BATCH, Sampling(12), SEEDS)
+        steps = steps_for(loaded, read(loaded, BATCH), 20, "cuda")
+    assert {layer.keys.dtype for layer in steps.cache.layers} == {torch.bfloat16}
+    for a, b in zip(found, wanted, strict=True):
+        same = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=True)) if x != y), len(a.ids))
+        assert same > 0  # from the prompts alone
+        assert a.logps[:same] == pytest.approx(b.logps[:same], abs=0.1)
+
+
+# --- capture ---
+
+
+def graph(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """What a captured pass does: everything again, and the result at the same address."""
+    run()
+    result = run().clone()
+
+    def replay() -> Tensor:
+        result.copy_(run())
+        return result
+
+    return replay
+
+
+def repeated(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """Passes that find that a repeated one gives the same bits."""
+
+    def twice() -> Tensor:
+        first_BV = run().clone()
+        second_BV = run()
+        assert torch.equal(first_BV, second_BV)
+        return second_BV
+
+    return twice
+
+
+class Forbidden(Waits):
+    """Counts what no capture allows: waits, and numbers of the CPU that are copied to the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ == "lift_fresh"
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def frozen(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """A capture of nothing: every replay leaves the first result."""
+    result = run().clone()
+    return lambda: result
+
+
+def refused(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    run()
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+
+
+@pytest.fixture
+def with_graphs(monkeypatch: pytest.MonkeyPatch, on_a_gpu: Callable[..., None]) -> Callable[..., list[int]]:
+    """Uses this for captures; returns a list that gets the number of rows of each."""
+
+    def use(capture: Callable[..., Callable[[], Tensor]]) -> list[int]:
+        captures: list[int] = []
+
+        def counted(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+            captures.append(len(run()))
+            return capture(run, device)
+
+        on_a_gpu(2)
+        monkeypatch.setattr("selfdistill.model.decoding_steps.captured", counted)
+        return captures
+
+    return use
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, windows, eager"])
+def test_a_pass_of_fixed_shapes_can_be_repeated(load: Loader, with_graphs: Callable[..., list[int]], name: str) -> None:
+    """As before and after its capture."""
+    loaded = of_kind(load, FIXED[name])
+    wanted = sample(loaded, BATCH, Sampling(20), SEEDS)
+    with_graphs(repeated)
+    assert_alike(sample(loaded, BATCH, Sampling(20), SEEDS), wanted)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_pass_of_fixed_shapes_does_nothing_that_a_capture_forbids(
+    load: Loader, with_graphs: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    counts: list[int] = []
+
+    def watched(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+        with monkeypatch.context() as during:
+            during.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
+            with Forbidden() as seen:
+                run()
+        counts.append(seen.count)
+        return run
+
+    with_graphs(watched)
+    sample(of_kind(load, FIXED[name]), BATCH, Sampling(20), SEEDS)
+    assert counts
+    assert set(counts) == {0}
+
+
+def test_passes_are_captured_once_for_each_number_of_rows(load: Loader, with_graphs: Callable[..., list[int]]) -> None:
+    loaded = replace(load(), end_token_ids=MANY_ENDS)
+    wanted = sample(loaded, BATCH, Sampling(40), SEEDS)
+    captures = with_graphs(graph)
+    assert_alike(sample(loaded, BATCH, Sampling(40), SEEDS), wanted)
+    assert loaded.captures is True
+    assert captures[0] == len(BATCH)
+    assert len(captures) > 1
+    assert captures == sorted(set(captures), reverse=True)
+    loaded, tried = replace(loaded, end_token_ids=(-1,)), len(captures)
+    with torch.no_grad():  # weights that change in place are read by the next rollouts
+        loaded.model.lm_head.weight.mul_(1.5)
+    shapes = pass_shapes(loaded, lambda: sample(loaded, BATCH, Sampling(12), SEEDS))
+    assert captures[tried:] == [len(BATCH)]
+    assert len(shapes) == 1 + 3 + 11  # the prompts, the capture and its count of rows, and a pass per token
+
+
+@pytest.mark.parametrize(
+    ("capture", "reason"),
+    [
+        (refused, "CUDA error: operation not permitted when stream is capturing"),
+        (frozen, "it computed other logits"),
+    ],
+)
+def test_what_cannot_be_captured_runs_without_and_is_noted_once(
+    load: Loader,
+    with_graphs: Callable[..., list[int]],
+    capsys: pytest.CaptureFixture[str],
+    capture: Callable[..., Any],
+    reason: str,
+) -> None:
+    loaded = replace(load(), end_token_ids=MANY_ENDS)
+    wanted = sample(loaded, BATCH, Sampling(20), SEEDS)
+    captures = with_graphs(capture)
+    capsys.readouterr()
+    for _ in range(2):
+        assert_alike(sample(loaded, BATCH, Sampling(20), SEEDS), wanted)
+    note = f"note: model {loaded.name!r}: sampling without a CUDA graph, which takes longer: {reason}\n"
+    assert capsys.readouterr().err == note
+    assert loaded.captures is False
+    assert captures == [len(BATCH)]
+    assert isinstance(steps_for(loaded, read(loaded, BATCH), 20, "cuda"), GrowingSteps)
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("cpu", 1), ("cuda", 3)])
+@pytest.mark.parametrize("name", ["llama", "gemma2, windows"])
+def test_the_memory_of_sampling_is_as_planned(
+    load: Loader, on_a_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kind: str, ending: int, name: str
+) -> None:
+    """As many samples as must end for the others to be copied end just before the last token."""
+    wide = TINY | {"head_dim": 64}
+    models: dict[str, Callable[[], Any]] = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**wide)),
+        "gemma2, windows": lambda: Gemma2ForCausalLM(Gemma2Config(**wide, sliding_window=30)),
+    }
+    loaded, sampling = of_kind(load, models[name]), Sampling(200)
+    loaded = replace(loaded, end_token_ids=(299,), captures=True)
+    on_a_gpu(1, fixed=kind == "cuda")
+
+    def peak(work: Callable[[], Any]) -> int:
+        live = LiveTensors(loaded.model)
+        with live, torch.no_grad():
+            work()
+        return max(counts.total() for counts in live.peaks.values())
+
+    planned = peak(lambda: sample_at_its_longest(loaded, BATCH, sampling, lambda _part: None, kind))
+    chosen: list[Tensor] = []
+
+    def ends_late(*arguments: Any) -> tuple[Tensor, Tensor]:
+        token_B, logp_B = choose(*arguments)
+        token_B = token_B.clamp(max=298)
+        chosen.append(token_B)
+        if len(chosen) == sampling.max_completion_length - 1:
+            token_B[:ending] = 299
+        return token_B, logp_B
+
+    monkeypatch.setattr("selfdistill.model.sampling.choose", ends_late)
+    measured = peak(lambda: sample(loaded, BATCH, sampling, SEEDS))
+    assert len(chosen[-1]) == len(BATCH) - ending
+    assert planned == pytest.approx(measured, rel=0.03)
