@@ -51,7 +51,7 @@ from selfdistill.evaluation import AskResult, CheckResult, EvalResult
 from selfdistill.evaluation import ask as ask_question
 from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
-from selfdistill.model import switched_back
+from selfdistill.model import check_base, switched_back
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
 from selfdistill.runtime import check_device, size_in_bytes
@@ -98,8 +98,8 @@ def train(
     """Teach a model from demonstrations.
 
     Args:
-        model: the model; see :data:`Model`. A loaded model is trained in place. Or a :class:`TrainConfig` with all
-            settings.
+        model: the model; see :data:`Model`. A loaded model is trained in place, without ``lora_rank``. Or a
+            :class:`TrainConfig` with all settings.
         data: demonstrations; see :data:`Rows`. In-memory rows are saved as ``data.jsonl`` in the run folder.
         output_dir: the run folder. An existing run is never overwritten.
         test: held-out rows on which the model is evaluated. In-memory rows are saved as ``test.jsonl``.
@@ -119,11 +119,11 @@ def train(
         callback = callback_of(on_step)
         given = given_settings(model, output_dir, settings)
         loaded = None
-        if "model" in given:
-            given["model"], loaded = model_of(given["model"], tokenizer)
+        if "model" in given or tokenizer is not None:
+            given["model"], loaded = model_of(given.get("model"), tokenizer)
         rows = rows_of_run(data, test, given)
         config = train_config(given | rows.paths, resume=resume)
-        with rows.kept(), switched_back(loaded.model) if loaded else nullcontext():
+        with rows.kept(), switched_back(loaded) if loaded else nullcontext():
             config = check_start(config, loaded, rows, resume=resume)
             run_training(config, resume=resume, loaded=loaded, on_step=callback, given=rows.names)
         return Run(config.output_dir)
@@ -147,8 +147,10 @@ def plan(
     """
     with session(progress), tempfile.TemporaryDirectory() as folder:
         config, loaded, rows = run_to_plan(model, data, test, output_dir, tokenizer, settings, folder)
+        if loaded is not None and config.lora_rank:
+            check_base(loaded)
         with rows.kept(planned=True):
-            return run_plan(config, loaded, given=rows.names)
+            return run_plan(config, loaded, given=rows.names, temporary=folder)
 
 
 def memory_plan(
@@ -212,8 +214,8 @@ def evaluate(
         UserError: settings, data or model are invalid.
     """
     with session(progress):
-        name, loaded = model_of(model, tokenizer)
-        base_name, base_loaded = (None, None) if base is None else model_of(base, tokenizer)
+        name, loaded = model_of(model, tokenizer, beside=base)
+        base_name, base_loaded = (None, None) if base is None else model_of(base, tokenizer, beside=model)
         path, rows = data_of(data)
         config = EvalConfig(model=name, data=path, base=base_name, **settings)
         details = run_evaluation(config, rows, on_best_device(loaded), base_loaded)

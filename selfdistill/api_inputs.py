@@ -23,7 +23,7 @@ from selfdistill.data import (
 from selfdistill.errors import UserError, closest
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, own_names, stages_of, whose
-from selfdistill.model import LoadedModel, adopt, to_best_device
+from selfdistill.model import LoadedModel, adopt, check_base, to_best_device
 from selfdistill.questions import with_questions
 from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say, say_note, world_size
 from selfdistill.training import OnStep, accelerator_state_kept, check_output_dir, check_parts
@@ -33,7 +33,8 @@ Model = str | os.PathLike[str] | Any
 
 A loaded model is moved to the best device and put into eval mode, and its dropout is set to zero. Its generation config
 gets the end token that the chat template writes, and a tokenizer without a usable pad token gets the end token as one.
-All of this remains after the call. What training freezes, and gradient checkpointing, is as before afterwards.
+All of this remains after the call. What training freezes, and gradient checkpointing, is as before afterwards. With
+``lora_rank`` the model is as before, too, and the adapter is in the run's ``final``.
 """
 
 
@@ -88,12 +89,27 @@ def _refuse_own_settings(given: dict[str, Any]) -> None:
             raise UserError(f"unknown setting {name!r}{hint}")
 
 
-def model_of(model: Model, tokenizer: Any) -> tuple[str, LoadedModel | None]:
-    """The model's name, and the model itself if already loaded."""
-    if isinstance(model, str | os.PathLike):
-        return os.fspath(model), None
-    loaded = adopt(model, tokenizer)
-    return loaded.name, loaded
+def model_of(model: Model, tokenizer: Any, beside: Model | None = None) -> tuple[str, LoadedModel | None]:
+    """The model's name, and the model itself if already loaded.
+
+    Args:
+        model: the model.
+        tokenizer: of a loaded model.
+        beside: another model of the same call, which may be the one that the tokenizer belongs to.
+
+    Raises:
+        UserError: the model cannot be used, or there is a tokenizer without a loaded model.
+    """
+    if not isinstance(model, str | os.PathLike):
+        loaded = adopt(model, tokenizer)
+        return loaded.name, loaded
+    name = os.fspath(model)
+    if tokenizer is not None and (beside is None or isinstance(beside, str | os.PathLike)):
+        raise UserError(
+            f"tokenizer: found one beside the path {name!r}, which has its own; load the model and give both, or save "
+            "the tokenizer in a copy of the folder"
+        )
+    return name, None
 
 
 def on_best_device(loaded: LoadedModel | None) -> LoadedModel | None:
@@ -313,7 +329,7 @@ def learn_config(given: dict[str, Any], rows: dict[str, Rows | None]) -> tuple[L
 
 
 def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFolder, *, resume: bool) -> TrainConfig:
-    """Check everything that is cheap to check; make the questions about documents, if asked for.
+    """Check settings and files; make the questions about documents, if asked for.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -322,13 +338,11 @@ def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFol
     check_tracker(config.report_to)
     check_inputs(config, rows.names, lacks_of(stages_of(config)))
     check_parts(config)
-    if loaded is not None and config.lora_rank:
-        raise UserError("setting 'lora_rank': an adapter names its base; save the model and give its folder instead")
-    if not config.documents:
-        return config
-    if loaded is not None:
+    if loaded is not None and config.documents:
         raise UserError("setting 'documents': the model writes the questions first, so give its folder or name")
-    return with_questions(config)
+    if loaded is not None and config.lora_rank:
+        check_base(loaded)
+    return with_questions(config) if config.documents else config
 
 
 def run_to_plan(

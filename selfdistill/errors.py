@@ -71,10 +71,10 @@ class EngineFailed(UserError):
 def closest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """The end of a message about an unknown word: the known one that may be meant, else ``otherwise``.
 
-    It has the word as its initials, is similar, or has a part that begins with the word.
+    It has the word as its initials, is similar, or has a part that begins with the word; case does not count.
     """
-    names = {name.lstrip("-"): name for name in known}
-    word = word.lstrip("-")
+    names = {name.lstrip("-").lower(): name for name in known}
+    word = word.lstrip("-").lower()
     initials = [name for name in names if "".join(part[:1] for part in name.split("_")) == word]
     longer = [name for name in names if word and f"_{word}" in f"_{name}"]
     similar = difflib.get_close_matches(word, names, 1, CLOSE) or difflib.get_close_matches(word, longer, 1, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ENDS, final_weights, same
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfdistill as sd
+from selfdistill.config import CheckConfig
 from selfdistill.continual import add_skill
 
 ROWS = [{"prompt": f"Where is ticket {i}?", "completion": f"Shelf {'ABCD'[i % 4]}, box {i}."} for i in range(6)]
@@ -69,6 +72,16 @@ def test_check_train_evaluate_generate(model: str, capsys: pytest.CaptureFixture
     page = result._repr_html_()
     assert page.startswith(f"<table>\n<caption>{run.final} on ")
     assert "KL(base||model)" in page
+
+
+def test_a_run_that_compares_contexts_first_says_so_before(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sd.train(model, ROWS, output_dir="run", **RUN)
+    said = (
+        "context auto: first measuring on some rows which context makes the best teacher; to skip this, name one, such"
+    )
+    assert capsys.readouterr().err.startswith(f"{said} as turns\nloading {model}\n")
+    sd.train(model, ROWS, output_dir="named", context="turns", **RUN)
+    assert "context auto" not in capsys.readouterr().err
 
 
 def test_python_and_the_command_line_have_the_same_defaults(model: str, write_rows: Callable[..., Path]) -> None:
@@ -256,6 +269,7 @@ def test_progress_can_be_switched_off_and_goes_to_the_log(
     sd.train(model, ROWS, output_dir="quiet", context="turns", progress=False, **RUN)
     assert capfd.readouterr() == ("", "")
     assert any("sdft on 6 demonstrations" in record.message for record in caplog.records)
+    assert [record.message for record in caplog.records].count(f"loading {model}") == 1
     sd.train(model, ROWS, output_dir="loud", context="turns", **RUN)
     assert "step 2/2" in capfd.readouterr().err
 
@@ -281,6 +295,10 @@ def test_a_plan_writes_nothing_and_says_what_a_run_would_do(model: str) -> None:
         sd.plan(model, ROWS, test="none.jsonl", **RUN)
     assert 0.1 < plan.peak_gib < 20
     assert "max_steps: 40" in repr(plan)
+    assert {"data", "output_dir", "learning_rate"}.isdisjoint(plan.given)  # in memory, in a temporary folder, not given
+    assert plan.chosen.keys() >= {"learning_rate"}
+    assert tempfile.gettempdir() not in repr(plan).replace(model, "")
+    assert sd.plan(model, ROWS, output_dir="run", context="turns", **RUN).given["output_dir"] == "run"
 
 
 def test_plans_without_a_folder_do_not_meet(model: str) -> None:
@@ -360,6 +378,13 @@ def test_asking_shows_both_replies(model: str) -> None:
     for wrong in (5, [5], {"role": "user"}):
         with pytest.raises(sd.UserError, match=r"prompt: found .*, expected text or a list of prompts"):
             run.generate(wrong)
+    messages = [{"role": "user", "content": "Hello? " * 40}]
+    told = "^prompt: found messages, expected text or a list of prompts; put the messages into a list$"
+    with pytest.raises(sd.UserError, match=told):
+        run.generate(messages)
+    with pytest.raises(sd.UserError, match=r"^prompt: found .{60}, expected text or a list of prompts$"):
+        run.generate({"messages": messages})
+    assert len(run.generate([messages], max_completion_length=4)) == 1
     assert answered.base_reply is not None
     assert "base" in repr(answered)
     assert sd.ask(model, "Hello?", max_completion_length=4).base_reply is None
@@ -378,8 +403,9 @@ def test_asking_shows_both_replies(model: str) -> None:
         ({"context": 3}, "setting 'context': found 3, expected: text"),
         (
             {"scorer": dict},
-            "setting 'scorer': found <class 'dict'>, expected: its name, as in 'python:module.function'",
+            "setting 'scorer': found <class 'dict'>, expected: a function, or its name as python:package.module.f",
         ),
+        ({"scorer": "function"}, "setting 'scorer': found 'function', expected: exact, contains, choice, regex, "),
         ({"method_settings": "pull=1"}, "setting 'method_settings': found 'pull=1', expected: an object such as {"),
         ({"seeds": 0}, "setting 'seeds': found 0, expected: a list such as [0, 1, 2]"),
         ({"seeds": [0.5]}, "setting 'seeds': found 0.5, expected: a whole number"),
@@ -394,6 +420,74 @@ def test_wrong_settings_are_explained(settings: dict[str, Any], message: str) ->
     with pytest.raises(sd.UserError) as error:
         sd.compare("model", "data.jsonl", test="test.jsonl", output_dir="run", **settings)
     assert str(error.value).startswith(message)
+
+
+def shelf(reply: str, row: dict[str, Any]) -> float:
+    """Scores the first letter."""
+    return float(reply[:1] == row["completion"][:1])
+
+
+def test_a_scorer_may_be_a_function(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("shelves.py").write_text("def shelf(reply, row):\n    return float(reply[:1] == row['completion'][:1])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    by_name = sd.evaluate(model, ROWS, scorer="python:shelves.shelf", max_completion_length=12)
+    found = sd.evaluate(model, ROWS, scorer=shelf, max_completion_length=12)
+    assert (found.accuracy, found.details["scorers"]) == (by_name.accuracy, ["function:shelf"])
+    assert sd.evaluate(model, ROWS, scorer=lambda *_: True, max_completion_length=12).accuracy == 1
+    assert sd.check(model, ROWS, scorer=lambda *_: True, contexts=["turns"], sample=2, **TINY).student_accuracy == 1
+    given: dict[str, Any] = RUN | {"method": "grpo", "num_generations": 2, "save_steps": 1}
+    seen: list[str] = []
+    run = sd.train(
+        model, ROWS, output_dir="run", scorer=lambda reply, row: seen.append(row["completion"]) or 1.0, **given
+    )
+    assert set(seen) <= {row["completion"] for row in ROWS}
+    assert [line["reward"] for line in run.metrics] == [1.0, 1.0]
+    assert run.config.scorer == "function:<lambda>"
+    assert "function:<lambda>" in (run.final / "README.md").read_text()
+    compared = sd.compare(
+        model,
+        ROWS,
+        test=ROWS,
+        output_dir="both",
+        methods=["sdft"],
+        seeds=[0],
+        context="turns",
+        scorer=lambda *_: 1,
+        **RUN,
+    )
+    assert compared.details["base"]["accuracy"] == 1
+
+
+def test_a_run_with_a_function_as_scorer_resumes_where_it_is_given_again(model: str) -> None:
+    given: dict[str, Any] = RUN | {"method": "grpo", "num_generations": 2, "save_steps": 1}
+    run = sd.train(model, ROWS, output_dir="run", scorer=shelf, **given)
+    with pytest.raises(sd.UserError, match=r"scorer was 'function:shelf' and is now 'exact'"):
+        sd.train(output_dir="run", resume=True, scorer="exact", max_steps=3)
+    assert len(sd.train(output_dir="run", resume=True, scorer=shelf, max_steps=3).metrics) == 3
+    begun = Path("begun/config.yaml")  # in another process, which was stopped before the first step
+    begun.parent.mkdir()
+    begun.write_text((run.output_dir / "config.yaml").read_text().replace("function:shelf", "function:theirs"))
+    with pytest.raises(sd.UserError) as caught:
+        sd.train(output_dir="begun", resume=True)
+    assert str(caught.value) == (
+        "scorer 'function:theirs': the function was given in Python, in another process; give it there again as "
+        "scorer=theirs, or for a new run put it into a module and name it python:module.function"
+    )
+
+    def theirs(reply: str, row: dict[str, Any]) -> bool:
+        return row["answer"] is None
+
+    assert sd.train(output_dir="begun", resume=True, scorer=theirs).metrics[-1]["reward"] == 1
+
+
+def test_settings_are_read_as_they_are_meant() -> None:
+    run = {"model": "m", "data": "d", "output_dir": "o"}
+    assert sd.TrainConfig(**run, lora_rank=None).lora_rank == 0
+    with pytest.raises(sd.UserError, match=r"setting 'method': found 'SDFT', .*; did you mean sdft\?$"):
+        sd.TrainConfig(**run, method="SDFT")
+    assert CheckConfig(model="m", data="d", contexts="turns:repeats=2").contexts == ["turns:repeats=2"]
+    with pytest.raises(sd.UserError, match=r"^context 'turns:repeat=2'.*did you mean repeats"):
+        sd.check("no/such/model", ROWS, contexts="turns:repeat=2")
 
 
 def test_settings_of_methods_are_refused_with_how_to_give_them(model: str) -> None:
@@ -447,8 +541,14 @@ def test_settings_are_refused_by_name(model: str) -> None:
                 refused("no/such/model", ROWS, scorer=scorer)
         with pytest.raises(sd.UserError, match=f"^scorer '{scorer}': {told}"):
             sd.train("no/such/model", ROWS, output_dir="run", scorer=scorer, **RUN)
-    with pytest.raises(sd.UserError, match="so it is not a run folder"):
-        sd.Run(Path("none"))
+    Path("folder/runs").mkdir(parents=True)
+    for folder, told in (
+        ("folder", "no config.yaml in it, so it is not a run folder"),
+        ("none", "no such folder"),
+        ("folder/run", r"no such folder; did you mean runs\?"),
+    ):
+        with pytest.raises(sd.UserError, match=rf"^run '{folder}': {told}$"):
+            sd.Run(Path(folder))
 
 
 def test_a_callers_files_are_never_overwritten_and_failures_leave_nothing(model: str) -> None:
@@ -493,10 +593,23 @@ def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str, mo
     ours, tokenizer = loaded(model)
     with pytest.raises(sd.UserError, match="expected a folder, a name or a transformers PreTrainedModel"):
         sd.check(123, ROWS)
+    for refused in (
+        lambda: sd.check(model, ROWS, tokenizer=tokenizer),
+        lambda: sd.evaluate(Path(model), ROWS, base=model, tokenizer=tokenizer),
+        lambda: sd.plan(model, ROWS, tokenizer=tokenizer),
+        lambda: sd.memory_plan(model, ROWS, memory="80GiB", tokenizer=tokenizer),
+        lambda: sd.train(sd.TrainConfig(model=model, data="d", output_dir="run"), tokenizer=tokenizer),
+    ):
+        with pytest.raises(
+            sd.UserError, match=r"^tokenizer: found one beside the path .* load the model and give both"
+        ):
+            refused()
+    with pytest.raises(sd.UserError, match=r"^model: found NoneType, expected a folder"):
+        sd.train(output_dir="run", resume=True, tokenizer=tokenizer)
+    for one, other in ((ours, model), (model, ours)):
+        sd.evaluate(one, ROWS, base=other, tokenizer=tokenizer, max_completion_length=4)
     with pytest.raises(sd.UserError, match="tokenizer: found str"):
         sd.check(ours, ROWS, tokenizer="gpt2")
-    with pytest.raises(sd.UserError, match="an adapter names its base"):
-        sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", lora_rank=2, **RUN)
     ours.half()
     sd.evaluate(ours, ROWS, tokenizer=tokenizer, max_completion_length=4)
     with pytest.raises(sd.UserError, match="its trainable weights are float16, where small gradients become zero"):
@@ -508,6 +621,53 @@ def test_loaded_models_that_cannot_be_trained_are_refused_by_name(model: str, mo
             sd.evaluate(ours, ROWS, tokenizer=tokenizer)
     with pytest.raises(sd.UserError, match="frozen"):
         sd.check(ours.requires_grad_(False), ROWS, tokenizer=tokenizer)
+    assert not Path("run").exists()
+
+
+def test_a_loaded_model_gets_an_adapter_and_stays_as_it_was(model: str) -> None:
+    ours, tokenizer = loaded(model)
+    ours.get_output_embeddings().weight.requires_grad_(False)
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in ours.named_parameters()}
+    given: dict[str, Any] = RUN | {"context": "turns", "lora_rank": 2, "save_steps": 1, "gradient_checkpointing": True}
+    named = sd.train(model, ROWS, output_dir="named", **given)
+    run = sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", **given)
+    weights = [(one.final / "adapter_model.safetensors").read_bytes() for one in (named, run)]
+    assert weights[0] == weights[1]
+    assert json.loads((run.final / "adapter_config.json").read_text())["base_model_name_or_path"] == model
+    assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), run.final)
+    after = dict(ours.named_parameters())
+    assert list(after) == list(before)
+    assert all(p.requires_grad == before[name][1] and torch.equal(p, before[name][0]) for name, p in after.items())
+    assert not hasattr(ours, "peft_config")
+    assert not ours.get_input_embeddings()._forward_hooks
+    assert not ours.is_gradient_checkpointing
+    assert len(sd.train(output_dir="run", resume=True, max_steps=3).metrics) == 3
+    ours.requires_grad_(True)
+    sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="full", context="turns", **RUN)
+    assert not (Path("full/final") / "adapter_config.json").exists()
+
+
+def test_an_adapter_that_could_not_be_loaded_again_is_refused(model: str) -> None:
+    ours, tokenizer = loaded(model)
+    given: dict[str, Any] = {"tokenizer": tokenizer, "output_dir": "run", "lora_rank": 2, **RUN}
+    cannot = "setting 'lora_rank': adapter_config.json must name the base, and this loaded model"
+    save = r"save it with its tokenizer \(save_pretrained\), and give that folder$"
+    ours.name_or_path = ""
+    with pytest.raises(sd.UserError, match=f"^{cannot} has no name_or_path; {save}"):
+        sd.train(ours, ROWS, **given)
+    ours.name_or_path = "./gone"
+    with pytest.raises(
+        sd.UserError, match=rf"^{cannot} cannot be loaded again \(model './gone': no such folder\); {save}"
+    ):
+        sd.train(ours, ROWS, **given)
+    ours.name_or_path = model
+    with torch.no_grad():
+        ours.get_output_embeddings().weight[0, 0] += 1
+    with pytest.raises(sd.UserError, match=f"^{cannot} has other weights than '{model}'; {save}"):
+        sd.train(ours, ROWS, **given)
+    for adapted in (get_peft_model(ours, LoraConfig(r=2, task_type="CAUSAL_LM")), ours):  # it is changed in place
+        with pytest.raises(sd.UserError, match=r"^model: it has an adapter; for a new one give the model without it "):
+            sd.train(adapted, ROWS, **given)
     assert not Path("run").exists()
 
 

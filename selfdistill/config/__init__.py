@@ -24,6 +24,7 @@ from selfdistill.config.files import (
     load_yaml,
     refuse_changes,
     with_runs_of,
+    without_defaults,
 )
 from selfdistill.config.method import SHORTEST, MethodName, MethodSettings
 from selfdistill.config.train import LEARNING_RATE, LORA_LEARNING_RATE, OPEN, TrainConfig, TrainingSettings
@@ -64,4 +65,5 @@ __all__ = [
     "run_settings",
     "trl_hint",
     "with_runs_of",
+    "without_defaults",
 ]

@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
 from selfdistill.config.trl_names import trl_hint
-from selfdistill.data import CODE, FUNCTION, JUDGE, SCORER_NAMES, Turns
+from selfdistill.data import CODE, FUNCTION, GIVEN, JUDGE, SCORER_NAMES, Turns, name_of_scorer
 from selfdistill.environments import name_of_functions
 from selfdistill.errors import UserError, closest
 
@@ -271,18 +271,26 @@ class ModelSettings(EngineSettings):
     scorer: str | None = None
     """Scorer for rows that name none: ``exact`` (the default), ``contains``, ``choice``, ``regex``, ``tool_call``,
     ``code`` (runs code that the model writes), ``judge``, or your own function as
-    ``python:package.module.function``."""
+    ``python:package.module.function``; in Python also the function itself."""
     judge_url: str | None = None
     """OpenAI-compatible API of the ``judge``, e.g. ``http://localhost:8000/v1``; data and replies are sent there. The
     key is read from ``SELFDISTILL_JUDGE_KEY`` or, for api.openai.com only, ``OPENAI_API_KEY``."""
     judge_model: str | None = None
     """Name of the ``judge`` model at that API; it must answer directly, without a thinking phase."""
 
+    @field_validator("scorer", mode="before")
+    @classmethod
+    def _function_by_name(cls, value: Any) -> Any:
+        """A function is a scorer with its name."""
+        if isinstance(value, type):
+            raise ValueError("a function, or its name as python:package.module.function")
+        return name_of_scorer(value) if callable(value) else value
+
     @field_validator("scorer")
     @classmethod
     def _known_scorer(cls, value: str | None) -> str | None:
         known = (*SCORER_NAMES, CODE, JUDGE)
-        if value is None or value in known or FUNCTION.fullmatch(value):
+        if value is None or value in known or FUNCTION.fullmatch(value) or value.startswith(GIVEN):
             return value
         raise ValueError(f"{', '.join(known)} or python:package.module.function{closest(value, known)}")
 

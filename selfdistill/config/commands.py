@@ -23,6 +23,7 @@ from selfdistill.config.base import (
 )
 from selfdistill.config.method import MethodName, anchor_sources
 from selfdistill.config.train import OneRun, Precision, TrainConfig, TrainingSettings
+from selfdistill.data import GIVEN
 from selfdistill.environments import IN_PYTHON
 from selfdistill.errors import UserError, closest
 
@@ -131,6 +132,12 @@ class CheckConfig(TaskSettings):
     compared with the teacher's."""
 
     _sources = field_validator("anchors", mode="before")(anchor_sources)
+
+    @field_validator("contexts", mode="before")
+    @classmethod
+    def _one_context(cls, value: Any) -> Any:
+        """A text is one context."""
+        return [value] if isinstance(value, str) else value
 
 
 OF_BOTH = (CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()) - {"anchors"}
@@ -276,6 +283,11 @@ class LearnConfig(TrainingSettings, OneRun):
             raise UserError(
                 "setting 'environment': found functions given in Python, which end with this process, but learn plays "
                 "it again whenever another skill is added; put the list into a module and give python:module.NAME"
+            )
+        if self.scorer is not None and self.scorer.startswith(GIVEN):
+            raise UserError(
+                "setting 'scorer': learn scores with it again whenever another skill is added, found a function given "
+                "in Python, which ends with this process; put it into a module and give python:module.function"
             )
 
 

@@ -177,10 +177,14 @@ def _added(values: Sequence[Any], more: Sequence[Any]) -> list[Any]:
     return [*values, *(value for value in more if value not in values)]
 
 
-def dump_yaml(config: Settings, *, defaults: bool = True) -> str:
-    """The settings as YAML for ``--config``, with or without those that have their default."""
-    values, fields = config.model_dump(), type(config).model_fields
-    if not defaults:
-        default = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
-        values = {name: value for name, value in values.items() if value != default[name]}
+def without_defaults(config: Settings) -> dict[str, Any]:
+    """The settings that differ from their defaults."""
+    fields = type(config).model_fields
+    default = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+    return {name: value for name, value in config.model_dump().items() if value != default[name]}
+
+
+def dump_yaml(config: Settings | dict[str, Any]) -> str:
+    """The settings, or some of them by name, as YAML for ``--config``."""
+    values = config if isinstance(config, dict) else config.model_dump()
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

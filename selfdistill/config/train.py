@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
+    field_validator,
 )
 
 from selfdistill.config.base import ModelSettings, QuestionSettings, TaskSettings
@@ -131,6 +132,12 @@ class TrainingSettings(MethodSettings, TaskSettings):
     """Steps between printed lines when the output is not a terminal. metrics.jsonl has every step."""
     report_to: Literal["none", "trackio", "tensorboard", "wandb"] = "none"
     """Tracker for the metrics and the scores on ``test``; its package must be installed. wandb uploads them."""
+
+    @field_validator("lora_rank", mode="before")
+    @classmethod
+    def _no_adapter(cls, value: Any) -> Any:
+        """None is no adapter."""
+        return 0 if value is None else value
 
     @property
     def micro_batches(self) -> int:

@@ -76,6 +76,7 @@ from selfdistill.data.rows import (
     repeated_key,
 )
 from selfdistill.data.scorers import (
+    GIVEN,
     JUDGE,
     as_verdict,
     by_tests,
@@ -83,6 +84,7 @@ from selfdistill.data.scorers import (
     default_scorer,
     doubt_about,
     is_scorable,
+    name_of_scorer,
     nothing_to_score,
     score,
     scored_text,
@@ -100,6 +102,7 @@ __all__ = [
     "CODE",
     "COLUMNS",
     "FUNCTION",
+    "GIVEN",
     "JUDGE",
     "MOST_PIXELS",
     "NEXT_TURN",
@@ -164,6 +167,7 @@ __all__ = [
     "load_prompts",
     "located",
     "must_show_one",
+    "name_of_scorer",
     "named",
     "no_part",
     "not_object",

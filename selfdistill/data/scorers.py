@@ -3,6 +3,7 @@
 Thoughts (``<think>...</think>``) are compared on neither side. A malformed reply is wrong. An answer that the scorer
 cannot use is a :class:`UserError`. The command's setting, but never a row of the data, may also name a
 user-defined function, ``code``, which runs what the model writes, or the judge of :mod:`selfdistill.evaluation.judge`.
+In Python it may also be a function, which gets a name with :data:`GIVEN`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,27 @@ from selfdistill.data.code_tests import run_tests
 from selfdistill.data.comparisons import COMPARISONS, Verdict, answers_in, as_text, reference, said, unusable
 from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, Lacks
 from selfdistill.data.messages import said_in
-from selfdistill.data.named import FUNCTION, named
+from selfdistill.data.named import named
 from selfdistill.data.rows import RowError, one_line
 from selfdistill.errors import UserError
 
 JUDGE = "judge"
 """The setting with which another model grades replies; not a scorer that :func:`score` accepts."""
+GIVEN = "function:"
+"""Beginning of the name of a scorer that a caller in this process gave as a function."""
+_Scorer = Callable[[str, dict[str, Any]], Any]
+_given: dict[str, _Scorer] = {}
+"""These functions, by name."""
+
+
+def name_of_scorer(function: _Scorer) -> str:
+    """The name of a scorer that is this function, for :func:`verdict` in this process.
+
+    Equal names of functions give an equal name, which then means the function given last.
+    """
+    name = GIVEN + getattr(function, "__name__", type(function).__name__)
+    _given[name] = function
+    return name
 
 
 def scored_text(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int], row: Demonstration, scorer: str) -> str:
@@ -43,18 +59,18 @@ def verdict(name: str, reply: str, demonstration: Demonstration) -> Verdict:
     of one of these and a feedback text.
 
     Args:
-        name: one of ``SCORER_NAMES``, ``CODE``, or a name that matches ``FUNCTION``.
+        name: one of ``SCORER_NAMES``, ``CODE``, a name that matches ``FUNCTION``, or one of :func:`name_of_scorer`.
         reply: the reply to score, without thoughts.
         demonstration: what to compare it with.
 
     Raises:
         UserError: unknown name; no answer or completion to compare with, or one that the scorer cannot use; or a
-            user-defined function cannot be imported from the current folder or the environment, raises, or returns
-            something else.
+            user-defined function cannot be imported from the current folder or the environment, was given in another
+            process, raises, or returns something else.
     """
     if name == CODE:
         return verdicts([(name, reply, demonstration)])[0]
-    if name.startswith("python:"):
+    if _is_users(name):
         return _by_function(name, reply, demonstration)
     if name not in SCORER_NAMES:
         raise UserError(f"unknown scorer '{name}', expected one of {', '.join(SCORER_NAMES)}")
@@ -109,7 +125,12 @@ def default_scorer(demonstration: Demonstration, setting: str | None) -> str:
 
 def is_scorable(demonstration: Demonstration, setting: str | None) -> bool:
     """Whether a reply can be scored: there is something to compare it with, or a function that may need nothing."""
-    return demonstration.has_reference or default_scorer(demonstration, setting).startswith("python:")
+    return demonstration.has_reference or _is_users(default_scorer(demonstration, setting))
+
+
+def _is_users(name: str) -> bool:
+    """Whether the scorer of this name is a function of the user's."""
+    return name.startswith(("python:", GIVEN))
 
 
 def nothing_to_score(setting: str | None) -> Lacks:
@@ -190,9 +211,26 @@ def as_verdict(returned: Any, who: str) -> Verdict:
     return Verdict(float(reward), feedback)
 
 
+def _function(name: str) -> _Scorer:
+    """The user's function of this name.
+
+    Raises:
+        UserError: there is none, or it is a class.
+    """
+    if not name.startswith(GIVEN):
+        return _imported(name)
+    if name not in _given:
+        raise UserError(
+            f"scorer {name!r}: the function was given in Python, in another process; give it there again as "
+            f"scorer={name.removeprefix(GIVEN)}, or for a new run put it into a module and name it "
+            "python:module.function"
+        )
+    return _given[name]
+
+
 @functools.cache
-def _function(name: str) -> Callable[[str, dict[str, Any]], Any]:
-    function: Callable[[str, dict[str, Any]], Any] = named(name, "scorer", "function")
+def _imported(name: str) -> _Scorer:
+    function: _Scorer = named(name, "scorer", "function")
     if inspect.isclass(function) and not issubclass(function, int | float | tuple):
         raise UserError(f"scorer {name!r}: found a class, whose objects are no rewards; name a function instead")
     return function
@@ -202,7 +240,7 @@ def check_scorer(setting: str | None) -> None:
     """Refuse a function of the user's that cannot be used; of other scorers there is nothing to check.
 
     Raises:
-        UserError: it cannot be imported, or is a class.
+        UserError: it cannot be imported, is a class, or was given in another process.
     """
-    if setting is not None and FUNCTION.fullmatch(setting):
+    if setting is not None and _is_users(setting):
         _function(setting)

@@ -68,6 +68,10 @@ def best_context(config: TrainConfig, demonstrations: Rows | None = None, loaded
         demonstrations: the training data, if already loaded; else ``config.data`` is read.
         loaded: the model, if already loaded.
     """
+    say(
+        "context auto: first measuring on some rows which context makes the best teacher; to skip this, name one, such "
+        "as turns"
+    )
     result = check_run(config, demonstrations, loaded)
     say(repr(result))
     if result.exit_code == UNLIKELY:

@@ -103,7 +103,20 @@ class DemonstrationExamples:
         self, examples: Sequence[Example], rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> list[str]:
         """See :class:`ExampleSource`."""
-        return notes_on(examples, chat)
+        return [*notes_on(examples, chat), *self._longer_than_samples(examples)]
+
+    def _longer_than_samples(self, examples: Sequence[Example]) -> list[str]:
+        """A note on demonstrations longer than the samples may be; those that are learnt themselves fit."""
+        limit = self.config.longest_completion
+        long = [x for x in examples if x.learnt_tokens > limit]
+        if not long:
+            return []
+        setting = "max_completion_length" if self.config.environment == "none" else "max_episode_length"
+        longest = max(x.learnt_tokens for x in long)
+        return [
+            f"{len(long)} of {self.counted(len(examples))} are longer than a sample may be, {limit} tokens: up to "
+            f"{longest}; raise {setting} ({first_ten([x.demonstration.source for x in long])})"
+        ]
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         problem = None

@@ -41,7 +41,7 @@ from selfdistill.model.loading import (
     to_best_device,
     weights_fingerprint,
 )
-from selfdistill.model.lora import add_lora, describe_lora
+from selfdistill.model.lora import add_lora, check_base, describe_lora
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import PictureInputs, freeze_vision, is_image_text, vision_weights
 from selfdistill.model.precision import (
@@ -85,6 +85,7 @@ __all__ = [
     "cache_dir",
     "cached_casts",
     "can_be_in_4bit",
+    "check_base",
     "check_matching",
     "check_room",
     "checkpoint_activations",

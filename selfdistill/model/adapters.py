@@ -74,6 +74,19 @@ def read_config(folder: Path, name: str) -> Any:
     return config
 
 
+def refuse_adapter(model: Any) -> None:
+    """Refuse a model that the caller has given an adapter.
+
+    Raises:
+        UserError: it has one.
+    """
+    if hasattr(model, "peft_config"):
+        raise UserError(
+            "model: it has an adapter; for a new one give the model without it (PeftModel.unload) and lora_rank, for "
+            "a trained one merge it first (PeftModel.merge_and_unload), or give its folder"
+        )
+
+
 def changes_base(config: Any) -> bool:
     """Whether loading an adapter changes the weights of its base, to which the adapter's update is then added."""
     return _initialisation(config) in _BASE_CHANGED_AGAIN

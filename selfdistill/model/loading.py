@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from selfdistill.config import EngineSettings
 from selfdistill.data import ChatFormat
 from selfdistill.errors import UserError
-from selfdistill.model.adapters import attach, merged, read_config
+from selfdistill.model.adapters import attach, merged, read_config, refuse_adapter
 from selfdistill.model.device import best_device, has_gpu
 from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
@@ -33,7 +33,7 @@ from selfdistill.model.weights import (
     load_causal,
     refuse_other_vocabulary,
 )
-from selfdistill.runtime import library_warnings
+from selfdistill.runtime import library_warnings, say
 
 
 @dataclass
@@ -103,6 +103,7 @@ def load_model(
             weights that it computes with; an adapter does not fit its base.
     """
     path = resolve(name)
+    say(f"loading {name}")
     _keep_freed_memory()
     adapter = (Path(path) / "adapter_config.json").is_file()
     if adapter and load_in_4bit:
@@ -198,13 +199,11 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
         name: for messages and saved settings; default: where transformers loaded it from.
 
     Raises:
-        UserError: not a transformers model, no tokenizer, quantised or frozen weights, an adapter that is not merged,
-            or no end token.
+        UserError: not a transformers model, no tokenizer, quantised or frozen weights, an adapter, or no end token.
     """
+    refuse_adapter(model)
     if not isinstance(model, PreTrainedModel):
         found = type(model).__name__
-        if hasattr(model, "peft_config"):
-            raise UserError("model: it has an adapter; merge it first (model.merge_and_unload()), or give its folder")
         raise UserError(f"model: found {found}, expected a folder, a name or a transformers PreTrainedModel")
     tokenizer, processor = divided(tokenizer)
     if not hasattr(tokenizer, "apply_chat_template"):
@@ -343,13 +342,17 @@ def set_recomputing(model: Any, recompute: bool) -> None:
 
 
 @contextmanager
-def switched_back(model: Any) -> Iterator[None]:
-    """Undo at the end what training switches in a model: gradient checkpointing and frozen weights."""
+def switched_back(loaded: LoadedModel) -> Iterator[None]:
+    """Undo at the end what training switches in a model: gradient checkpointing, frozen weights and a new adapter."""
+    model = loaded.model
     trainable = [(weight, weight.requires_grad) for weight in model.parameters()]
     checkpointed, hooked = model.is_gradient_checkpointing, hasattr(model, "_require_grads_hook")
     try:
         yield
     finally:
+        if loaded.model is not model:
+            loaded.model.unload()
+            loaded.model = model
         for weight, was in trainable:
             weight.requires_grad_(was)
         if model.is_gradient_checkpointing and not checkpointed:

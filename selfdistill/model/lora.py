@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from selfdistill.errors import UserError, number_of
-from selfdistill.model.loading import LoadedModel
+from selfdistill.model.loading import LoadedModel, load_model
 from selfdistill.model.pictures import beside_language, language_part
 from selfdistill.model.quantisation import import_before_peft
 from selfdistill.model.weights import first_line
@@ -64,6 +64,32 @@ def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> 
                 "use another model"
             ) from None
     loaded.model.eval()
+
+
+def check_base(loaded: LoadedModel) -> None:
+    """Check that an adapter of a loaded model can be saved: the model is that of its ``name_or_path``.
+
+    ``adapter_config.json`` names the base, from which the adapter is loaded again. So that model is loaded here, and
+    its weights are compared.
+
+    Raises:
+        UserError: there is no such model, or its weights differ.
+    """
+    cannot = "setting 'lora_rank': adapter_config.json must name the base, and this loaded model"
+    save = "save it with its tokenizer (save_pretrained), and give that folder"
+    name, own = loaded.model.name_or_path, dict(loaded.model.named_parameters())
+    if not name:
+        raise UserError(f"{cannot} has no name_or_path; {save}")
+    try:
+        there = dict(load_model(name, dtype=str(loaded.model.dtype).removeprefix("torch.")).model.named_parameters())
+    except UserError as error:
+        raise UserError(f"{cannot} cannot be loaded again ({error}); {save}") from None
+    if own.keys() != there.keys() or not all(_equal(own[tensor], there[tensor]) for tensor in own):
+        raise UserError(f"{cannot} has other weights than {name!r}; {save}")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
 
 
 def _without(model: Any) -> set[str]:

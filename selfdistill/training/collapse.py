@@ -12,6 +12,8 @@ DRIFT = 3.0
 """KL from the initial model, nats per token. The largest of 48 successful runs was 1.9; a collapsed one had 6.4."""
 CUT = 0.95
 """Share of samples that reach the length limit."""
+CUT_SIGN = "cut"
+"""Name of the sign that they do."""
 EMPTY = 0.2
 """Reply length as a share of the demonstrations' length."""
 NOISE = 4.0
@@ -61,7 +63,7 @@ class CollapseGuard:
         demonstrated = self._demonstrated[self._stage]
         cut, cut_before = self._means("completion/truncated")
         if demonstrated and cut >= CUT and cut_before < 0.8 * CUT:
-            signs["cut"] = f"{cut:.0%} of the replies reach the length limit, at the start {cut_before:.0%}"
+            signs[CUT_SIGN] = f"{cut:.0%} of the replies reach the length limit, at the start {cut_before:.0%}"
         length, length_before = self._means("completion/length")
         if demonstrated and length < EMPTY * min(demonstrated, length_before):
             signs["empty"] = f"replies have {length:.1f} tokens, demonstrations {demonstrated:.1f}"

@@ -12,6 +12,8 @@ from selfdistill.training.schedule import positions_of
 from selfdistill.training.setup import batch_unit
 from selfdistill.training.trainer import Trainer
 
+FEW_STEPS = 5
+"""A run with fewer steps gets a note: with the default rates it hardly changes a model."""
 OF_ANCHORS = ("anchor_share", "anchor_divergence")
 """Settings that every method uses, but only with anchors."""
 
@@ -54,7 +56,7 @@ def first_lines(trainer: Trainer) -> list[str]:
     if is_distributed():
         shares = " and the weights" if config.fsdp else ""
         lines.append(f"{trainer.accelerator.num_processes} processes, which share every batch{shares}")
-    lines += [*_unused(config), *_never_drawn(trainer)]
+    lines += [*_too_little(trainer), *_unused(config), *_never_drawn(trainer)]
     if not trainer.forward_pass.fused:
         lines.append("the LM head cannot be fused into the loss: full logits need more memory")
     return lines
@@ -63,6 +65,25 @@ def first_lines(trainer: Trainer) -> list[str]:
 def _millions(count: int) -> str:
     """A number of parameters: in millions, or in full if there are fewer."""
     return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+def _too_little(trainer: Trainer) -> list[str]:
+    """Notes on batches that are larger than the data, and on a run of a few steps."""
+    config, lines = trainer.config, []
+    assert config.max_steps is not None, "a trainer resolves its settings"
+    for task in (stage.task for stage in trainer.stages):
+        per_step = config.batch_size * task.share
+        if len(task.examples) < per_step:
+            lines.append(
+                f"note: {task.method.examples.counted(len(task.examples))} make less than one batch of {per_step:g}, "
+                "so every step repeats some; lower batch_size, and set the number of steps with max_steps"
+            )
+    if config.max_steps < FEW_STEPS:
+        lines.append(
+            f"note: this run has only {number_of(config.max_steps, 'step')}, which teaches a model little; raise "
+            "max_steps, or lower batch_size"
+        )
+    return list(dict.fromkeys(lines))
 
 
 def _unused(config: TrainConfig) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, NoReturn
 
 from selfdistill.config import dump_yaml
@@ -33,7 +34,7 @@ from selfdistill.runtime import (
     say_note,
 )
 from selfdistill.training.checkpoint import Position, checkpoint_at, load_checkpoint, save_checkpoint
-from selfdistill.training.collapse import COLLAPSE_WINDOW, CollapseGuard
+from selfdistill.training.collapse import COLLAPSE_WINDOW, CUT, CUT_SIGN, CollapseGuard
 from selfdistill.training.token_views import token_views
 from selfdistill.training.trainer import Trainer
 
@@ -159,13 +160,30 @@ class Loop:
 
     def _signs(self, metrics: dict[str, Any]) -> tuple[list[str], list[str]]:
         """The signs of a step: those new in its stage, and all of them."""
-        number, stage = self._trainer.stage_of(metrics["step"] - 1)
-        sampled = not isinstance(stage.task.method.sequence, DatasetCompletions)
-        signs = self._guard.look(metrics, stage=number, sampled=sampled)
+        number, _ = self._trainer.stage_of(metrics["step"] - 1)
+        signs = self._guard.look(metrics, stage=number, sampled=self._samples(metrics))
         new = [words for name, words in signs.items() if (number, name) not in self._said]
         self._said |= {(number, name) for name in signs}
         self.signs += [f"step {metrics['step']}: {words}" for words in new]
         return new, list(signs.values())
+
+    def _samples(self, metrics: dict[str, Any]) -> bool:
+        """Whether the task's completions of a step were the student's own samples."""
+        _, stage = self._trainer.stage_of(metrics["step"] - 1)
+        return not isinstance(stage.task.method.sequence, DatasetCompletions)
+
+    @property
+    def limit(self) -> str:
+        """The settings that limit a sample."""
+        plays = self._trainer.config.environment != "none"
+        return "max_turns or max_episode_length" if plays else "max_completion_length"
+
+    def truncated(self) -> float:
+        """Mean share of truncated samples over the steps that sampled; 0 if a sign of collapse has told of them."""
+        if any(name == CUT_SIGN for _, name in self._said):
+            return 0.0
+        sampled = [line for line in read_lines(self._output_dir / "metrics.jsonl") if self._samples(line)]
+        return mean([line["completion/truncated"] for line in sampled if "completion/truncated" in line] or [0.0])
 
     @contextmanager
     def _progress_kept(self) -> Iterator[None]:
@@ -279,9 +297,14 @@ class _Watch:
 
 
 def say_signs(loop: Loop, output_dir: Path) -> None:
-    """Report signs of collapse and steps without a gradient."""
+    """Report signs of collapse, samples that were nearly all truncated, and steps without a gradient."""
     if loop.signs:
         say(f"note: the run showed signs of collapse: {'; '.join(loop.signs)}. See docs/reliability.md")
+    if (truncated := loop.truncated()) >= CUT:
+        say(
+            f"note: {truncated:.0%} of the samples were truncated at their maximum length, so hardly any end of a "
+            f"reply was learnt; raise {loop.limit}"
+        )
     if idle := without_gradient(output_dir):
         say(
             f"note: in {idle} of {loop.step} steps no sample taught anything, for example because all samples of a "

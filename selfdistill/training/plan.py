@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from selfdistill.config import TrainConfig, dump_yaml
+from selfdistill.config import TrainConfig, dump_yaml, without_defaults
 from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import UserError, number_of
 from selfdistill.evaluation import check_inputs
@@ -45,6 +45,10 @@ class Plan(Printable):
 
     config: TrainConfig
     """The resolved settings, all of them."""
+    given: dict[str, Any]
+    """The given settings that differ from their defaults, without those in a temporary folder."""
+    chosen: dict[str, Any]
+    """The settings that were left open, with the values that the run chose."""
     notes: list[str]
     """Lines that the run would print at its start."""
     student_prompt: str
@@ -69,8 +73,9 @@ class Plan(Printable):
             self.student_prompt,
             *(["\n# as the teacher sees it", self.teacher_prompt] if self.teacher_prompt is not None else []),
             *(["\n# the demonstration", self.completion] if self.completion else []),
-            "\n# settings that differ from the defaults (the run's config.yaml will have all)",
-            dump_yaml(self.config, defaults=False).rstrip(),
+            "\n# the given settings that differ from the defaults (the run's config.yaml will have all)",
+            dump_yaml(self.given).rstrip(),
+            *(["\n# settings that the run chose", dump_yaml(self.chosen).rstrip()] if self.chosen else []),
             "\n# the run",
             *self.notes,
             f"{self.step_seconds:.1f} s per step, {duration_text(self.total_seconds)} for "
@@ -82,17 +87,21 @@ class Plan(Printable):
             self.memory.print(console)
 
 
-def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Sequence[str] = ()) -> Plan:
+def plan(
+    config: TrainConfig, loaded: LoadedModel | None = None, *, given: Sequence[str] = (), temporary: str | None = None
+) -> Plan:
     """Prepare a run, take two steps in memory, and discard them.
 
     Args:
         config: settings of the run.
         loaded: the model, if already loaded; a copy of it is trained.
         given: names of files that may be in the run folder.
+        temporary: a folder that exists only for the plan.
 
     Raises:
         UserError: any error that would stop the run at its start, except that the run folder exists.
     """
+    asked_for = config
     try:
         check_output_dir(config.output_dir, resume=False, given=given)
         notes = []
@@ -121,8 +130,11 @@ def plan(config: TrainConfig, loaded: LoadedModel | None = None, *, given: Seque
         trainer.step(min(1, (resolved.max_steps or 1) - 1))
         seconds = time.monotonic() - began
     decode = trainer.loaded.tokenizer.decode
+    open_, own = asked_for.model_dump(), without_defaults(asked_for)
     return Plan(
         config=resolved,
+        given={name: value for name, value in own.items() if temporary is None or temporary not in str(value)},
+        chosen={name: value for name, value in resolved.model_dump().items() if value != open_[name]},
         notes=notes,
         student_prompt=str(decode(example.student_ids)),
         teacher_prompt=None if example.teacher_ids is None else str(decode(example.teacher_ids)),

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from selfdistill.config import TrainConfig, load_saved
 from selfdistill.data import Message
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, similar_inside
 from selfdistill.evaluation import generate, summary
 from selfdistill.model import LoadedModel, load_model, to_best_device
 from selfdistill.runtime import Printable, is_rank0, quiet_libraries, read_lines
@@ -27,6 +27,9 @@ class Run(Printable):
 
     def __init__(self, output_dir: str | os.PathLike[str]) -> None:
         object.__setattr__(self, "output_dir", Path(output_dir))
+        if is_rank0() and not self.output_dir.is_dir():
+            hint = similar_inside(str(self.output_dir.absolute())) or ""
+            raise UserError(f"run {str(output_dir)!r}: no such folder{hint}")
         if is_rank0() and not (self.output_dir / "config.yaml").is_file():
             raise UserError(f"run {str(output_dir)!r}: no config.yaml in it, so it is not a run folder")
 
@@ -77,9 +80,12 @@ class Run(Printable):
         Raises:
             UserError: the prompt is neither, or there is no final model.
         """
+        if isinstance(prompt, list | tuple) and any(isinstance(one, dict) for one in prompt):
+            raise UserError("prompt: found messages, expected text or a list of prompts; put the messages into a list")
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list | tuple) or not all(isinstance(one, str | list | tuple) for one in prompts):
-            raise UserError(f"prompt: found {prompt!r}, expected text or a list of prompts")
+            found = " ".join(repr(prompt).split())[:60]
+            raise UserError(f"prompt: found {found}, expected text or a list of prompts")
         defaults: dict[str, Any] = {
             "max_completion_length": self.config.max_completion_length,
             "chat_template_kwargs": self.config.chat_template_kwargs,

@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from selfdistill.config import TrainConfig, dump_yaml, load_saved, refuse_changes
+from selfdistill.config import TrainConfig, dump_yaml, load_saved
 from selfdistill.data import Demonstration, load_demonstrations
-from selfdistill.errors import RESUME, CannotResume, RunCollapsed, UserError, number_of
+from selfdistill.errors import RESUME, RunCollapsed, UserError
 from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
 from selfdistill.model import LoadedModel, full_tensors, merged, stored_bytes, tensor_bytes
@@ -36,7 +36,6 @@ from selfdistill.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_whole,
-    saved_position,
     trained_parameters,
 )
 from selfdistill.training.disk import check_disk
@@ -47,6 +46,13 @@ from selfdistill.training.loop import Loop, OnStep, say_signs
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.model_card import model_card
+from selfdistill.training.resume import (
+    check_unchanged,
+    refuse_changed_rows,
+    refuse_changed_settings,
+    settings_of,
+    where,
+)
 from selfdistill.training.setup import data_fingerprint, make_accelerator, repeating, reward_fingerprint
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
@@ -105,6 +111,9 @@ def train(
     output_dir = check_output_dir(config.output_dir, resume=resume, given=given)
     check_tracker(config.report_to)
     begun = resume and output_dir.exists()
+    resumes = resume and (output_dir / "config.yaml").exists()
+    if resume and not resumes:
+        say(f"note: {output_dir} holds no run to resume, so a new one begins there")
     with ExitStack() as held:
         held.enter_context(repeating(config))
         lock = cache(partial(_lock, output_dir, held))  # once
@@ -125,8 +134,8 @@ def train(
         _write_samples(trainer, output_dir)
         for line in (*first_lines(trainer), *sizes):
             say(line)
-        if resume:
-            say(_where(output_dir, checkpoint, position, trainer.config))
+        if resumes:
+            say(where(output_dir, checkpoint, position, trainer.config))
         loop = Loop(trainer, output_dir, position)
         try:
             loop.go_on(on_step)
@@ -186,36 +195,9 @@ def _check(output_dir: Path, checkpoint: Path | None, sizes: list[str], trainer:
         UserError: the run cannot be resumed with these settings, or there is not enough disk space.
     """
     if checkpoint:
-        agreed(partial(_refuse_changed_settings, output_dir, checkpoint, trainer))
+        agreed(partial(refuse_changed_settings, output_dir, checkpoint, trainer))
+        agreed(partial(refuse_changed_rows, checkpoint, trainer))
     sizes += broadcast_from_rank0(partial(check_disk, trainer, output_dir, checkpoint))
-
-
-def _refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Trainer) -> None:
-    """Refuse to resume with settings that differ from those of the folder or its checkpoint, or with too few steps.
-
-    Raises:
-        UserError: names the settings.
-    """
-    config, written, own = trainer.config, output_dir / "config.yaml", checkpoint / "config.yaml"
-    saved, done = _settings_of(checkpoint), saved_position(checkpoint).step
-    assert config.max_steps is not None, "a trainer resolves its settings"
-    if written.exists():
-        refuse_changes(written, TrainConfig(**load_saved(written, TrainConfig)), config)
-    refuse_changes(own, saved, config)
-    if len(trainer.stages) > 1 and saved.max_steps != config.max_steps:
-        raise UserError(
-            f"setting 'max_steps': {saved.max_steps} in {own} and now {config.max_steps}; "
-            f"{config.method} divides its steps among its stages, so keep max_steps"
-        )
-    if config.max_steps < done:
-        raise CannotResume(
-            f"setting 'max_steps': found {config.max_steps}, but {checkpoint} has already done {done} steps; "
-            f"give {done} or more"
-        )
-
-
-def _settings_of(checkpoint: Path) -> TrainConfig:
-    return TrainConfig(**load_saved(checkpoint / "config.yaml", TrainConfig))
 
 
 AMPLE = 2000
@@ -305,58 +287,12 @@ def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
     if checkpoint is None:
         return position
     saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
-    _check_unchanged(trainer, checkpoint, _settings_of(checkpoint), saved, position)
+    check_unchanged(trainer, checkpoint, settings_of(checkpoint), saved, position)
     trainer.control = saved.control
     if saved.engine != name:
         before, now = saved.engine or "PyTorch", name or "PyTorch"
         say_note(f"the run sampled with {before} and continues with {now}, which draws different samples")
     return replace(saved, engine=name)
-
-
-def _where(output_dir: Path, checkpoint: Path | None, position: Position, config: TrainConfig) -> str:
-    """Describe where a run with ``resume`` starts."""
-    if checkpoint is None:
-        return f"note: no checkpoint to resume from in {output_dir}: starting from the first step"
-    if position.step >= (config.max_steps or 0):
-        return f"already finished after {number_of(position.step, 'step')}: raise max_steps to train further"
-    resuming, planned = f"resuming after step {position.step}", _settings_of(checkpoint).max_steps
-    if planned == config.max_steps:
-        return resuming
-    change = f"max_steps was {planned} and is now {config.max_steps}"
-    return f"{resuming}; {change}: the learning rate follows the new schedule from here on"
-
-
-def _check_unchanged(
-    trainer: Trainer, checkpoint: Path, saved_config: TrainConfig, saved: Position, position: Position
-) -> None:
-    """Refuse to resume with different examples, weights or evaluation data. File locations may differ.
-
-    Raises:
-        CannotResume: names what changed.
-    """
-    config = trainer.config
-    if saved.data != position.data:
-        raise CannotResume(
-            f"{checkpoint}: the training examples have changed: data, anchors, template, tokenizer or limits differ, "
-            "or an earlier version encoded them differently (CHANGELOG.md); restore them"
-        )
-    if "" not in (saved.rewards, position.rewards) and saved.rewards != position.rewards:
-        what = "answers, scorers or privileged contexts of the training rows"
-        raise CannotResume(f"{checkpoint}: {what} have changed; restore them")
-    if trainer.loaded.merged_adapter and config.model != saved_config.model:
-        raise CannotResume(
-            f"{checkpoint}: model was {saved_config.model!r} and is now {config.model!r}; with a merged adapter the "
-            "weights cannot be compared, so use the original path"
-        )
-    if "" not in (saved.model, position.model) and saved.model != position.model:
-        raise CannotResume(
-            f"{checkpoint}: the initial weights of model {config.model!r} or of teacher_model have changed; "
-            "restore them"
-        )
-    if "" not in (saved.test, position.test) and saved.test != position.test:
-        raise CannotResume(
-            f"{checkpoint}: the rows of test {config.test!r} or prior {config.prior!r} have changed; restore them"
-        )
 
 
 def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str]) -> Path:

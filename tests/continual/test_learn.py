@@ -412,7 +412,7 @@ def test_what_is_accepted_is_said_with_what_it_must_keep(
     lines = capsys.readouterr().err.splitlines()
     undo = f"selfdistill learn --state {config.state} rollback"
     assert lines[-len(said) :] == [line.replace("STATE", config.state).replace("UNDO", undo) for line in said]
-    assert sum(line.startswith("note: ") for line in lines) == len(said) - 1
+    assert sum(line.startswith("note: ") and "only 1 step" not in line for line in lines) == len(said) - 1
     history = repr(learn(make(action="history", data="")))
     assert ("improvement" in history) == (len(said) > 1)
     if len(said) > 1:
@@ -914,6 +914,8 @@ def test_functions_that_end_with_this_process_are_refused(make: Settings, action
     for given in (tiny_worlds.FUNCTIONS, "functions:look_up,count"):
         with pytest.raises(UserError, match=r"^setting 'environment': learn plays it .*; put the list into a module"):
             make(action=action, environment=given)
+    with pytest.raises(UserError, match=r"^setting 'scorer': learn scores with it .*; put it into a module"):
+        make(action=action, scorer=lambda *_: True)
     assert make(action=action, environment="python:tiny_worlds.FUNCTIONS").environment == "python:tiny_worlds.FUNCTIONS"
 
 

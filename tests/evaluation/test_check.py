@@ -306,7 +306,7 @@ def test_a_demonstration_beyond_the_window_is_named(
     with pytest.raises(UserError) as error:
         check(config_of(model_folder(), data, **settings))
     assert str(error.value) == (
-        f"1 of 2 rows do not fit: {data}:2: prompt and demonstration have 621 tokens, limit 512 (the model's "
+        f"1 of 2 rows do not fit: {data}:2: prompt and demonstration have 621 tokens, limit 512 (the model's context "
         "window); drop them with on_long_prompt drop"
     )
 

@@ -409,6 +409,33 @@ def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(
     assert_same_run(whole, crashed)
 
 
+def test_a_run_that_is_resumed_where_there_is_none_says_so_first(
+    settings: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings("new", max_steps=1)
+    capsys.readouterr()  # what writing the model has printed
+    train(config, resume=True)
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {config.output_dir} holds no run to resume, so a new one begins there\n")
+    assert said.count("to resume") == 1
+
+
+def test_other_rows_are_refused_before_they_are_evaluated_with_what_has_changed(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = str(write_rows(count=2, name="test.jsonl"))
+    for method in ("sdft", "ssd"):
+        config = settings(method, method=method, test=test, max_steps=1, save_steps=1, max_completion_length=12)
+        train(config)
+        other = config.model_copy(update={"data": str(write_rows(count=5, name="other.jsonl"))})
+        told = f"changed: data was '{config.data}' and is now '{other.data}'; restore them, or start a new run"
+        with monkeypatch.context() as patch:
+            if method == "sdft":  # the samples of ssd become its examples
+                patch.setattr("selfdistill.training.trainer.Evaluator", None)
+            with pytest.raises(UserError, match=re.escape(told)):
+                train(other, resume=True)
+
+
 def test_what_a_run_decides_and_does_not_use_is_said(settings: Callable[..., TrainConfig]) -> None:
     run = Trainer(settings(method="sft", context="turns", teacher="frozen", lora_rank=4))
     assert run.config.lora_alpha == 8
@@ -431,6 +458,48 @@ def test_the_first_lines_name_anchors_of_which_the_share_is_none(settings: Calla
     assert not any("is in none of" in line for line in first_lines(Trainer(settings(**tiny, max_steps=500))))
     used = first_lines(Trainer(settings(method="sft", anchors="package", anchor_share=0.5)))
     assert not any("note:" in line and "anchor" in line for line in used)
+
+
+def test_a_run_that_can_hardly_learn_says_so(settings: Callable[..., TrainConfig]) -> None:
+    batch = "make less than one batch of 8, so every step repeats some; lower batch_size, and set the number of steps"
+    few = "which teaches a model little; raise max_steps, or lower batch_size"
+    lines = first_lines(Trainer(settings(batch_size=8, max_steps=None)))
+    assert f"note: 6 demonstrations {batch} with max_steps" in lines
+    assert f"note: this run has only 2 steps, {few}" in lines
+    assert f"note: this run has only 1 step, {few}" in first_lines(Trainer(settings(batch_size=6, max_steps=1)))
+    for enough in ({"batch_size": 6, "max_steps": 5}, {"batch_size": 8, "anchors": "package", "anchor_share": 0.25}):
+        assert not any("batch_size" in line for line in first_lines(Trainer(settings(**enough))))
+
+
+def test_demonstrations_longer_than_samples_are_counted(
+    settings: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = (
+        "note: 4 of 6 demonstrations are longer than a sample may be, 4 tokens: up to 9; raise max_completion_length "
+        "(train.jsonl:2; train.jsonl:3; train.jsonl:4; train.jsonl:6)\n"
+    )
+    for method in ("sdft", "grpo"):
+        Trainer(settings(method=method, max_completion_length=4))
+        assert said.replace("train.jsonl", settings().data) in capsys.readouterr().err
+    Trainer(settings(max_completion_length=9))
+    assert "longer than a sample" not in capsys.readouterr().err
+
+
+def test_a_run_whose_samples_were_all_truncated_says_so_at_its_end(
+    settings: Callable[..., TrainConfig], model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = (
+        "note: 100% of the samples were truncated at their maximum length, so hardly any end of a reply was learnt; "
+        "raise max_completion_length\n"
+    )
+    model = str(model_folder(ends=(257,)))
+    for out, values, count in (
+        ("cut", {"max_completion_length": 2}, 1),
+        ("whole", {"max_completion_length": 10, "model": settings().model}, 0),
+        ("demonstrated", {"method": "sft"}, 0),
+    ):
+        train(settings(out, **{"model": model, "max_steps": 2} | values))
+        assert capsys.readouterr().err.count(said) == count
 
 
 def test_resuming_a_finished_run_writes_the_same_final_model_again(settings: Callable[..., TrainConfig]) -> None:
