@@ -70,8 +70,8 @@ class VllmSampling(ABC):
         if longest > self.length:
             raise UserError(
                 f"engine vllm: a prompt with its {what} has up to {longest} tokens, and the engine allows "
-                f"{self.length}: the model's context window{self.limited_by}; lower max_{what}_length or max_prompt_length, "
-                f"or {self.longer_with}"
+                f"{self.length}: the model's context window{self.limited_by}; lower max_{what}_length or "
+                f"max_prompt_length, or {self.longer_with}"
             )
 
     @abstractmethod

@@ -420,7 +420,8 @@ def test_another_tokenizer_is_refused(load: Loader, one: VllmServe) -> None:
 def test_a_length_beyond_the_servers_is_an_error(load: Loader, apart: VllmServe) -> None:
     loaded = load(apart, tied=False)
     assert "at most 256 tokens, LoRA merged" in engine_for(loaded).describe()
-    with pytest.raises(UserError, match=r"engine allows 256: the model's context window or --max-model-len of the servers; "):
+    too_short = r"engine allows 256: the model's context window or --max-model-len of the servers; "
+    with pytest.raises(UserError, match=too_short):
         sample(loaded, prompts(250), GREEDY)
 
 

@@ -655,8 +655,8 @@ def test_episodes_that_a_server_has_no_room_for_are_refused_before_any_is_played
     config = run("run", fake, max_steps=1, max_episode_length=60, **plays)
     longest = 60 + max(len(x.student_ids) for x in Trainer(run("ours", **plays)).stage.task.examples)
     refused = (
-        rf"a prompt with its episode has up to {longest} tokens, and the engine allows 64: the model's context window or "
-        r"--max-model-len of the servers; lower max_episode_length or max_prompt_length, or raise --max-model-len$"
+        rf"a prompt with its episode has up to {longest} tokens, and the engine allows 64: the model's context window "
+        r"or --max-model-len of the servers; lower max_episode_length or max_prompt_length, or raise --max-model-len$"
     )
     with pytest.raises(UserError, match=refused):
         run_training(config)
