@@ -1,0 +1,54 @@
+"""Is a teacher that sees feedback on its own wrong answer worth learning from?
+
+    python studies/feedback.py [MODEL]
+
+For three bundled skills the model answers 24 training questions greedily: as it is, after its scorer's feedback on that
+answer, which names the expected one, and after the demonstration as turns, twice. Printed are the right answers. SDPO
+and SDFT learn from such teachers.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from selfdistill.data import Demonstration, Message, load_demonstrations, parse_context, verdict, with_feedback
+from selfdistill.model import LoadedModel, Sampling, load_model, sample
+
+SKILLS = {"routing": "exact", "tickets": "python:selfdistill.data.bundled.checks.fields", "tools": "exact"}
+"""Each skill's scorer, for rows that name none."""
+ROWS = 24
+TOKENS = 32
+TURNS = parse_context("turns:repeats=2")
+
+
+def replies(loaded: LoadedModel, prompts: list[list[Message]]) -> list[str]:
+    """Greedy replies."""
+    chat = loaded.chat()
+    rollouts = sample(loaded, [chat.encode_prompt(messages) for messages in prompts], Sampling(TOKENS, temperature=0))
+    return [chat.decode(rollout.ids) for rollout in rollouts]
+
+
+def right(said: list[str], rows: list[Demonstration], scorer: str) -> int:
+    """The number of right replies."""
+    return sum(verdict(row.scorer or scorer, reply, row).reward == 1 for reply, row in zip(said, rows, strict=True))
+
+
+def main(model: str = "smollm2-135m") -> None:
+    """Print a line for each skill."""
+    loaded = load_model(model)
+    for skill, scorer in SKILLS.items():
+        rows = load_demonstrations(f"bundled:{skill}.train.jsonl")[:ROWS]
+        alone = replies(loaded, [list(row.prompt) for row in rows])
+        told = [verdict(row.scorer or scorer, reply, row).feedback for reply, row in zip(alone, rows, strict=True)]
+        fed = [
+            with_feedback(row.prompt, text) if text else list(row.prompt) for row, text in zip(rows, told, strict=True)
+        ]
+        shown = [TURNS.messages(row, ()) for row in rows]
+        counts = [right(said, rows, scorer) for said in (alone, replies(loaded, fed), replies(loaded, shown))]
+        print(
+            f"{skill}: of {len(rows)}, alone {counts[0]}, with feedback {counts[1]}, with the demonstration {counts[2]}"
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
