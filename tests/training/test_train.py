@@ -926,6 +926,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_whole(
         "checkpoint-00000002",
         "config.yaml",
         "metrics.jsonl",
+        "system_turn.json",
         "token_views.jsonl",
     ]
     train(full, resume=True)
