@@ -99,8 +99,8 @@ def train(
     """Teach a model from demonstrations.
 
     Args:
-        model: the model; see :data:`Model`. A loaded model is trained in place, without ``lora_rank``. Or a
-            :class:`TrainConfig` with all settings.
+        model: the model; see :data:`Model`. A loaded model is trained in place; with ``lora_rank`` it stays as it was.
+            Or a :class:`TrainConfig` with all settings.
         data: demonstrations; see :data:`Rows`. In-memory rows are saved as ``data.jsonl`` in the run folder.
         output_dir: the run folder. An existing run is never overwritten.
         test: held-out rows on which the model is evaluated. In-memory rows are saved as ``test.jsonl``.

@@ -198,7 +198,7 @@ def run(asked: Asked, config: TrainConfig, start: Start, demonstrations: list[De
     after = {name: {**shown.measure(loaded), "base": shown.base["accuracy"]} for name, shown in start.after.items()}
     last = {name: evaluations[-1][name] for name in ("step", "seconds")}
     partway = [
-        {"share": share, **evaluation({**start.evaluator.measure(loaded), **last})}
+        {"share": share, **evaluation({**start.evaluator.measure(loaded, f"share {share:g}"), **last})}
         for share in moved_back(loaded.model, start.base.model, asked.study.partway)
     ]
     return {

@@ -116,7 +116,7 @@ def test_guides_that_do_not_fit_are_not_tried_and_said(
     guided: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Trainer(guided())
-    assert "guides" not in capsys.readouterr().err
+    assert "the guides of" not in capsys.readouterr().err
     limit = len(run.stage.task.examples[0].student_ids) + len("\n\nLet this guide your answer:\n\n")
     limit += len("one\ntwo\nthree") + len("\n\nNow answer the question.")
     run = Trainer(guided(max_prompt_length=limit))

@@ -123,8 +123,11 @@ def test_sdft_learns_each_reply_after_the_conversation_so_far(
         for place, message in enumerate(replies):
             if message["role"] == "assistant":
                 so_far = [*prompt, *replies[:place]]
+                begun = prompt if show == "episode" else so_far
+                question = max(number for number, turn in enumerate(begun) if turn["role"] == "user")
                 shown = [*prompt, *replies] if show == "episode" else [*so_far, message]
-                contexts = rendered(tokenizer, so_far, begins=True), rendered(tokenizer, [*shown, *so_far], begins=True)
+                teacher = [*shown, *so_far[question:]]
+                contexts = rendered(tokenizer, so_far, begins=True), rendered(tokenizer, teacher, begins=True)
                 expected.append((*contexts, rendered(tokenizer, [*so_far, message])[len(contexts[0]) : -1]))
     assert [(x.student_ids, x.teacher_ids, x.completion_ids) for x in examples] == expected
     assert len({x.demonstration.row for x in examples}) == len(examples) == 7

@@ -415,10 +415,10 @@ def test_a_measurement_that_fails_in_one_process_ends_both(
     def work() -> None:
         measure, calls = Evaluator.measure, count()
 
-        def once(evaluator: Evaluator, loaded: Any) -> Any:
+        def once(evaluator: Evaluator, loaded: Any, who: str) -> Any:
             if next(calls) and os.environ["RANK"] == failing:  # not the base, before the first step
                 raise UserError("no answer")
-            return measure(evaluator, loaded)
+            return measure(evaluator, loaded, who)
 
         Evaluator.measure = once  # type: ignore[method-assign]
         train(config)

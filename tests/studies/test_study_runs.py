@@ -182,7 +182,7 @@ def test_models_part_of_the_way_are_those_that_merge_makes(
     for point in line["partway"]:
         folder = str(tmp_path / f"{point['share']}")
         sd.merge(base, final, subtract=base, scale=point["share"], output_dir=folder)
-        found = evaluator.measure(load_for_training(folder))
+        found = evaluator.measure(load_for_training(folder), "merged")
         assert point["kl"] == pytest.approx(found["kl_base"], rel=1e-4)
         assert 0 < point["kl"] < line["evaluations"][-1]["kl"]
         assert point["correct"] == "".join("01"[right] for right in found["correct"])
