@@ -17,6 +17,7 @@ from typing import Any
 from selfdistill.api_inputs import (
     Model,
     callback_of,
+    check_adapter,
     check_config,
     check_start,
     data_of,
@@ -51,7 +52,7 @@ from selfdistill.evaluation import AskResult, CheckResult, EvalResult
 from selfdistill.evaluation import ask as ask_question
 from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
-from selfdistill.model import check_base, switched_back
+from selfdistill.model import switched_back
 from selfdistill.questions import QuestionsResult
 from selfdistill.questions import make_questions as run_questions
 from selfdistill.runtime import check_device, size_in_bytes
@@ -147,8 +148,7 @@ def plan(
     """
     with session(progress), tempfile.TemporaryDirectory() as folder:
         config, loaded, rows = run_to_plan(model, data, test, output_dir, tokenizer, settings, folder)
-        if loaded is not None and config.lora_rank:
-            check_base(loaded)
+        check_adapter(config, loaded)
         with rows.kept(planned=True):
             return run_plan(config, loaded, given=rows.names, temporary=folder)
 

@@ -340,9 +340,24 @@ def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFol
     check_parts(config)
     if loaded is not None and config.documents:
         raise UserError("setting 'documents': the model writes the questions first, so give its folder or name")
-    if loaded is not None and config.lora_rank:
-        check_base(loaded)
+    check_adapter(config, loaded)
     return with_questions(config) if config.documents else config
+
+
+def check_adapter(config: TrainConfig, loaded: LoadedModel | None) -> None:
+    """Check that a loaded model that gets an adapter stays as it was, and that the adapter can be loaded again.
+
+    Raises:
+        UserError: it would be sharded, or there is no such base.
+    """
+    if loaded is None or not config.lora_rank:
+        return
+    if config.fsdp:
+        raise UserError(
+            "setting 'fsdp': with lora_rank a loaded model stays as it was, but its weights would be sharded; give its "
+            "folder or name"
+        )
+    check_base(loaded)
 
 
 def run_to_plan(

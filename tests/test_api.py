@@ -647,6 +647,33 @@ def test_a_loaded_model_gets_an_adapter_and_stays_as_it_was(model: str) -> None:
     assert not (Path("full/final") / "adapter_config.json").exists()
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_loaded_model_keeps_its_own_gradient_checkpointing_and_hooks(model: str, rank: int | None) -> None:
+    ours, tokenizer = loaded(model)
+    ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    ours.enable_input_require_grads()
+    embedding, seen = ours.get_input_embeddings(), []
+    embedding.register_forward_hook(lambda *_: seen.append(1))
+    layer = ours.model.layers[0]
+    before, function = dict(embedding._forward_hooks), layer._gradient_checkpointing_func
+    given: dict[str, Any] = RUN | {"context": "turns", "gradient_checkpointing": True, "lora_rank": rank}
+    sd.train(ours, ROWS, tokenizer=tokenizer, output_dir="run", **given)
+    assert dict(embedding._forward_hooks) == before
+    assert ours.is_gradient_checkpointing
+    assert layer._gradient_checkpointing_func is function
+    ours.disable_input_require_grads()
+    assert len(embedding._forward_hooks) == len(before) - 1
+
+
+def test_a_loaded_model_is_not_left_sharded(model: str) -> None:
+    ours, tokenizer = loaded(model)
+    given: dict[str, Any] = RUN | {"tokenizer": tokenizer, "lora_rank": 2, "fsdp": True}
+    for refused in (sd.train, sd.plan):
+        with pytest.raises(sd.UserError, match=r"^setting 'fsdp': with lora_rank a loaded model stays as it was, but"):
+            refused(ours, ROWS, output_dir="run", **given)
+    assert not Path("run").exists()
+
+
 def test_an_adapter_that_could_not_be_loaded_again_is_refused(model: str) -> None:
     ours, tokenizer = loaded(model)
     given: dict[str, Any] = {"tokenizer": tokenizer, "output_dir": "run", "lora_rank": 2, **RUN}

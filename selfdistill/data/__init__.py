@@ -92,13 +92,12 @@ from selfdistill.data.scorers import (
     verdicts,
 )
 from selfdistill.data.shapes import draw_shapes
-from selfdistill.data.sources import BUNDLED, Note, located
+from selfdistill.data.sources import Note, located
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.text_ids import texts_of
 from selfdistill.data.words import WORD, includes, plain, words_of
 
 __all__ = [
-    "BUNDLED",
     "CODE",
     "COLUMNS",
     "FUNCTION",

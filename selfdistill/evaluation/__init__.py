@@ -9,7 +9,15 @@ from selfdistill.evaluation.episodes import unscored
 from selfdistill.evaluation.eval_result import EvalResult, summary
 from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, prior_scores, rows_fingerprint
 from selfdistill.evaluation.evaluator import Evaluator, check_inputs
-from selfdistill.evaluation.generate import AskResult, ask, generate
+from selfdistill.evaluation.generate import (
+    SYSTEM_TURN,
+    AskResult,
+    ask,
+    generate,
+    shared_system_turn,
+    system_turn_of,
+    with_system_turn,
+)
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.priors import encode_priors, load_prior
 from selfdistill.evaluation.statistics import seeds_interval, sign_test
@@ -18,6 +26,7 @@ __all__ = [
     "DRIFT_PROMPTS",
     "DRIFT_TOKENS",
     "LAYOUTS",
+    "SYSTEM_TURN",
     "Answers",
     "AskResult",
     "CheckResult",
@@ -44,7 +53,10 @@ __all__ = [
     "prior_scores",
     "rows_fingerprint",
     "seeds_interval",
+    "shared_system_turn",
     "sign_test",
     "summary",
+    "system_turn_of",
     "unscored",
+    "with_system_turn",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfdistill.config import AskConfig, TrainConfig, load_saved
-from selfdistill.data import BUNDLED, Demonstration, Message, Picture, load_demonstrations, quoted, read_picture
+from selfdistill.data import Demonstration, Message, Picture, load_demonstrations, quoted, read_picture
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel, Sampling, load_model, sample, sample_seed, to_best_device
 from selfdistill.runtime import Printable, say_note
@@ -98,7 +99,7 @@ def ask(config: AskConfig, conversation: Sequence[Message] | None = None) -> Ask
     messages = [{"role": "user", "content": config.question}] if conversation is None else _checked(conversation)
     marks = "".join(picture.mark for picture in pictures)
     messages[-1] = {**messages[-1], "content": marks + messages[-1]["content"]}
-    messages = [*_system_turn(config, messages, trained), *messages]
+    (messages,) = with_system_turn([messages], config.system, partial(system_turn_of, Path(config.run)))
     options: dict[str, Any] = {
         "max_completion_length": config.max_completion_length,
         "temperature": config.temperature,
@@ -133,31 +134,52 @@ def _checked(conversation: Sequence[Message]) -> list[Message]:
     return list(row.prompt)
 
 
-def _system_turn(config: AskConfig, messages: Sequence[Message], trained: Mapping[str, Any]) -> list[Message]:
-    """The system turn before the messages: the given one, else the one of all training rows; empty if there is none.
+SYSTEM_TURN = "system_turn.json"
+"""File in a run folder: the system turn with which all training rows begin, as a message; null if there is none."""
+
+
+def shared_system_turn(rows: Sequence[Demonstration]) -> Message | None:
+    """The system turn with which all rows begin; None if there is none, or it has pictures."""
+    first: Message = rows[0].prompt[0]
+    if first["role"] != "system" or any(row.prompt[0] != first for row in rows):
+        return None
+    has_pictures = any(picture.mark in first["content"] for picture in rows[0].images)
+    return None if has_pictures else first
+
+
+def with_system_turn(
+    chats: Sequence[Sequence[Message]], system: str | None, default: Callable[[], str | None]
+) -> list[list[Message]]:
+    """Put a system turn before the chats that have none.
+
+    Args:
+        chats: the chats.
+        system: its text; "": none; None: the default.
+        default: gives its text or None; called only if it is needed.
 
     Raises:
-        UserError: there are two.
+        UserError: a chat begins with a system turn, beside the given one.
     """
-    has_own = messages[0]["role"] == "system"
-    if has_own and config.system is not None:
+    has_own = [any(message.get("role") == "system" for message in chat[:1]) for chat in chats]
+    if system is not None and any(has_own):
         raise UserError("setting 'system': the messages begin with a system turn of their own; leave one of them out")
-    if has_own or config.system == "" or not (config.system or trained):
-        return []
-    text = config.system or _shared_system_turn(str(trained["data"]), trained)
-    return [{"role": "system", "content": text}] if text else []
+    if system is None and not all(has_own):
+        system = default()
+    turn: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [[*([] if own else turn), *chat] for chat, own in zip(chats, has_own, strict=True)]
 
 
-def _shared_system_turn(data: str, trained: Mapping[str, Any]) -> str | None:
-    """The system turn with which all training rows begin; None if there is none, or they are not on this machine."""
-    if not (os.path.exists(data) or data.startswith(BUNDLED)):
-        say_note(f"the training rows {data!r} are not here, so ask sends no system turn that they may have")
+def system_turn_of(run: Path) -> str | None:
+    """The text of the system turn of all training rows of a run, with a note; None if none is known."""
+    file = run / SYSTEM_TURN
+    if not file.is_file():
+        if (run / "config.yaml").is_file():
+            say_note(f"run {str(run)!r} does not say whether its rows share a system turn, so none is sent; set system")
         return None
-    rows = load_demonstrations(data, split=trained.get("split", "train"), turns=trained.get("turns", "auto"))
-    first = [row.prompt[0] for row in rows]
-    if first[0]["role"] != "system" or any(turn != first[0] for turn in first):
+    turn = json.loads(file.read_text(encoding="utf-8"))
+    if turn is None:
         return None
-    text = str(first[0]["content"])
+    text = str(turn["content"])
     say_note(
         f"asked with the system turn of all training rows, {quoted(text)}; set system to another, or to '' for none"
     )

@@ -30,14 +30,11 @@ from selfdistill.model.head import body_and_head, unwrap
 from selfdistill.model.loading import (
     LoadedModel,
     adopt,
-    checkpoint_activations,
     load_for_training,
     load_matching,
     load_model,
     matched,
-    set_recomputing,
     start_fingerprint,
-    switched_back,
     to_best_device,
     weights_fingerprint,
 )
@@ -56,6 +53,7 @@ from selfdistill.model.sampled import Sampled
 from selfdistill.model.sampling import Rollout, Sampling, check_room, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
 from selfdistill.model.stored_weights import StoredWeights, overwrite_tensor, stored_bytes, stored_weights
+from selfdistill.model.switches import checkpoint_activations, set_recomputing, switched_back
 from selfdistill.model.teacher import Teacher, TeacherRule, staging_bytes
 
 __all__ = [

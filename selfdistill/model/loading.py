@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -322,44 +321,6 @@ def load_for_training(
     return to_best_device(
         load_model(name, dtype=dtype, merge_adapter=True, adapter_base=adapter_base, load_in_4bit=load_in_4bit)
     )
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Let the model's layers recompute their activations in the backward pass, after :func:`set_recomputing`."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def set_recomputing(model: Any, recompute: bool) -> None:
-    """Start or stop recomputing activations in a model after :func:`checkpoint_activations`.
-
-    transformers recomputes in train mode. So the model and its layers that recompute are in train mode, and all other
-    modules stay in eval mode: in train mode the routers of some mixtures of experts add noise.
-    """
-    model.eval()
-    if recompute:
-        for module in model.modules():
-            module.training = module is model or hasattr(module, "gradient_checkpointing")
-
-
-@contextmanager
-def switched_back(loaded: LoadedModel) -> Iterator[None]:
-    """Undo at the end what training switches in a model: gradient checkpointing, frozen weights and a new adapter."""
-    model = loaded.model
-    trainable = [(weight, weight.requires_grad) for weight in model.parameters()]
-    checkpointed, hooked = model.is_gradient_checkpointing, hasattr(model, "_require_grads_hook")
-    try:
-        yield
-    finally:
-        if loaded.model is not model:
-            loaded.model.unload()
-            loaded.model = model
-        for weight, was in trainable:
-            weight.requires_grad_(was)
-        if model.is_gradient_checkpointing and not checkpointed:
-            model.gradient_checkpointing_disable()
-            # Recent releases of transformers set a hook, and leave it.
-            if hasattr(model, "_require_grads_hook") and not hooked:
-                model.disable_input_require_grads()
 
 
 def weights_fingerprint(model: nn.Module) -> str:

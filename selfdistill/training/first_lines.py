@@ -8,7 +8,7 @@ from selfdistill.errors import number_of
 from selfdistill.methods import rules_of, scorer_judges, unused_settings, uses
 from selfdistill.model import describe_lora
 from selfdistill.runtime import is_distributed
-from selfdistill.training.schedule import positions_of
+from selfdistill.training.schedule import fewest_of_first, positions_of
 from selfdistill.training.setup import batch_unit
 from selfdistill.training.trainer import Trainer
 
@@ -18,8 +18,13 @@ OF_ANCHORS = ("anchor_share", "anchor_divergence")
 """Settings that every method uses, but only with anchors."""
 
 
-def first_lines(trainer: Trainer) -> list[str]:
-    """Lines that describe the run, printed at its start."""
+def first_lines(trainer: Trainer, *, all_rows: bool = True) -> list[str]:
+    """Lines that describe the run, printed at its start.
+
+    Args:
+        trainer: of the run.
+        all_rows: whether the trainer has all rows of the run; else nothing is said on whether they fill a batch.
+    """
     config, trained = trainer.config, sum(p.numel() for p in trainer.parameters)
     lines = [
         f"{config.method} on {stage.task.counted}, {number_of(stage.steps, 'step')} of {config.batch_size}, "
@@ -56,7 +61,7 @@ def first_lines(trainer: Trainer) -> list[str]:
     if is_distributed():
         shares = " and the weights" if config.fsdp else ""
         lines.append(f"{trainer.accelerator.num_processes} processes, which share every batch{shares}")
-    lines += [*_too_little(trainer), *_unused(config), *_never_drawn(trainer)]
+    lines += [*(_unfilled(trainer) if all_rows else []), *_few_steps(config), *_unused(config), *_never_drawn(trainer)]
     if not trainer.forward_pass.fused:
         lines.append("the LM head cannot be fused into the loss: full logits need more memory")
     return lines
@@ -67,23 +72,29 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
-def _too_little(trainer: Trainer) -> list[str]:
-    """Notes on batches that are larger than the data, and on a run of a few steps."""
+def _unfilled(trainer: Trainer) -> list[str]:
+    """Notes on data of which every step needs more than there are."""
     config, lines = trainer.config, []
-    assert config.max_steps is not None, "a trainer resolves its settings"
-    for task in (stage.task for stage in trainer.stages):
-        per_step = config.batch_size * task.share
-        if len(task.examples) < per_step:
+    for stage in trainer.stages:
+        shares = [part.share for part in stage.sampled]
+        fewest = fewest_of_first(shares, config.batch_size, batch_unit(config))
+        if len(stage.task.examples) < fewest:
+            part = f"their part ({fewest} or more) of " if len(shares) > 1 else ""
             lines.append(
-                f"note: {task.method.examples.counted(len(task.examples))} make less than one batch of {per_step:g}, "
-                "so every step repeats some; lower batch_size, and set the number of steps with max_steps"
+                f"note: {stage.task.method.examples.counted(len(stage.task.examples))} do not fill {part}a batch of "
+                f"{config.batch_size}, so every step repeats some; lower batch_size, and set the number of steps with "
+                "max_steps"
             )
-    if config.max_steps < FEW_STEPS:
-        lines.append(
-            f"note: this run has only {number_of(config.max_steps, 'step')}, which teaches a model little; raise "
-            "max_steps, or lower batch_size"
-        )
     return list(dict.fromkeys(lines))
+
+
+def _few_steps(config: TrainConfig) -> list[str]:
+    """A note on a run of a few steps."""
+    assert config.max_steps is not None, "a trainer resolves its settings"
+    if config.max_steps >= FEW_STEPS:
+        return []
+    steps = number_of(config.max_steps, "step")
+    return [f"note: this run has only {steps}, which teaches a model little; raise max_steps"]
 
 
 def _unused(config: TrainConfig) -> list[str]:

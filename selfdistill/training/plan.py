@@ -115,14 +115,18 @@ def plan(
     config = memory.config if memory else config
     config = with_context(config, rows, loaded)
     unmeasured: dict[str, Any] = {"drift_steps": 0, "test": None}
+    all_rows = True
     if any(part.method.fixed for parts in stages for part in parts):  # one batch of samples is enough to see
         count = min(len(rows), config.num_demonstrations or len(rows))
         steps = steps_of(config, count, share=stages[0][0].share)
         unmeasured |= {"num_demonstrations": min(count, config.batch_size), "max_steps": steps}
+        all_rows = count <= config.batch_size
+        if not all_rows:
+            notes.append(f"note: for this plan, samples of {config.batch_size} of {count} rows were drawn")
     trainer = Trainer(config.model_copy(update=unmeasured), rows, loaded=loaded)
     asked = {name: getattr(config, name) for name in ("drift_steps", "test", "num_demonstrations")}
     resolved = trainer.config.model_copy(update=asked)
-    notes += [*first_lines(trainer), *lines]
+    notes += [*first_lines(trainer, all_rows=all_rows), *lines]
     example = trainer.stages[0].task.examples[0]
     with repeating(config):
         trainer.step(0)

@@ -68,11 +68,10 @@ def _check_rows(
     """
     if saved.data != position.data:
         before, now = ({name: getattr(one, name) for name in _OF_EXAMPLES} for one in (saved_config, config))
-        cause = "; ".join(changes(before, now)) or (
-            f"rows of data {config.data!r}, anchors, template, tokenizer or limits differ, or an earlier version "
-            "encoded them differently (CHANGELOG.md)"
-        )
-        raise CannotResume(f"{checkpoint}: the training examples have changed: {cause}; restore them")
+        moved = "; ".join(changes(before, now))
+        rows = f"{moved}; if these are the same," if moved else f"rows of data {config.data!r}, anchors,"
+        cause = f"{rows} template, tokenizer or limits differ, or an earlier version encoded them differently"
+        raise CannotResume(f"{checkpoint}: the training examples have changed: {cause} (CHANGELOG.md); restore them")
     if "" not in (saved.rewards, position.rewards) and saved.rewards != position.rewards:
         what = "answers, scorers or privileged contexts of the training rows"
         raise CannotResume(f"{checkpoint}: {what} have changed; restore them")

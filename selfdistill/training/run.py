@@ -12,9 +12,9 @@ from typing import Any, overload
 from rich.console import Console
 
 from selfdistill.config import TrainConfig, load_saved
-from selfdistill.data import Message
+from selfdistill.data import Demonstration, Message
 from selfdistill.errors import UserError, similar_inside
-from selfdistill.evaluation import generate, summary
+from selfdistill.evaluation import generate, summary, system_turn_of, with_system_turn
 from selfdistill.model import LoadedModel, load_model, to_best_device
 from selfdistill.runtime import Printable, is_rank0, quiet_libraries, read_lines
 
@@ -64,21 +64,29 @@ class Run(Printable):
         with quiet_libraries():
             return to_best_device(load_model(str(self.final)))
 
+    @cached_property
+    def _system_turn(self) -> str | None:
+        return system_turn_of(self.output_dir)
+
     @overload
-    def generate(self, prompt: str, **options: Any) -> str: ...
+    def generate(self, prompt: str, *, system: str | None = None, **options: Any) -> str: ...
     @overload
-    def generate(self, prompt: Sequence[str | Sequence[Message]], **options: Any) -> list[str]: ...
-    def generate(self, prompt: Any, **options: Any) -> Any:
+    def generate(
+        self, prompt: Sequence[str | Sequence[Message]], *, system: str | None = None, **options: Any
+    ) -> list[str]: ...
+    def generate(self, prompt: Any, *, system: str | None = None, **options: Any) -> Any:
         """Generate the final model's reply to a prompt, or its replies to a list of prompts. Greedy by default.
 
         The first call loads the model; later calls reuse it.
 
         Args:
             prompt: text (one user turn), or a list of prompts, each text or chat messages.
+            system: a system turn before each prompt that has none; "": none. Default: that of the training rows, if
+                the same one begins all rows of the run.
             options: ``max_completion_length`` (tokens; default: that of the run), ``temperature``, ``top_p``, ``seed``.
 
         Raises:
-            UserError: the prompt is neither, or there is no final model.
+            UserError: the prompt is neither or has a system turn beside ``system``, or there is no final model.
         """
         if isinstance(prompt, list | tuple) and any(isinstance(one, dict) for one in prompt):
             raise UserError("prompt: found messages, expected text or a list of prompts; put the messages into a list")
@@ -90,7 +98,8 @@ class Run(Printable):
             "max_completion_length": self.config.max_completion_length,
             "chat_template_kwargs": self.config.chat_template_kwargs,
         }
-        replies = generate(self._loaded, prompts, **defaults | options)
+        chats = with_system_turn([Demonstration(one).prompt for one in prompts], system, lambda: self._system_turn)
+        replies = generate(self._loaded, chats, **defaults | options)
         return replies[0] if isinstance(prompt, str) else replies
 
     def print(self, console: Console) -> None:

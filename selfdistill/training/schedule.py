@@ -69,6 +69,13 @@ def positions_of(shares: Sequence[float], step: int, batch_size: int, seed: int,
     return [range(start, start + batch_size - sum(map(len, beside))), *beside]
 
 
+def fewest_of_first(shares: Sequence[float], batch_size: int, unit: int = 1) -> int:
+    """Examples of the first part that every step has; see :func:`positions_of`."""
+    # Rounded, as 25 * 0.28 is a little more than 7.
+    beside = (math.ceil(round(batch_size / unit * share, 9)) for share in shares[1:])
+    return batch_size - unit * sum(beside)
+
+
 def examples_at(rows: Sequence[Row], positions: range, seed: int) -> list[Row]:
     """Examples at the given positions of an endless sequence of epochs.
 

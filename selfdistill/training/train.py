@@ -12,7 +12,7 @@ from pathlib import Path
 from selfdistill.config import TrainConfig, dump_yaml, load_saved
 from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import RESUME, RunCollapsed, UserError
-from selfdistill.evaluation import Evaluator, best_context
+from selfdistill.evaluation import SYSTEM_TURN, Evaluator, best_context, shared_system_turn
 from selfdistill.methods import uses
 from selfdistill.model import LoadedModel, full_tensors, merged, stored_bytes, tensor_bytes
 from selfdistill.runtime import (
@@ -30,6 +30,7 @@ from selfdistill.runtime import (
     say_note,
     world_size,
     write_atomically,
+    write_json,
 )
 from selfdistill.training.checkpoint import (
     Position,
@@ -125,12 +126,13 @@ def train(
         checkpoint = broadcast_from_rank0(lambda: newest_whole(output_dir) if resume else None)
         config = plan.config if plan else config
         config = with_context(_on_its_day(config) if begun else config, demonstrations, loaded)
-        begin = None if checkpoint else partial(_begin, output_dir, lock)  # nothing may change if it is refused
+        begins = partial(_begin, output_dir, lock, demonstrations)
+        begin = None if checkpoint else begins  # nothing may change if it is refused
         sizes = list(memory)
         check = partial(_check, output_dir, checkpoint, sizes)
         trainer = Trainer(config, demonstrations, evaluator, loaded, begin, check)
         position = _start(trainer, checkpoint)  # before anything is written: a refused resume changes nothing
-        _begin(output_dir, lock, trainer.config)
+        begins(trainer.config)
         _write_samples(trainer, output_dir)
         for line in (*first_lines(trainer), *sizes):
             say(line)
@@ -240,8 +242,10 @@ def _weights(config: TrainConfig, loaded: LoadedModel | None) -> float:
     return student + teacher if student and teacher else math.inf
 
 
-def _begin(output_dir: Path, lock: Callable[[], object], config: TrainConfig) -> None:
-    """Lock the run folder and write the settings, without which it cannot be resumed.
+def _begin(
+    output_dir: Path, lock: Callable[[], object], demonstrations: Sequence[Demonstration], config: TrainConfig
+) -> None:
+    """Lock the run folder and write the settings, without which it cannot be resumed, and the rows' system turn.
 
     Raises:
         UserError: the folder is in use or not writable.
@@ -252,6 +256,7 @@ def _begin(output_dir: Path, lock: Callable[[], object], config: TrainConfig) ->
         if is_rank0():
             remove_unfinished(output_dir)
             write_atomically(output_dir / "config.yaml", dump_yaml(config))
+            write_json(output_dir / SYSTEM_TURN, shared_system_turn(demonstrations))
 
 
 def _write_samples(trainer: Trainer, output_dir: Path) -> None:

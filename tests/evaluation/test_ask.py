@@ -15,6 +15,8 @@ from shared import ENDS
 
 import selfdistill as sd
 from selfdistill.cli import main
+from selfdistill.config.train import TrainConfig
+from selfdistill.training.train import train
 
 WARD = {"role": "system", "content": "You keep the list of the ward."}
 USER = {"role": "user", "content": "Where is Anna?"}
@@ -28,23 +30,44 @@ SHARED = (
 def asked(
     model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[list[dict[str, Any]]]:
-    """The chats that the model is asked, in a folder with a run ``run`` on two rows with the same system turn."""
+    """The chats that the model is asked, in a folder with a run ``run`` on rows with the same system turn."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_folder(ends=ENDS), "run/final")
     Path("run/config.yaml").write_text(yaml.safe_dump({"model": "m", "data": "data.jsonl", "output_dir": "run"}))
-    rows_are([[WARD, USER, REPLY], [WARD, {**USER, "content": "And Ben?"}, REPLY]])
+    rows_share(WARD)
     chats: list[list[dict[str, Any]]] = []
 
     def generate(_: Any, prompts: Any, **options: Any) -> list[str]:
         chats.extend(prompts)
         return ["Room 4."] * len(prompts)
 
-    monkeypatch.setattr(sys.modules["selfdistill.evaluation.generate"], "generate", generate)
+    for module in ("selfdistill.evaluation.generate", "selfdistill.training.run"):
+        monkeypatch.setattr(sys.modules[module], "generate", generate)
     return chats
 
 
-def rows_are(chats: list[list[dict[str, str]]]) -> None:
-    Path("data.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+def rows_share(turn: dict[str, str] | None) -> None:
+    Path("run/system_turn.json").write_text(json.dumps(turn), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("firsts", "shared"),
+    [
+        ([WARD, WARD], WARD),
+        ([WARD, USER], None),
+        ([WARD, {**WARD, "content": "Be brief."}], None),
+        ([USER, USER], None),
+    ],
+)
+def test_a_run_notes_the_system_turn_that_its_rows_share(
+    firsts: list[dict[str, str]], shared: dict[str, str] | None, settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    rows = tmp_path / "shared.jsonl"
+    chats = [[first, USER, REPLY] if first is not USER else [USER, REPLY] for first in firsts]
+    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    config = settings(data=str(rows), method="sft", max_steps=1)
+    train(config)
+    assert json.loads((Path(config.output_dir) / "system_turn.json").read_text(encoding="utf-8")) == shared
 
 
 def test_the_system_turn_of_all_training_rows_is_used(asked: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,20 +76,41 @@ def test_the_system_turn_of_all_training_rows_is_used(asked: Any, capsys: pytest
     assert f"note: {SHARED}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("others", [[USER, REPLY], [{**WARD, "content": "Be brief."}, USER, REPLY]])
-def test_a_system_turn_of_some_rows_is_not(asked: Any, others: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    rows_are([[WARD, USER, REPLY], others])
+def test_the_training_rows_need_not_be_there_nor_valid(asked: Any) -> None:
+    Path("data.jsonl").write_text("no row\n", encoding="utf-8")
+    sd.ask("run", "Where is Anna?")
+    assert asked == [[WARD, USER]]
+
+
+def test_a_run_answers_as_ask_does(asked: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    sd.ask("run", "Where is Anna?")
+    capsys.readouterr()
+    run = sd.Run("run")
+    for _ in range(2):
+        assert run.generate("Where is Anna?") == "Room 4."
+    assert capsys.readouterr().err.count(SHARED) == 1
+    own = [{**WARD, "content": "Be brief."}, USER]
+    run.generate(["Where is Anna?", own])
+    run.generate("Where is Anna?", system="")
+    run.generate("Where is Anna?", system="Be brief.")
+    assert asked == [[WARD, USER]] * 4 + [own, [USER], own]
+    with pytest.raises(sd.UserError, match=r"^setting 'system': the messages begin with a system turn of their own"):
+        run.generate([own], system="x")
+
+
+def test_without_a_shared_system_turn_none_is_sent(asked: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows_share(None)
     sd.ask("run", "Where is Anna?")
     sd.ask("run/final", "Where is Anna?")
     assert asked == [[USER], [USER]]
     assert "system" not in capsys.readouterr().err
 
 
-def test_rows_that_are_elsewhere_are_noted(asked: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("data.jsonl").unlink()
+def test_a_run_of_an_earlier_version_is_noted(asked: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run/system_turn.json").unlink()
     sd.ask("run", "Where is Anna?")
     assert asked == [[USER]]
-    assert "the training rows 'data.jsonl' are not here, so ask sends no system turn" in capsys.readouterr().err
+    assert "run 'run' does not say whether its rows share a system turn, so none is sent" in capsys.readouterr().err
 
 
 def test_another_system_turn_or_none(asked: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from selfdistill.config.train import TrainConfig
-from selfdistill.training.schedule import examples_at, learning_rate, steps_of
+from selfdistill.training.schedule import examples_at, fewest_of_first, learning_rate, positions_of, steps_of
 
 
 def drawn(rows: list[str], steps: range, batch_size: int, seed: int = 0) -> list[str]:
@@ -77,3 +77,11 @@ def test_the_warm_up_takes_at_most_a_tenth_of_all_steps() -> None:
     rates = [learning_rate(s, peak=1.0, max_steps=30, warmup_steps=10, kind="constant") for s in range(5)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert learning_rate(0, peak=1.0, max_steps=1, warmup_steps=10, kind="cosine") == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.28, 0.5, 0.7])
+@pytest.mark.parametrize("batch_size", [8, 20, 25, 32])
+def test_the_fewest_of_the_first_part_are_those_of_some_step(batch_size: int, share: float) -> None:
+    shares = [1 - share, share]
+    counts = {len(positions_of(shares, step, batch_size, seed=0)[0]) for step in range(100)}
+    assert min(counts) == fewest_of_first(shares, batch_size)

@@ -55,6 +55,7 @@ from selfdistill.training import checkpoint as checkpoint_module
 from selfdistill.training.batch_gradient import BatchGradient
 from selfdistill.training.checkpoint import list_checkpoints, newest_whole
 from selfdistill.training.first_lines import first_lines
+from selfdistill.training.plan import plan
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
 
@@ -428,7 +429,7 @@ def test_other_rows_are_refused_before_they_are_evaluated_with_what_has_changed(
         config = settings(method, method=method, test=test, max_steps=1, save_steps=1, max_completion_length=12)
         train(config)
         other = config.model_copy(update={"data": str(write_rows(count=5, name="other.jsonl"))})
-        told = f"changed: data was '{config.data}' and is now '{other.data}'; restore them, or start a new run"
+        told = f"changed: data was '{config.data}' and is now '{other.data}'; if these are the same, template"
         with monkeypatch.context() as patch:
             if method == "sdft":  # the samples of ssd become its examples
                 patch.setattr("selfdistill.training.trainer.Evaluator", None)
@@ -461,14 +462,38 @@ def test_the_first_lines_name_anchors_of_which_the_share_is_none(settings: Calla
 
 
 def test_a_run_that_can_hardly_learn_says_so(settings: Callable[..., TrainConfig]) -> None:
-    batch = "make less than one batch of 8, so every step repeats some; lower batch_size, and set the number of steps"
-    few = "which teaches a model little; raise max_steps, or lower batch_size"
+    repeats = "so every step repeats some; lower batch_size, and set the number of steps with max_steps"
     lines = first_lines(Trainer(settings(batch_size=8, max_steps=None)))
-    assert f"note: 6 demonstrations {batch} with max_steps" in lines
-    assert f"note: this run has only 2 steps, {few}" in lines
-    assert f"note: this run has only 1 step, {few}" in first_lines(Trainer(settings(batch_size=6, max_steps=1)))
-    for enough in ({"batch_size": 6, "max_steps": 5}, {"batch_size": 8, "anchors": "package", "anchor_share": 0.25}):
-        assert not any("batch_size" in line for line in first_lines(Trainer(settings(**enough))))
+    assert f"note: 6 demonstrations do not fill a batch of 8, {repeats}" in lines
+    assert "note: this run has only 2 steps, which teaches a model little; raise max_steps" in lines
+    given = first_lines(Trainer(settings(batch_size=6, max_steps=1)))
+    assert "note: this run has only 1 step, which teaches a model little; raise max_steps" in given
+    shared = first_lines(Trainer(settings(batch_size=10, anchors="package", anchor_share=0.25)))
+    assert f"note: 6 demonstrations do not fill their part (7 or more) of a batch of 10, {repeats}" in shared
+    assert not any("batch_size" in line for line in first_lines(Trainer(settings(batch_size=6, max_steps=5))))
+
+
+@pytest.mark.parametrize(("batch_size", "share"), [(20, 0.7), (9, 0.25)])
+def test_rows_that_fill_their_part_of_some_batches_are_not_called_too_few(
+    settings: Callable[..., TrainConfig], batch_size: int, share: float
+) -> None:
+    """6 rows are all of the part in float arithmetic, 6.000000000000001, or that of some steps, 6 or 7."""
+    lines = first_lines(Trainer(settings(batch_size=batch_size, anchors="package", anchor_share=share)))
+    assert not any("so every step repeats some" in line for line in lines)
+
+
+def test_a_plan_with_samples_of_one_batch_does_not_call_the_data_too_few(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path]
+) -> None:
+    """Of a plan's batch, ssd drops the shortest samples."""
+    rows = {"method": "ssd", "data": str(write_rows(count=24, name="many.jsonl")), "max_steps": 5}
+    notes = plan(settings(**rows, batch_size=12)).notes
+    assert "note: for this plan, samples of 12 of 24 rows were drawn" in notes
+    assert any(line.startswith("ssd on 11 demonstrations") for line in notes)
+    assert not any("so every step repeats some" in line for line in notes)
+    few = plan(settings(**rows, batch_size=24)).notes
+    assert any("do not fill a batch of 24, so every step repeats some" in line for line in few)
+    assert not any("for this plan" in line for line in few)
 
 
 def test_demonstrations_longer_than_samples_are_counted(
@@ -901,6 +926,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_whole(
         "checkpoint-00000002",
         "config.yaml",
         "metrics.jsonl",
+        "system_turn.json",
         "token_views.jsonl",
     ]
     train(full, resume=True)
@@ -1470,6 +1496,20 @@ def test_a_run_does_not_go_on_with_other_rows(
     write_rows(count=7, name="changing.jsonl")
     with pytest.raises(UserError, match=r"checkpoint-00000006: the training examples have changed"):
         train(config, resume=True)
+
+
+def test_rows_that_moved_are_not_blamed_for_what_an_earlier_version_did(
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(save_steps=1)
+    train(config)
+    moved = config.model_copy(update={"data": str(shutil.copy(config.data, tmp_path / "moved.jsonl"))})
+    monkeypatch.setattr(import_module("selfdistill.training.resume"), "data_fingerprint", lambda *_: "other")
+    with pytest.raises(UserError) as refused:
+        train(moved, resume=True)
+    said = str(refused.value)
+    assert f"data was {config.data!r} and is now {moved.data!r}; if these are the same, template" in said
+    assert "or an earlier version encoded them differently (CHANGELOG.md); restore them" in said
 
 
 def test_a_finished_run_without_a_checkpoint_is_not_begun_again(settings: Callable[..., TrainConfig]) -> None:
