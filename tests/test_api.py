@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -442,8 +443,9 @@ def test_a_scorer_may_be_a_function(model: str, tmp_path: Path, monkeypatch: pyt
     )
     assert set(seen) <= {row["completion"] for row in ROWS}
     assert [line["reward"] for line in run.metrics] == [1.0, 1.0]
-    assert run.config.scorer == "function:<lambda>"
-    assert "function:<lambda>" in (run.final / "README.md").read_text()
+    assert run.config.scorer is not None
+    assert re.fullmatch(r"function:<lambda [0-9a-f]{8}>", run.config.scorer)
+    assert run.config.scorer in (run.final / "README.md").read_text()
     compared = sd.compare(
         model,
         ROWS,
@@ -456,6 +458,17 @@ def test_a_scorer_may_be_a_function(model: str, tmp_path: Path, monkeypatch: pyt
         **RUN,
     )
     assert compared.details["base"]["accuracy"] == 1
+
+
+def test_a_run_is_not_resumed_with_another_lambda(model: str) -> None:
+    given: dict[str, Any] = RUN | {"method": "grpo", "num_generations": 2, "save_steps": 1}
+    sd.train(model, ROWS, output_dir="run", scorer=lambda reply, row: reply in {"a", "b"}, **given)
+    again: dict[str, Any] = {"output_dir": "run", "resume": True, "max_steps": 3}
+    with pytest.raises(
+        sd.UserError, match=r"scorer was 'function:<lambda \w{8}>' and is now 'function:<lambda \w{8}>'"
+    ):
+        sd.train(scorer=lambda reply, row: reply in {"a", "c"}, **again)
+    assert len(sd.train(scorer=lambda reply, row: reply in {"a", "b"}, **again).metrics) == 3
 
 
 def test_a_run_with_a_function_as_scorer_resumes_where_it_is_given_again(model: str) -> None:

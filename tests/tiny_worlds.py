@@ -200,3 +200,20 @@ class Fickle(Talk):
     def __init__(self) -> None:
         super().__init__()
         self.tools = [LOOK_UP] * (next(self.made) % 2)  # type: ignore[misc]
+
+
+class Outlier(Talk):
+    """Has no tools; only the 33rd that is made has one."""
+
+    made = itertools.count()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tools = [LOOK_UP] * (next(self.made) == 32)  # type: ignore[misc]
+
+
+class Unending(Talk):
+    """Never ends an episode."""
+
+    def step(self, message: Message) -> Step:
+        return Step(({"role": "user", "content": "And?"},))

@@ -5,16 +5,16 @@ On a CPU, passes have the same fixed shapes, but nothing is captured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import torch
 from bench import Bench, Check, Found
-from measure import alternate
 from models import WHOLE, endless, shape_model, small_model
-from speed import sampled
+from speed import sampled, token_times
 
 from selfdistill.model import LoadedModel, Sampling, add_lora, decoding_steps, sample, sample_seed
 from selfdistill.model.loading import load_model
@@ -41,7 +41,7 @@ def check_graphs(bench: Bench, found: Found) -> None:
     compare(bench, found, loaded, "after the weights changed")
     few, more = 2, 4
     for kind in ("full", "LoRA"):
-        costs = [token_costs(bench, layers, adapter=kind == "LoRA") for layers in (few, more)]
+        costs = [captured_costs(bench, layers, adapter=kind == "LoRA") for layers in (few, more)]
         for name in ("captured", "not captured"):
             low, high = (cost[name] for cost in costs)
             found.add(f"{kind}: a token, {name}, {few} layers", low, "ms")
@@ -66,26 +66,20 @@ def compare(bench: Bench, found: Found, loaded: LoadedModel, name: str) -> None:
     found.add(f"{name}: largest gap of their log-probabilities", max(gaps, default=0.0), "nats", at_most=1e-3)
 
 
-def token_costs(bench: Bench, layers: int, *, adapter: bool) -> dict[str, float]:
+def captured_costs(bench: Bench, layers: int, *, adapter: bool) -> dict[str, float]:
     """Milliseconds of a new token of 16 samples, captured and not, and of a capture: what a rollout costs more."""
     loaded = endless(shape_model(bench, layers, torch.bfloat16))
     if adapter:
         add_lora(loaded, 16, None, 0)
     short, long = (16, 48) if bench.cuda else (10, 14)
 
-    def timed(graphs: bool, tokens: int) -> Callable[[], float]:
-        def run() -> float:
-            with decoding(graphs):
-                return sampled(loaded, 16, tokens, 40)
+    def run(graphs: bool, tokens: int) -> float:
+        with decoding(graphs):
+            return sampled(loaded, 16, tokens, 40)
 
-        return run
-
-    names = {"captured": True, "not captured": False}
-    runs = {f"{name} {tokens}": timed(graphs, tokens) for name, graphs in names.items() for tokens in (short, long)}
-    times = {name: 1e3 * seconds for name, seconds in alternate(runs, 3).items()}
-    costs = {name: (times[f"{name} {long}"] - times[f"{name} {short}"]) / (long - short) for name in names}
-    without = [times[f"{name} {short}"] - short * costs[name] for name in names]
-    return costs | {"capture": without[0] - without[1]}
+    times = token_times({"captured": partial(run, True), "not captured": partial(run, False)}, short, long)
+    tokens = {name: token for name, (token, _) in times.items()}
+    return tokens | {"capture": times["captured"][1] - times["not captured"][1]}
 
 
 CHECKS = (Check("graphs", "decoding captured as a CUDA graph against decoding without", 90, check_graphs),)

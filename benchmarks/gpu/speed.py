@@ -6,8 +6,9 @@ Legend: N tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -105,13 +106,25 @@ def check_decode(bench: Bench, found: Found) -> None:
 def token_costs(bench: Bench, loaded: LoadedModel) -> dict[str, float]:
     """Costs of one new token of 16 samples."""
     short, long = (16, 48) if bench.cuda else (2, 6)  # on a GPU both are captured
-    runs: dict[str, Callable[[], Any]] = {
-        str(tokens): lambda tokens=tokens: sampled(loaded, 16, tokens, 40) for tokens in (short, long)
-    }
-    times = alternate(runs, 3)
-    costs = {"ms": 1e3 * (times[str(long)] - times[str(short)]) / (long - short)}
-    few, more = (profiled(bench, runs[str(tokens)]) for tokens in (short, long))
-    return costs | {name: (more[name] - few[name]) / (long - short) for name in COUNTED}
+
+    def run(tokens: int) -> float:
+        return sampled(loaded, 16, tokens, 40)
+
+    token, _ = token_times({"": run}, short, long)[""]
+    few, more = (profiled(bench, partial(run, tokens)) for tokens in (short, long))
+    return {"ms": token} | {name: (more[name] - few[name]) / (long - short) for name in COUNTED}
+
+
+def token_times(runs: Mapping[str, Callable[[int], object]], short: int, long: int) -> dict[str, tuple[float, float]]:
+    """Milliseconds of a new token, and of all before the first one, of runs that take a number of tokens."""
+    both = {f"{name} {tokens}": partial(run, tokens) for name, run in runs.items() for tokens in (short, long)}
+    times = alternate(both, 3)
+    found = {}
+    for name in runs:
+        few, more = (1e3 * times[f"{name} {tokens}"] for tokens in (short, long))
+        token = (more - few) / (long - short)
+        found[name] = token, few - short * token
+    return found
 
 
 def profiled(bench: Bench, run: Callable[[], Any]) -> Counter[str]:

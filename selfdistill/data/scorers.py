@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from types import CodeType
 from typing import Any
 
 from selfdistill.data.chat_format import ChatFormat, thought_and_said
@@ -36,11 +38,23 @@ _given: dict[str, _Scorer] = {}
 def name_of_scorer(function: _Scorer) -> str:
     """The name of a scorer that is this function, for :func:`verdict` in this process.
 
-    Equal names of functions give an equal name, which then means the function given last.
+    Equal names of functions give an equal name, which then means the function given last. The name of a lambda has a
+    hash of its code, without the values of its variables, so that a run is not resumed with another one.
     """
-    name = GIVEN + getattr(function, "__name__", type(function).__name__)
-    _given[name] = function
-    return name
+    name = getattr(function, "__name__", type(function).__name__)
+    if name == "<lambda>":
+        name = f"<lambda {hashlib.sha256(_written(function.__code__).encode()).hexdigest()[:8]}>"
+    _given[GIVEN + name] = function
+    return GIVEN + name
+
+
+def _written(constant: Any) -> str:
+    """A constant of Python code as a text that is the same in every process."""
+    if isinstance(constant, CodeType):
+        return repr((constant.co_code, constant.co_names, [_written(one) for one in constant.co_consts]))
+    if isinstance(constant, frozenset):
+        return repr(sorted(map(repr, constant)))
+    return repr(constant)
 
 
 def scored_text(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int], row: Demonstration, scorer: str) -> str:

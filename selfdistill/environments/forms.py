@@ -59,13 +59,23 @@ class OwnClass:
             raise Mistake(f"step returned {step!r:.60}, expected a Step")
         if step.reward is not None and not step.done:
             raise Mistake("step returned a reward before the end, expected it only at the end")
-        if not _are_messages(step.observations):
+        if step.done:
+            return replace(step, observations=(), shortened=0)
+        given = _listed(step.observations)
+        if not _are_messages(given):
             raise Mistake(f"step returned the observations {step.observations!r:.60}, expected messages")
         reader = Reader(self._host.observation_limit)
-        observations = () if step.done else tuple(reader.messages(list(step.observations)))
-        if not step.done and not observations:
+        observations = tuple(reader.messages(given))
+        if not observations:
             raise Mistake("step returned neither observations nor the end, expected one of them")
-        return replace(step, observations=observations, cut=reader.cut)
+        return replace(step, observations=observations, shortened=reader.shortened)
+
+
+def _listed(returned: Any) -> list[Any]:
+    """What was returned as a list, because a generator can be read only once; what is none becomes the only item."""
+    if returned is None:
+        return []
+    return list(returned) if isinstance(returned, Iterable) else [returned]
 
 
 def _are_messages(returned: Iterable[Any]) -> bool:
@@ -164,7 +174,7 @@ class StepClass:
         observations, reward, done = found
         self._sum += reward
         if not done:
-            return Step(observations or (NOTHING,), cut=reader.cut)
+            return Step(observations or (NOTHING,), shortened=reader.shortened)
         who = f"environment {self._host.name!r}: the sum of the episode's rewards, which step"
         total = round(self._sum, 9)  # ten steps of 0.1 are 1
         return Step((), True, as_verdict(total, who).reward, "\n".join(one["content"] for one in observations))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,7 +41,8 @@ class Hosted:
     def __init__(self, name: str, make: Callable[[], Any]) -> None:
         self.name = name
         self.worker = Worker()
-        self._closed = False
+        self._closed = threading.Lock()
+        """Taken for ever by the first call of :meth:`close`."""
         self.object: Any = None
         self.time_limit: float = TIME_LIMIT
         self.observation_limit = OBSERVATION_LIMIT
@@ -96,17 +98,16 @@ class Hosted:
 
     def close(self) -> None:
         """Close the object, if it has ``close``, and let the thread end. Errors are ignored."""
-        if self._closed:
+        if not self._closed.acquire(blocking=False):
             return
-        self._closed = True
         close = getattr(self.object, "close", None)
         if callable(close):
             self.finish("close", close)
         self.worker.close()
 
     def finish(self, what: str, function: Callable[[], Any]) -> None:
-        """Call ``function`` as :meth:`attempt` does, or without waiting if a late call has to end before."""
-        if self.worker.is_late:
+        """Call ``function`` as :meth:`attempt` does, or without waiting if another call has to end before."""
+        if self.worker.is_busy:
             self.worker.leave(function, self.time_limit)
         else:
             self.attempt(what, function)

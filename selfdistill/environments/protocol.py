@@ -25,7 +25,7 @@ class Step:
     """Number of the message's calls that could not be run as written."""
     failed: bool = False
     """Whether the episode ended because the environment failed; ``feedback`` says how."""
-    cut: int = 0
+    shortened: int = 0
     """Characters that the longest truncated observation had at least; 0: none was truncated. The package sets it."""
 
 

@@ -78,7 +78,7 @@ class ToolRunner:
             identity = {"tool_call_id": call["id"]} if isinstance(call, dict) and call.get("id") else {}
             shown = name if name in self._tools else cleaned(name, 60)
             observations.append({"role": "tool", "name": shown, **identity, "content": text})
-        return Step(tuple(observations), invalid_calls=invalid, cut=reader.cut)
+        return Step(tuple(observations), invalid_calls=invalid, shortened=reader.shortened)
 
     def close(self) -> None:
         """Let the thread end."""

@@ -35,7 +35,7 @@ class Reader:
 
     def __init__(self, limit: int | None = None) -> None:
         self._limit = limit
-        self.cut = 0
+        self.shortened = 0
         """Characters that the longest truncated text had at least; 0: nothing was truncated."""
 
     def text(self, value: Any) -> str:
@@ -45,7 +45,7 @@ class Reader:
         """
         text = value if isinstance(value, str) else self._written(value)
         if self._limit is not None and len(text) > self._limit:
-            self.cut = max(self.cut, len(text))
+            self.shortened = max(self.shortened, len(text))
         return cleaned(text, self._limit)
 
     def messages(self, returned: Any) -> list[Message]:

@@ -130,7 +130,7 @@ class VerifiersEpisode:
             observations = tuple(_observation(one, names, own, reader) for one in answers)
         except Mistake as mistake:
             raise self._host.mistake(str(mistake)) from None
-        return Step(observations or (NOTHING,), cut=reader.cut)
+        return Step(observations or (NOTHING,), shortened=reader.shortened)
 
     def close(self) -> None:
         """Clean up an episode that was not scored, and let the thread end; the object is shared and stays open."""

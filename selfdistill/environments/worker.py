@@ -59,6 +59,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._late: _Job | None = None
+        self._turn = threading.Lock()
 
     def call(self, function: Callable[[], Any], seconds: float, then: Callable[[Any], Any] = same) -> Any:
         """Call ``function`` in the thread and return its result; a coroutine is run to its end.
@@ -73,6 +74,10 @@ class Worker:
             Failed: the call raised an exception.
             TooManyLate: the call is late and does not end, and neither do too many others.
         """
+        with self._turn:  # after an error, an environment is closed while its last call may still run
+            return self._call(function, seconds, then)
+
+    def _call(self, function: Callable[[], Any], seconds: float, then: Callable[[Any], Any]) -> Any:
         if self.is_late:
             raise Late("an earlier call is still running")
         self._late = None
@@ -95,8 +100,13 @@ class Worker:
         alive = self._thread is not None and self._thread.is_alive()
         return alive and self._late is not None and self._late.answer.empty()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is running, late or not."""
+        return self._turn.locked() or self.is_late
+
     def leave(self, function: Callable[[], Any], seconds: float) -> None:
-        """Let the thread call ``function`` once its late call has ended, without waiting for it."""
+        """Let the thread call ``function`` once its current call has ended, without waiting for it."""
         self._add(function, seconds, same)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ own context. The environment's tokens are read and never a target.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,7 +19,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods.examples import DemonstrationExamples
 from selfdistill.methods.sequences import ColdStart, Completion, DatasetCompletions, StudentSamples
 from selfdistill.methods.slots import Method
-from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of, scorer_judges, tell_cut
+from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of, scorer_judges, tell_shortened
 from selfdistill.model import LoadedModel, Rollout, Sampling, TurnSampler, sample_seed
 from selfdistill.runtime import gathered, rank_slice, say_note
 
@@ -28,6 +28,8 @@ _LIMITS = {
     "max_episode_length": "raise max_episode_length, which counts replies, observations, and room for one more reply",
 }
 """Settings that cut episodes, and what to do about it."""
+COMPARED = 64
+"""Episodes of several turns that are compared with what the chat template writes: each costs a rendering."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,12 @@ class EpisodeRules:
     """Replies of the student."""
     max_length: int
     """Tokens of replies and observations together."""
-    told: set[str] = field(default_factory=set, compare=False)
-    """Kinds of notes that were printed: only the first of a kind, because a run may have thousands."""
+    compared: Iterator[int] = field(default_factory=lambda: iter(range(COMPARED)), compare=False)
+    """Has an item for each episode whose turns are still to be compared with what the chat template writes."""
 
     def tell(self, kind: str, note: str) -> None:
-        """Print the first note of a kind."""
-        if kind not in self.told:
-            self.told.add(kind)
-            say_note(note)
+        """Print the first note of a kind in a run, which may have thousands."""
+        say_note(note, topic=f"{self.environment}: {kind}")
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class _Answer:
     """The environment's step; None if the reply was cut, so the environment was not called."""
     ids: tuple[int, ...] | None = None
     """Token ids of the observations up to the next reply; None if there is no next reply."""
-    cut: str = ""
-    """Why the episode ends here without being done."""
+    why: str = ""
+    """Why the episode is cut here; "" if it is not."""
     limit: str = ""
-    """The setting that cut it, if it is one of :data:`_LIMITS`."""
+    """The setting that cuts it, if it is one of :data:`_LIMITS`."""
     failure: str = ""
     """A failure outside the task: of the environment's step or the chat template."""
 
@@ -105,8 +105,8 @@ class _Episode:
             self.invalid_calls += step.invalid_calls
             if step.done and step.reward is not None:
                 self.verdict = Verdict(step.reward, step.feedback)
-        if answer.cut:
-            self.truncated, self.cut, self.verdict = True, step is not None, Verdict(0.0, answer.cut)
+        if answer.why:
+            self.truncated, self.cut, self.verdict = True, step is not None, Verdict(0.0, answer.why)
         if step is None or answer.ids is None:
             self.ended = True
             return
@@ -183,7 +183,7 @@ def play(
                 episodes[number].take(rollouts[number], answer)
                 _tell_end(rules, examples[number], answer, turn)
                 if answer.step is not None:
-                    tell_cut(examples[number].demonstration, turn, answer.step)
+                    tell_shortened(examples[number].demonstration, turn, answer.step)
     completions = [episode.completion() for episode in episodes]
     for completion in completions:
         _tell_change(rules, chat, completion)
@@ -196,12 +196,12 @@ def _tell_end(rules: EpisodeRules, example: Example, answer: _Answer, turn: int)
     if answer.failure:
         rules.tell("failure", f"{place}: {answer.failure}; the episode has reward 0")
     if answer.limit:
-        rules.tell(answer.limit, f"{place}: {answer.cut}, so it has reward 0; {_LIMITS[answer.limit]}")
+        rules.tell(answer.limit, f"{place}: {answer.why}, so it has reward 0; {_LIMITS[answer.limit]}")
 
 
 def _tell_change(rules: EpisodeRules, chat: ChatFormat, played: Completion) -> None:
     """Report, once, that an application which shows the messages anew shows the model other turns than this run."""
-    if "change" in rules.told or not played.given:
+    if not played.given or next(rules.compared, None) is None:
         return
     row, before = played.example.demonstration, played.messages[:-1]
     options, prompt = row.template_options, played.example.student_ids
@@ -242,21 +242,21 @@ class _Table:
     def _answer(self, episode: _Episode, rollout: Rollout, message: Message, step: Step | None, turn: int) -> _Answer:
         limit = self.sampling.max_completion_length
         if step is None:
-            return _Answer(message, cut=f"the reply was cut after {limit} tokens")
+            return _Answer(message, why=f"the reply was cut after {limit} tokens")
         if step.done:
             failure = f"environment {self.rules.environment!r}: {step.feedback}" if step.failed else ""
             return _Answer(message, step, failure=failure)
         if turn == self.rules.max_turns:
-            return _Answer(message, step, cut=f"the episode was cut after {turn} turns", limit="max_turns")
+            return _Answer(message, step, why=f"the episode was cut after {turn} turns", limit="max_turns")
         row = episode.example.demonstration
         before = [*row.prompt, *episode.messages, message]
         try:
             ids = tuple(self.chat.encode_between(before, step.observations, row.template_options, rollout.ids))
         except TemplateRefusal as error:
-            return _Answer(message, step, cut=f"the episode was cut: {error}", failure=str(error))
+            return _Answer(message, step, why=f"the episode was cut: {error}", failure=str(error))
         if len(episode.ids) + len(rollout.ids) + len(ids) + limit > self.rules.max_length:
-            cut = f"the episode was cut near {self.rules.max_length} tokens"
-            return _Answer(message, step, cut=cut, limit="max_episode_length")
+            why = f"the episode was cut near {self.rules.max_length} tokens"
+            return _Answer(message, step, why=why, limit="max_episode_length")
         return _Answer(message, step, ids)
 
 

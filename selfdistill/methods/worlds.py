@@ -89,7 +89,8 @@ def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
     begun begin again.
 
     Raises:
-        UserError: an environment fails, or rows have pictures, which episodes do not support.
+        UserError: an environment fails or has other tools in another row, or rows have pictures, which episodes do not
+            support.
     """
     if seen := [row.source for row in rows if row.images]:
         raise UserError(
@@ -105,8 +106,15 @@ def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
         part = list(new.items())[start : start + THREADS]
         with Worlds(name, [row for _, row in part]) as worlds:
             said = worlds.reset(check=False)
-            known |= {key: (first, worlds.tools) for (key, _), first in zip(part, said, strict=True)}
-    return [_episode_row(row, known[key][1], known[key][0]) for row, key in zip(rows, keys, strict=True)]
+            known |= {key: one for (key, _), one in zip(part, zip(said, worlds.tools, strict=True), strict=True)}
+    made = [_episode_row(row, known[key][1], known[key][0]) for row, key in zip(rows, keys, strict=True)]
+    for row in made:
+        if row.tools != made[0].tools:
+            raise UserError(
+                f"{row.source}: environment {name!r} has other tools than in {made[0].source}, expected the same in "
+                "every episode"
+            )
+    return made
 
 
 @functools.cache
@@ -138,8 +146,8 @@ class Worlds:
         self._name, self._rows = name, rows
         self._environments: dict[int, Environment] = {}
         self._left = False
-        self.tools: list[dict[str, Any]] = []
-        """The tools, the same for all, once they have begun."""
+        self.tools: list[list[dict[str, Any]]] = []
+        """The tools of each, once they have begun."""
 
     def __enter__(self) -> Worlds:
         return self
@@ -158,7 +166,7 @@ class Worlds:
     def reset(self, *, check: bool = True) -> list[tuple[Message, ...]]:
         """Make the environments and begin; returns their first messages.
 
-        With ``check`` these must equal those in the rows.
+        With ``check`` these and the tools must equal those in the rows.
         """
         factory = environment_of(self._name)
 
@@ -174,16 +182,15 @@ class Worlds:
                     f"{row.source}: environment {self._name!r} began with different messages from before; reset must "
                     "depend only on the row, so seed random parts from it"
                 )
+            if check and world.tools != (row.tools or []):
+                raise UserError(
+                    f"{row.source}: environment {self._name!r} has other tools than before, expected the same in "
+                    "every episode"
+                )
             return first
 
         firsts = in_threads(begin, range(len(self._rows)), self._rows)
-        self.tools = self._environments[0].tools if self._rows else []
-        for number, row in enumerate(self._rows):
-            if self._environments[number].tools != self.tools:
-                raise UserError(
-                    f"{row.source}: environment {self._name!r} has other tools than in {self._rows[0].source}, "
-                    "expected the same in every episode"
-                )
+        self.tools = [self._environments[number].tools for number in range(len(self._rows))]
         return firsts
 
     def step(self, numbers: Sequence[int], messages: Sequence[Message], turn: int) -> list[Step]:
@@ -212,11 +219,11 @@ def _close(world: Environment) -> None:
         world.close()
 
 
-def tell_cut(row: Demonstration, turn: int, step: Step) -> None:
+def tell_shortened(row: Demonstration, turn: int, step: Step) -> None:
     """Report, once in a run, that the model reads only the beginning of an observation."""
-    if step.cut:
+    if step.shortened:
         say_note(
-            f"{row.source}, at turn {turn}: an observation of at least {step.cut:,} characters was cut; a class may "
-            "raise its observation_limit",
+            f"{row.source}, at turn {turn}: an observation of at least {step.shortened:,} characters was cut; a class "
+            "may raise its observation_limit",
             topic="observation_limit",
         )

@@ -10,9 +10,9 @@ COLLAPSE_WINDOW = 5
 """Steps over which metrics are averaged; a stage's latest steps are compared with its first ones."""
 DRIFT = 3.0
 """KL from the initial model, nats per token. The largest of 48 successful runs was 1.9; a collapsed one had 6.4."""
-CUT = 0.95
+TRUNCATED = 0.95
 """Share of samples that reach the length limit."""
-CUT_SIGN = "cut"
+TRUNCATED_SIGN = "truncated"
 """Name of the sign that they do."""
 EMPTY = 0.2
 """Reply length as a share of the demonstrations' length."""
@@ -61,9 +61,9 @@ class CollapseGuard:
         """Signs from comparing the samples of the latest steps with those of the first."""
         signs = {}
         demonstrated = self._demonstrated[self._stage]
-        cut, cut_before = self._means("completion/truncated")
-        if demonstrated and cut >= CUT and cut_before < 0.8 * CUT:
-            signs[CUT_SIGN] = f"{cut:.0%} of the replies reach the length limit, at the start {cut_before:.0%}"
+        truncated, before = self._means("completion/truncated")
+        if demonstrated and truncated >= TRUNCATED and before < 0.8 * TRUNCATED:
+            signs[TRUNCATED_SIGN] = f"{truncated:.0%} of the replies reach the length limit, at the start {before:.0%}"
         length, length_before = self._means("completion/length")
         if demonstrated and length < EMPTY * min(demonstrated, length_before):
             signs["empty"] = f"replies have {length:.1f} tokens, demonstrations {demonstrated:.1f}"

@@ -34,7 +34,7 @@ from selfdistill.runtime import (
     say_note,
 )
 from selfdistill.training.checkpoint import Position, checkpoint_at, load_checkpoint, save_checkpoint
-from selfdistill.training.collapse import COLLAPSE_WINDOW, CUT, CUT_SIGN, CollapseGuard
+from selfdistill.training.collapse import COLLAPSE_WINDOW, TRUNCATED, TRUNCATED_SIGN, CollapseGuard
 from selfdistill.training.token_views import token_views
 from selfdistill.training.trainer import Trainer
 
@@ -172,18 +172,24 @@ class Loop:
         _, stage = self._trainer.stage_of(metrics["step"] - 1)
         return not isinstance(stage.task.method.sequence, DatasetCompletions)
 
-    @property
-    def limit(self) -> str:
-        """The settings that limit a sample."""
-        plays = self._trainer.config.environment != "none"
-        return "max_turns or max_episode_length" if plays else "max_completion_length"
-
-    def truncated(self) -> float:
-        """Mean share of truncated samples over the steps that sampled; 0 if a sign of collapse has told of them."""
-        if any(name == CUT_SIGN for _, name in self._said):
-            return 0.0
+    def truncated(self) -> str:
+        """That nearly all samples were truncated, and what to do; "" if not, or if a sign of collapse has told it."""
         sampled = [line for line in read_lines(self._output_dir / "metrics.jsonl") if self._samples(line)]
-        return mean([line["completion/truncated"] for line in sampled if "completion/truncated" in line] or [0.0])
+        lines = [line for line in sampled if "completion/truncated" in line]
+        share = mean([line["completion/truncated"] for line in lines] or [0.0])
+        if share < TRUNCATED or any(name == TRUNCATED_SIGN for _, name in self._said):
+            return ""
+        if not any("episode/cut" in line for line in lines):
+            return (
+                f"{share:.0%} of the samples were truncated at their maximum length, so hardly any end of a reply was "
+                "learnt; raise max_completion_length"
+            )
+        after = mean(line.get("episode/cut", 0.0) for line in lines)
+        return (
+            f"{share:.0%} of the episodes were cut, {share - after:.0%} within a reply and {after:.0%} after one, so "
+            "hardly any end of an episode was learnt; "
+            + ("raise max_completion_length" if after < share / 2 else "raise max_turns or max_episode_length")
+        )
 
     @contextmanager
     def _progress_kept(self) -> Iterator[None]:
@@ -300,11 +306,8 @@ def say_signs(loop: Loop, output_dir: Path) -> None:
     """Report signs of collapse, samples that were nearly all truncated, and steps without a gradient."""
     if loop.signs:
         say(f"note: the run showed signs of collapse: {'; '.join(loop.signs)}. See docs/reliability.md")
-    if (truncated := loop.truncated()) >= CUT:
-        say(
-            f"note: {truncated:.0%} of the samples were truncated at their maximum length, so hardly any end of a "
-            f"reply was learnt; raise {loop.limit}"
-        )
+    if truncated := loop.truncated():
+        say(f"note: {truncated}")
     if idle := without_gradient(output_dir):
         say(
             f"note: in {idle} of {loop.step} steps no sample taught anything, for example because all samples of a "

@@ -162,7 +162,7 @@ def test_decoding_with_graphs_must_give_the_samples_of_decoding_without(
     monkeypatch.syspath_prepend(SCRIPT)
     graphs, bench = import_module("graphs"), import_module("bench")
     monkeypatch.setattr(
-        graphs, "token_costs", lambda *_, **__: dict.fromkeys(("captured", "not captured", "capture"), 1)
+        graphs, "captured_costs", lambda *_, **__: dict.fromkeys(("captured", "not captured", "capture"), 1)
     )
     if not right:
         steps = graphs.decoding_steps.FixedSteps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -259,6 +260,77 @@ OWN = """
 """
 
 
+RETURNS = """
+    from selfdistill.environments import Step
+
+    class World:
+        tools = []
+        def reset(self, row): return []
+        def step(self, message): return Step({}, {})
+        def close(self): pass
+"""
+
+
+@pytest.mark.parametrize("observations", ["None", "('You won.',)", "5", "[]"])
+def test_observations_of_a_finished_step_are_not_read(make: Make, observations: str) -> None:
+    environment = make(RETURNS.replace("{}, {}", f"{observations}, True, 1.0"))()
+    environment.reset(ROW)
+    assert environment.step(said("3")) == Step(done=True, reward=1.0)
+    environment.close()
+
+
+def test_observations_may_be_a_generator(make: Make) -> None:
+    made = "(dict(role='user', content=one) for one in 'ab'), False"
+    environment = make(RETURNS.replace("{}, {}", made))()
+    environment.reset(ROW)
+    assert environment.step(said("3")).observations == tuple({"role": "user", "content": one} for one in "ab")
+    environment.close()
+
+
+@pytest.mark.parametrize(
+    ("observations", "problem"),
+    [
+        ("None", "step returned neither observations nor the end, expected one of them"),
+        ("5", "step returned the observations 5, expected messages"),
+        ("'text'", "step returned the observations 'text', expected messages"),
+    ],
+)
+def test_observations_that_are_no_messages_are_a_mistake(make: Make, observations: str, problem: str) -> None:
+    environment = make(RETURNS.replace("{}, {}", f"{observations}, False"))()
+    environment.reset(ROW)
+    with pytest.raises(UserError, match=problem):
+        environment.step(said("3"))
+    environment.close()
+
+
+def test_a_call_that_runs_while_its_object_is_closed_is_not_stopped(make: Make) -> None:
+    text = """
+    import threading, time
+
+    class World:
+        time_limit, begun, closed = 0.1, threading.Event(), []
+        def reset(self):
+            self.begun.set()
+            for _ in range(80): time.sleep(0.01)
+            self.closed.append("not yet")
+        def go(self): 'Go.'
+        def close(self): self.closed.append("closed")
+    """
+    environment = make(text)()
+    world = sys.modules[f"own_world_{next(NUMBERS) - 1}"].World
+    world.closed.clear()  # another one was made to see its form
+    running = threading.Thread(target=environment.reset, args=(ROW,))
+    running.start()
+    world.begun.wait(10)
+    closing = [threading.Thread(target=environment.close) for _ in range(8)]
+    for thread in closing:
+        thread.start()
+    for thread in (*closing, running):
+        thread.join()
+    time.sleep(0.2)
+    assert world.closed == ["not yet", "closed"]
+
+
 def test_a_class_of_the_protocol_is_used_as_it_is(make: Make) -> None:
     environment = make(OWN)()
     assert isinstance(environment, Environment)
@@ -269,7 +341,7 @@ def test_a_class_of_the_protocol_is_used_as_it_is(make: Make) -> None:
     assert environment.step(said("2")) == Step(({"role": "user", "content": "No."},))
     assert environment.step(said("3")) == Step(done=True, reward=1.0, feedback="good")
     step = environment.step(said("long"))
-    assert (step.observations[0]["content"], step.cut) == ("x" * 1999 + " ... (cut)", 3001)
+    assert (step.observations[0]["content"], step.shortened) == ("x" * 1999 + " ... (cut)", 3001)
     begun = time.monotonic()
     environment.close()
     environment.close()
@@ -604,9 +676,9 @@ def test_the_class_sets_how_much_of_an_observation_is_read(make: Make) -> None:
     assert environment.reset(ROW)[0]["content"] == "x" * 5000  # a task is never cut
     assert environment.step(said("100")) == Step(({"role": "user", "content": "y" * 100},))
     cut = environment.step(said("150"))
-    assert cut == Step(({"role": "user", "content": "y" * 100 + " ... (cut)"},), cut=150)
+    assert cut == Step(({"role": "user", "content": "y" * 100 + " ... (cut)"},), shortened=150)
     environment = make(LONG.replace("100", "3000"))()
-    assert environment.step(said("3000")).cut == 0
+    assert environment.step(said("3000")).shortened == 0
     tools = make(TOOLS + "        observation_limit = 2")()
     tools.reset(ROW)
     assert tools.step(said("", ("first", {}))).observations[0]["content"] == "ba ... (cut)"

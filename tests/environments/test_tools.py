@@ -290,8 +290,8 @@ def test_long_results_are_cut(value: Any) -> None:
 def test_a_result_that_was_cut_says_how_long_it_was() -> None:
     runner = ToolRunner([tool(lambda: "x" * 5000), weigh])
     step = runner.answer(calls(("weigh", {"item": "a"}), ("act", {}), ("weigh", {"item": "b"})))
-    assert step.cut == 5000
-    assert runner.answer(calls(("weigh", {"item": "a"}))).cut == 0
+    assert step.shortened == 5000
+    assert runner.answer(calls(("weigh", {"item": "a"}))).shortened == 0
     longer = ToolRunner([tool(lambda: "x" * 5000)], observation_limit=5000)
     assert answer(longer, "act", {}) == "x" * 5000
 

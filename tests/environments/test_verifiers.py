@@ -265,7 +265,7 @@ def test_a_long_response_is_cut_and_its_parts_are_joined(
     environment.reset(ROW)
     step = environment.step(add(1))
     assert step.observations == ({"role": "user", "content": "a" * 1500 + "b" * 500 + " ... (cut)"},)
-    assert step.cut == 3000
+    assert step.shortened == 3000
     parts[0] = {"type": "image_url", "image_url": {"url": "x"}}
     with pytest.raises(UserError, match="a message has a part of type 'image_url', expected only text"):
         environment.step(add(1))

@@ -6,6 +6,7 @@ Dimensions in names: T tokens of an episode, V vocabulary.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import time
@@ -54,9 +55,10 @@ from selfdistill.data import (
     packaged,
 )
 from selfdistill.errors import UserError
-from selfdistill.methods import begun, lacks_of, rules_of, stages_of, unused_settings
+from selfdistill.methods import begun, episodes, lacks_of, rules_of, stages_of, unused_settings
 from selfdistill.methods.attempts import AttemptContexts
 from selfdistill.methods.sequences import Completion
+from selfdistill.methods.worlds import Worlds, environment_of
 from selfdistill.model import LoadedModel, Rollout, Sampling
 from selfdistill.runtime import progress_shown
 from selfdistill.training.memory import MemoryPlanner
@@ -209,7 +211,8 @@ def test_the_first_episode_that_a_limit_cuts_is_noted_and_all_are_counted(
     talks: Settings, capsys: pytest.CaptureFixture[str], values: dict[str, Any], note: str | None
 ) -> None:
     config = talks(batch_size=6, max_steps=2, **values)
-    train(config)
+    with progress_shown(True):  # as every command does
+        train(config)
     notes = re.findall(r"note: (.* the episode was cut .*)", capsys.readouterr().err)
     assert len(notes) == (note is not None)
     assert note is None or re.fullmatch(rf".*talks.jsonl:\d, {note}", notes[0])
@@ -228,7 +231,8 @@ def test_the_first_reply_that_the_template_shows_otherwise_is_noted(
     for out, model in (("plain", {}), ("thinks", {"template": template})):
         folder = str(model_folder(ends=ENDS, **model))
         for again in ("", "again"):
-            train(talks(out + again, model=folder, batch_size=6))
+            with progress_shown(True):  # as every command does
+                train(talks(out + again, model=folder, batch_size=6))
         notes = re.findall(noted, capsys.readouterr().err)
         assert len(notes) == 2 * (out == "thinks")
         assert all(" chat template leaves out the empty thought of the reply " in note for note in notes)
@@ -239,6 +243,45 @@ def test_the_first_reply_that_the_template_shows_otherwise_is_noted(
             )
             for note in notes
         )
+
+
+def test_only_the_first_episodes_are_compared_with_what_the_template_shows(
+    talks: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[Any] = []
+    monkeypatch.setattr(episodes, "changed_when_shown_anew", lambda *given: compared.append(given) or "")
+    monkeypatch.setattr(episodes, "COMPARED", 3)
+    config = talks(batch_size=6, max_steps=3)
+    train(config)
+    assert sum(line["episode/turns"] > 1 for line in metrics_of(config)) == 3  # each step has episodes of several turns
+    assert len(compared) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        (
+            {"max_completion_length": 2, "max_episode_length": 300},
+            r"100% within a reply and 0% after one, .* learnt; raise max_completion_length",
+        ),
+        (
+            {"environment": "python:tiny_worlds.Unending", "max_turns": 1},
+            r"\d+% within a reply and \d+% after one, .* learnt; raise max_turns or max_episode_length",
+        ),
+    ],
+)
+def test_a_run_whose_episodes_were_all_cut_says_at_its_end_what_cut_them(
+    talks: Settings,
+    model_folder: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    values: dict[str, Any],
+    advice: str,
+) -> None:
+    if "environment" not in values:
+        values |= {"model": str(model_folder(ends=(257,)))}
+    train(talks(max_steps=2, **values))
+    (note,) = re.findall(r"note: 100% of the episodes were cut, (.*)", capsys.readouterr().err)
+    assert re.fullmatch(advice, note)
 
 
 def test_tools_and_what_the_environment_says_first_are_shown_to_both(
@@ -634,7 +677,8 @@ def test_an_environment_that_cannot_be_closed_changes_nothing(talks: Settings) -
 
 def test_the_first_step_that_fails_is_noted_with_its_row(talks: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     for out in ("once", "again"):
-        train(talks(out, environment="python:tiny_worlds.Breaks"))
+        with progress_shown(True):  # as every command does
+            train(talks(out, environment="python:tiny_worlds.Breaks"))
         notes = re.findall(r"note: (.* failed: .*)", capsys.readouterr().err)
         assert len(notes) == 1
         failed = r"environment 'python:tiny_worlds.Breaks': step failed: KeyError: 'no assistant'"
@@ -649,7 +693,8 @@ def test_the_first_episode_that_a_template_refuses_is_noted_with_its_row(
     )
     model = str(model_folder(template=strict, ends=ENDS))
     config = talks(model=model, environment="python:tiny_worlds.Narrates")
-    train(config)
+    with progress_shown(True):  # as every command does
+        train(config)
     notes = re.findall(r"note: (.* has reward 0)", capsys.readouterr().err)
     assert len(notes) == 1
     assert re.match(r".*talks.jsonl:\d, at turn 1: the chat template rejects the roles .*: no narrators;", notes[0])
@@ -683,6 +728,22 @@ def test_episodes_with_other_tools_are_refused() -> None:
         UserError, match=r"^data:2: environment '.*Fickle' has other tools than in data:1, expected the"
     ):
         begun("python:tiny_worlds.Fickle", rows)
+
+
+def test_a_row_far_behind_with_other_tools_is_refused_before_the_first_step() -> None:
+    rows = [Demonstration("q", answer=number, source=f"data:{number}") for number in range(1, 34)]
+    environment_of("python:tiny_worlds.Outlier")  # makes one to see its form
+    tiny_worlds.Outlier.made = itertools.count()
+    with pytest.raises(UserError, match=r"^data:33: .*Outlier' has other tools than in data:1, expected the same in"):
+        begun("python:tiny_worlds.Outlier", rows)
+
+
+def test_an_episode_with_other_tools_than_its_row_shows_is_refused() -> None:
+    tiny_worlds.Outlier.made = itertools.count(100)
+    (row,) = begun("python:tiny_worlds.Outlier", [Demonstration("q", answer=1, source="data:1")])
+    tiny_worlds.Outlier.made = itertools.count(32)
+    with Worlds("python:tiny_worlds.Outlier", [row]) as worlds, pytest.raises(UserError, match=r"tools than before"):
+        worlds.reset()
 
 
 def test_rows_with_pictures_are_refused() -> None:
