@@ -114,7 +114,8 @@ was freed before an out-of-memory error (https://github.com/pytorch/pytorch/pull
 
 def has_graphs(kind: str) -> bool:
     """Whether a device of this kind can replay captured work with a single launch, and a failed capture is harmless."""
-    return kind == "cuda" and torch.__version__ >= GRAPHS_SINCE
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return kind == "cuda" and release >= GRAPHS_SINCE
 
 
 def captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
