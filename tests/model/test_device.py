@@ -74,13 +74,13 @@ def test_what_follows_a_capture_waits_for_it_even_if_it_fails(monkeypatch: pytes
 
     main, side = Stream("main"), Stream("side")
     monkeypatch.setattr("selfdistill.model.device.has_graphs", lambda _kind: True)
-    monkeypatch.setattr("selfdistill.model.device._capture_stream", lambda _device: side)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: main)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     for name in ("stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
     with pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
-        captured(run, torch.device("cuda"))
+        captured(run, torch.device("cuda", 90 + fails))  # streams are kept by device
     assert order == ["side waits for main", *["run"] * (1 if fails else 2), "main waits for side"]
 
 
