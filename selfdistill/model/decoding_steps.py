@@ -251,7 +251,7 @@ def _rotations_change(model: torch.nn.Module) -> bool:
 
     That is what transformers does for these types (``dynamic_rope_update``), whatever the model declares.
     """
-    found = [module.rope_type for module in model.modules() if hasattr(module, "rope_type")]
+    found: list[Any] = [module.rope_type for module in model.modules() if hasattr(module, "rope_type")]
     types = [name for own in found for name in (own.values() if isinstance(own, dict) else [own])]
     return any("dynamic" in name or name == "longrope" for name in types)
 
