@@ -2,7 +2,7 @@
 
 :class:`GrowingSteps` do this for every model. Each pass is longer than the one before, so a GPU waits while the CPU
 launches its kernels one by one, over a thousand for a token of a large model. :class:`FixedSteps` have the same shapes
-and addresses every time, so that a GPU can replay them with one launch.
+and addresses for a block of tokens, so that a GPU can replay them with one launch.
 
 Legend: B rows of the batch, L places of the cache, V vocabulary.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from selfdistill.model.device import captured, has_graphs
 from selfdistill.model.fsdp import is_sharded
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
-from selfdistill.model.preallocated import PreallocatedLayer, can_be_fixed, fix, preallocate
+from selfdistill.model.preallocated import PreallocatedLayer, can_be_fixed, extend, fix, preallocate
 from selfdistill.model.weights import first_line
 from selfdistill.runtime import say_note
 
@@ -31,6 +32,10 @@ as when the captured pass does nothing."""
 
 LEAST_TOKENS = 8
 """Fewest new tokens that are worth a capture, estimated to take as long as three or four without one."""
+
+BLOCK_TOKENS = 256
+"""For how many new tokens passes of fixed shapes have memory. Attention reads all of it at each token, and a capture
+serves no more of them: estimated to add 1 or 2% to their time."""
 
 
 @dataclass
@@ -105,23 +110,41 @@ class GrowingSteps:
 class FixedSteps:
     """Passes with fixed shapes and addresses, captured where the device can do that; used as :class:`GrowingSteps`.
 
+    The cache has memory for the next ``BLOCK_TOKENS`` tokens, or for the remaining ones if fewer. When it is full, or
+    rows leave, the passes have other addresses and are captured again.
+
     A captured pass reads the weights where they are, so it may not outlive a change of their memory. It is kept for
     these rows only. A model's first is compared with the pass itself. If it differs or cannot be captured, a note says
     so, and the model is not captured again.
     """
 
     def __init__(self, loaded: LoadedModel, rows: ReadRows, most: int) -> None:
-        self._loaded, self.cache = loaded, rows.cache
-        self.mask_BL = torch.nn.functional.pad(rows.mask_BL, (0, most))
+        self._loaded, self.cache, self.mask_BL = loaded, rows.cache, rows.mask_BL
         self._place_1 = torch.tensor([rows.mask_BL.shape[1]], device=rows.mask_BL.device)
         self._position_B1 = (rows.mask_BL.sum(1) + rows.shift_B)[:, None]
         self._token_B1 = torch.zeros_like(self._position_B1)
-        self._run: Callable[[], Tensor] | None = None
+        self._left, self._room = most, 0  # tokens to come, and those that there is memory for
         self._to_compare = COMPARED_TOKENS if has_graphs(loaded.device.type) and loaded.captures is None else 0
-        fix(self.cache, self._place_1, most)
+        fix(self.cache, self._place_1)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Have memory for the next block of tokens. The pass over it is not captured yet."""
+        self._run: Callable[[], Tensor] | None = None  # first, because a captured pass holds memory
+        more = min(BLOCK_TOKENS, self._left) - self._room
+        if more:
+            extend(self.cache, more)
+            self.mask_BL = torch.nn.functional.pad(self.mask_BL, (0, more))
+            self._room += more
+        # Not a method: an object that refers to itself is freed late, with the memory of the cache.
+        self._pass = partial(
+            _fixed_pass, self._loaded, self.cache, self._token_B1, self.mask_BL, self._place_1, self._position_B1
+        )
 
     def __call__(self, token_B: Tensor) -> Tensor:
         """Append a token to each row; returns the logits of the next, ``logits_BV``, valid until the next call."""
+        if not self._room:
+            self._make_room()
         self._token_B1.copy_(token_B[:, None])
         if self._run is None:
             self._capture()
@@ -129,23 +152,20 @@ class FixedSteps:
         logits_BV = self._run()
         if self._to_compare:
             logits_BV = self._compared(logits_BV)
-        self._place_1 += 1
-        self._position_B1 += 1
+        self._advance(1)
         return logits_BV
 
-    def _pass(self) -> Tensor:
-        """The logits after the current tokens. Running it again changes nothing."""
-        self.mask_BL.index_fill_(1, self._place_1, 1)
-        logits_BV: Tensor = self._loaded.model(
-            input_ids=self._token_B1,
-            attention_mask=self.mask_BL,
-            position_ids=self._position_B1,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits[:, -1]
-        return logits_BV
+    def _advance(self, count: int) -> None:
+        self._place_1 += count
+        self._position_B1 += count
+        self._room -= count
+        self._left -= count
 
     def _capture(self) -> None:
+        """Decide how the pass runs as long as the memory lasts."""
+        self._run = self._pass
+        if self._loaded.captures is False or self._room < LEAST_TOKENS:
+            return
         try:
             self._run = captured(self._pass, self._loaded.device)
         except Exception as error:  # whatever a model's code does that cannot be captured
@@ -170,17 +190,20 @@ class FixedSteps:
 
     def skip(self, count: int) -> None:
         """Append this many tokens with zero states."""
-        self._place_1 += count
-        self._position_B1 += count
+        while count:
+            if not self._room:
+                self._make_room()
+            part = min(count, self._room)
+            self._advance(part)
+            count -= part
 
-    @staticmethod
-    def staying(rows: int) -> int:
+    def staying(self, rows: int) -> int:
         """At how many rows or fewer, of so many, the others are worth dropping.
 
         The passes for the rest must be captured again, for the time of a few tokens, and reading the weights takes as
-        long for few rows as for many. So this happens once half have ended.
+        long for few rows as for many. So this happens once half have ended, and never just before the limit.
         """
-        return rows // 2
+        return rows // 2 if self._left >= LEAST_TOKENS else 0
 
     @staticmethod
     def copied(rows: int) -> int:
@@ -189,10 +212,22 @@ class FixedSteps:
 
     def keep(self, index_B: Tensor) -> None:
         """Drop all rows but these."""
-        self._run = None if self._loaded.captures is not False else self._pass
+        self._run = None  # first, because a captured pass holds memory
         select_rows(self.cache, index_B)
         self.mask_BL, self._position_B1 = self.mask_BL[index_B], self._position_B1[index_B]
         self._token_B1 = torch.zeros_like(self._position_B1)
+        self._make_room()
+
+
+def _fixed_pass(
+    loaded: LoadedModel, cache: DynamicCache, token_B1: Tensor, mask_BL: Tensor, place_1: Tensor, position_B1: Tensor
+) -> Tensor:
+    """The logits after these tokens, ``logits_BV``. Running it again changes nothing."""
+    mask_BL.index_fill_(1, place_1, 1)
+    logits_BV: Tensor = loaded.model(
+        input_ids=token_B1, attention_mask=mask_BL, position_ids=position_B1, past_key_values=cache, use_cache=True
+    ).logits[:, -1]
+    return logits_BV
 
 
 def steps_for(loaded: LoadedModel, rows: ReadRows, most: int, kind: str) -> GrowingSteps | FixedSteps:
@@ -207,7 +242,18 @@ def _can_be_captured(loaded: LoadedModel) -> bool:
     model = unwrap(loaded.model)
     declared = getattr(model, "_can_compile_fullgraph", False) and loaded.captures is not False
     attention = getattr(model.config, "_attn_implementation", None)
-    return declared and attention in ("eager", "sdpa") and loaded.pictures is None and not is_sharded(loaded.model)
+    runs_alone = loaded.pictures is None and not is_sharded(loaded.model)
+    return declared and attention in ("eager", "sdpa") and runs_alone and not _rotations_change(model)
+
+
+def _rotations_change(model: torch.nn.Module) -> bool:
+    """Whether the frequencies of rotary positions depend on the length so far, for which a pass waits for the device.
+
+    That is what transformers does for these types (``dynamic_rope_update``), whatever the model declares.
+    """
+    found: list[Any] = [module.rope_type for module in model.modules() if hasattr(module, "rope_type")]
+    types = [name for own in found for name in (own.values() if isinstance(own, dict) else [own])]
+    return any("dynamic" in name or name == "longrope" for name in types)
 
 
 def select_rows(cache: DynamicCache, index_B: Tensor) -> None:

@@ -104,16 +104,26 @@ def tokens_per_check(kind: str) -> int:
     return TOKENS_PER_CHECK.get(kind, 1)
 
 
+GRAPHS_SINCE = (2, 13)
+"""The first PyTorch whose memory is in order after a failed capture.
+
+Before, its allocator took the capture to be under way for the rest of the process: ``empty_cache`` failed, and nothing
+was freed before an out-of-memory error (https://github.com/pytorch/pytorch/pull/180395, of April 2026, after 2.12).
+"""
+
+
 def has_graphs(kind: str) -> bool:
-    """Whether a device of this kind can replay captured work with a single launch."""
-    return kind == "cuda"
+    """Whether a device of this kind can replay captured work with a single launch, and a failed capture is harmless."""
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return kind == "cuda" and release >= GRAPHS_SINCE
 
 
 def captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """``run`` as one launch of a CUDA graph where there are any; elsewhere ``run`` itself.
 
     A replay does again what ``run`` does now, at the same addresses: shapes, Python numbers and branches are fixed, and
-    its result is overwritten by the next. Other threads may use the device meanwhile.
+    its result is overwritten by the next. Meanwhile other threads may launch work on the device and wait for their own
+    streams. But one that waits for the whole device (``torch.cuda.synchronize()``) fails, and so does the capture.
 
     Follows https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 
@@ -123,17 +133,20 @@ def captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
         device: where.
 
     Raises:
-        RuntimeError: it cannot be captured, for instance because it waits for the device.
+        RuntimeError: it cannot be captured, for instance because it waits for the device or needs more memory than
+            there is. All work that it began precedes what follows.
     """
     if not has_graphs(device.type):
         return run
     stream, graph = _capture_stream(device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # is left even if the capture fails at its end
-        run()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            result = run()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):  # is left even if the capture fails at its end
+            run()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = run()
+    finally:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
     def replay() -> Tensor:
         graph.replay()

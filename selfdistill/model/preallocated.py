@@ -1,4 +1,4 @@
-"""Key/value caches with memory for future tokens, which grows or has its full size at once.
+"""Key/value caches with memory for future tokens, which grows by itself or when its owner says so.
 
 Legend: B unfinished samples, L length so far, H key/value heads, C channels of a head.
 """
@@ -80,28 +80,32 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class FixedLayer(DynamicLayer):
-    """A cache layer that holds all of its memory at once, and is told by a tensor where the next token belongs.
+    """A cache layer that is told by a tensor where the next token belongs, and grows only when its owner says so.
 
-    So a pass for one token has the same shapes and addresses every time. Running it again changes nothing. Attention
-    must mask the memory after that token, as transformers does for static caches, because it is returned too.
+    Until then, a pass for one token has the same shapes and addresses every time. Running it again changes nothing.
+    Attention must mask the memory after that token, as transformers does for static caches, because it is returned too.
 
     Args:
         layer: a cache layer that holds the prompts, perhaps only a sliding window of them.
         place_1: the number of tokens so far, kept up to date by the owner; shape (1,).
-        most: maximum number of new tokens.
     """
 
     is_compileable = True
     """Tells transformers to make the mask without reading its values."""
 
-    def __init__(self, layer: Any, place_1: Tensor, most: int) -> None:
+    def __init__(self, layer: Any, place_1: Tensor) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
         self.is_sliding, self._place_1 = layer.is_sliding, place_1
         self._dropped = layer.get_seq_length() - layer.keys.shape[2]  # tokens before the window
+        self.keys, self.values = in_attention_dtype(layer.keys), in_attention_dtype(layer.values)
+
+    def extend(self, count: int) -> None:
+        """Add memory for this many tokens."""
+        assert self.keys is not None
+        assert self.values is not None
         self.keys, self.values = (
-            torch.nn.functional.pad(in_attention_dtype(states), (0, 0, 0, most))
-            for states in (layer.keys, layer.values)
+            torch.nn.functional.pad(states, (0, 0, 0, count)) for states in (self.keys, self.values)
         )
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -139,11 +143,18 @@ def can_be_fixed(cache: DynamicCache) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized for layer in layers)
 
 
-def fix(cache: DynamicCache, place_1: Tensor, most: int) -> None:
-    """Give the layers memory for ``most`` new tokens as :class:`FixedLayer`: only one layer is held twice at a time."""
+def fix(cache: DynamicCache, place_1: Tensor) -> None:
+    """Turn the layers into :class:`FixedLayer`, which have no memory for new tokens yet."""
     layers: list[Any] = cache.layers
     for number, layer in enumerate(layers):
-        layers[number] = FixedLayer(layer, place_1, most)
+        layers[number] = FixedLayer(layer, place_1)
+
+
+def extend(cache: DynamicCache, count: int) -> None:
+    """Add memory for this many tokens to all :class:`FixedLayer`: only one layer is held twice at a time."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.extend(count)
 
 
 def preallocate(cache: DynamicCache, most: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,12 +13,24 @@ import pytest
 import torch
 from odd_models import NAMES, ODD_LAYERS, odd_model
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from waits import Waits
 
 from selfdistill.data import NEXT_TURN
 from selfdistill.model import LiveTensors, add_lora, sample_at_its_longest
-from selfdistill.model.decoding_steps import FixedSteps, GrowingSteps, steps_for
+from selfdistill.model.decoding_steps import BLOCK_TOKENS, LEAST_TOKENS, FixedSteps, GrowingSteps, steps_for
 from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.preallocated import FixedLayer
@@ -55,6 +69,9 @@ FIXED = {
     "bloom, bias by position": lambda: odd_model("bloom, bias by position")[0],
     "deepseek, latent": ODD_LAYERS["deepseek 3"][0],
     "llama 4, chunks": ODD_LAYERS["llama 4"][0],
+    "qwen3, experts": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**TINY, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    ),
 }
 """Models of many families whose passes can have fixed shapes."""
 
@@ -71,8 +88,9 @@ def of_kind(load: Loader, make: Callable[[], Any]) -> LoadedModel:
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Decodes from now on as if the CPU were a GPU, without capture."""
 
-    def decide(every: int = 16, *, fixed: bool = True) -> None:
+    def decide(every: int = 16, *, fixed: bool = True, block: int = BLOCK_TOKENS) -> None:
         monkeypatch.setattr("selfdistill.model.sampling.tokens_per_check", lambda _kind: every)
+        monkeypatch.setattr("selfdistill.model.decoding_steps.BLOCK_TOKENS", block)
         monkeypatch.setattr("selfdistill.model.decoding_steps.has_graphs", lambda _kind: fixed)
 
     return decide
@@ -181,6 +199,8 @@ def test_passes_of_fixed_shapes_give_the_same_samples(load: Loader, on_a_gpu: Ca
         assert_alike(sample(loaded, BATCH, sampling, SEEDS), wanted)
         on_a_gpu(16)
         assert_alike(sample(loaded, BATCH, sampling, SEEDS), wanted)
+        on_a_gpu(3, block=7)  # full after 7 and 14 tokens
+        assert_alike(sample(loaded, BATCH, sampling, SEEDS), wanted)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("llama", "gpt2", "bloom"))])
@@ -205,6 +225,62 @@ def test_only_attention_of_pytorch_has_passes_of_fixed_shapes(load: Loader) -> N
     rows = read(loaded, BATCH)
     loaded.model.config._attn_implementation = "flash_attention_2"
     assert isinstance(steps_for(loaded, rows, 20, "cuda"), GrowingSteps)
+
+
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "yarn": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 64,
+        "factor": 2.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_positions_that_change_with_the_length_have_passes_that_grow(load: Loader, name: str) -> None:
+    rope = {"rope_type": name, "rope_theta": 1e4, **ROTATIONS[name]}
+    loaded = of_kind(load, lambda: LlamaForCausalLM(LlamaConfig(**TINY, rope_parameters=rope)))
+    grows = name in ("dynamic", "longrope")
+    assert type(steps_for(loaded, read(loaded, BATCH), 20, "cuda")) is (GrowingSteps if grows else FixedSteps)
+
+
+def test_one_layer_type_whose_positions_change_with_the_length_is_enough(load: Loader) -> None:
+    for full, kind in (("default", FixedSteps), ("dynamic", GrowingSteps)):
+        rope = {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": full, "rope_theta": 1e4, "factor": 2.0},
+        }
+        config = Gemma3TextConfig(**TINY, head_dim=8, sliding_window=6, layer_types=list(rope), rope_parameters=rope)
+        loaded = of_kind(load, lambda config=config: Gemma3ForCausalLM(config))
+        assert type(steps_for(loaded, read(loaded, BATCH), 20, "cuda")) is kind
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, windows, eager"])
+def test_no_pass_reads_more_than_a_block_of_empty_memory(
+    load: Loader, on_a_gpu: Callable[..., None], name: str
+) -> None:
+    loaded = of_kind(load, FIXED[name])
+    empty: list[int] = []
+
+    def note(_module: Any, _inputs: Any, inputs: dict[str, Any]) -> None:
+        for layer in inputs["past_key_values"].layers:
+            if isinstance(layer, FixedLayer):
+                length, first = layer.get_mask_sizes()
+                empty.append(first + length - int(layer.get_seq_length()))
+                assert inputs["attention_mask"].shape[1] == first + length
+
+    on_a_gpu(2, block=16)
+    hook = loaded.model.register_forward_pre_hook(note, with_kwargs=True)
+    for loaded_as in (loaded, replace(loaded, end_token_ids=(-1,))):
+        sample(loaded_as, BATCH, Sampling(70), SEEDS)
+    hook.remove()
+    assert max(empty) == 16
+    assert min(empty) == 1  # nothing is added before it is full
 
 
 def addresses(loaded: LoadedModel, steps: FixedSteps, token_B: Tensor) -> list[tuple[Any, ...]]:
@@ -233,6 +309,16 @@ def test_every_pass_has_the_same_shapes_and_addresses(load: Loader, name: str) -
     token_B = torch.arange(len(BATCH))
     first = addresses(loaded, steps, token_B)
     assert all(addresses(loaded, steps, token_B + n) == first for n in range(19))
+
+
+@torch.no_grad()
+def test_shapes_and_addresses_change_once_per_block(load: Loader, on_a_gpu: Callable[..., None]) -> None:
+    loaded = replace(load(), captures=True)
+    on_a_gpu(block=5)
+    steps = steps_for(loaded, read(loaded, BATCH), 20, "cuda")
+    assert isinstance(steps, FixedSteps)
+    seen = [addresses(loaded, steps, torch.arange(len(BATCH))) for _ in range(20)]
+    assert [n for n in range(1, 20) if seen[n] != seen[n - 1]] == [5, 10, 15]
 
 
 def test_rows_leave_once_half_have_ended(load: Loader, on_a_gpu: Callable[..., None]) -> None:
@@ -321,6 +407,29 @@ class Forbidden(Waits):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+MAKERS = {
+    torch.arange,
+    torch.empty,
+    torch.eye,
+    torch.full,
+    torch.linspace,
+    torch.ones,
+    torch.scalar_tensor,
+    torch.zeros,
+}
+
+
+class MadeOnTheCPU(TorchFunctionMode):
+    """Counts tensors that are made without saying where, which on a GPU would have to be copied to it."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.count += func in MAKERS and kwargs.get("device") is None
+        return func(*args, **kwargs)
+
+
 def frozen(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """A capture of nothing: every replay leaves the first result."""
     result = run().clone()
@@ -360,7 +469,7 @@ def test_a_pass_of_fixed_shapes_can_be_repeated(load: Loader, with_graphs: Calla
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_a_pass_of_fixed_shapes_does_nothing_that_a_capture_forbids(
+def test_a_pass_of_fixed_shapes_does_nothing_that_a_capture_forbids_as_far_as_a_cpu_shows(
     load: Loader, with_graphs: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     counts: list[int] = []
@@ -368,9 +477,9 @@ def test_a_pass_of_fixed_shapes_does_nothing_that_a_capture_forbids(
     def watched(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
         with monkeypatch.context() as during:
             during.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
-            with Forbidden() as seen:
+            with Forbidden() as seen, MadeOnTheCPU() as made:
                 run()
-        counts.append(seen.count)
+        counts.append(seen.count + made.count)
         return run
 
     with_graphs(watched)
@@ -394,6 +503,64 @@ def test_passes_are_captured_once_for_each_number_of_rows(load: Loader, with_gra
     shapes = pass_shapes(loaded, lambda: sample(loaded, BATCH, Sampling(12), SEEDS))
     assert captures[tried:] == [len(BATCH)]
     assert len(shapes) == 1 + 3 + 11  # the prompts, the capture and its count of rows, and a pass per token
+
+
+def test_a_pass_is_captured_once_for_each_block(
+    load: Loader, with_graphs: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = replace(load(), end_token_ids=(-1,))
+    for limit, blocks in ((41, 3), (40, 2)):  # blocks of 16, 16 and 8 tokens, or of 16, 16 and 7
+        wanted = sample(replace(loaded, captures=False), BATCH, Sampling(limit), SEEDS)
+        captures = with_graphs(graph)
+        monkeypatch.setattr("selfdistill.model.decoding_steps.BLOCK_TOKENS", 16)
+        assert_alike(sample(loaded, BATCH, Sampling(limit), SEEDS), wanted)
+        assert captures == [len(BATCH)] * blocks
+
+
+@pytest.mark.parametrize(("after", "captured"), [(8, [6, 3]), (10, [6])])
+def test_rows_stay_if_few_tokens_are_left(
+    load: Loader,
+    with_graphs: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+    captured: list[int],
+) -> None:
+    """Half of the rows end after so many of 17 tokens."""
+    loaded = replace(load(), end_token_ids=(299,))
+    captures = with_graphs(graph)
+    calls = 0
+
+    def ends(*arguments: Any) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        token_B, logp_B = choose(*arguments)
+        token_B = token_B.clamp(max=298)
+        if calls == after:
+            token_B[:3] = 299
+        return token_B, logp_B
+
+    monkeypatch.setattr("selfdistill.model.sampling.choose", ends)
+    found = sample(loaded, BATCH, Sampling(17), SEEDS)
+    assert [len(rollout.ids) for rollout in found] == [after] * 3 + [17] * 3
+    assert captures == captured
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_the_cache_is_freed_with_its_passes(load: Loader, with_graphs: Callable[..., list[int]], refuses: bool) -> None:
+    """Not only once Python looks for objects that refer to each other."""
+    loaded, layers = load(), []
+    with_graphs(refused if refuses else graph)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            steps = steps_for(loaded, read(loaded, BATCH), 20, "cuda")
+            steps(torch.arange(len(BATCH)))
+            layers = [weakref.ref(layer) for layer in steps.cache.layers]
+            del steps
+        assert [layer() for layer in layers] == [None] * len(layers)
+    finally:
+        gc.enable()
+    assert loaded.captures is (False if refuses else None)
 
 
 @pytest.mark.parametrize(
@@ -426,12 +593,18 @@ def test_what_cannot_be_captured_runs_without_and_is_noted_once(
 # --- memory ---
 
 
-@pytest.mark.parametrize(("kind", "ending"), [("cpu", 1), ("cuda", 3)])
+@pytest.mark.parametrize(("kind", "ending", "left"), [("cpu", 1, 1), ("cuda", 3, 1 + LEAST_TOKENS)])
 @pytest.mark.parametrize("name", ["llama", "gemma2, windows"])
 def test_the_memory_of_sampling_is_as_planned(
-    load: Loader, on_a_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kind: str, ending: int, name: str
+    load: Loader,
+    on_a_gpu: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    ending: int,
+    left: int,
+    name: str,
 ) -> None:
-    """As many samples as must end for the others to be copied end just before the last token."""
+    """As many samples as must end for the others to be copied end as late as that may be."""
     wide = TINY | {"head_dim": 64}
     models: dict[str, Callable[[], Any]] = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**wide)),
@@ -439,7 +612,7 @@ def test_the_memory_of_sampling_is_as_planned(
     }
     loaded, sampling = of_kind(load, models[name]), Sampling(200)
     loaded = replace(loaded, end_token_ids=(299,), captures=True)
-    on_a_gpu(1, fixed=kind == "cuda")
+    on_a_gpu(1, fixed=kind == "cuda", block=80)
 
     def peak(work: Callable[[], Any]) -> int:
         live = LiveTensors(loaded.model)
@@ -454,7 +627,7 @@ def test_the_memory_of_sampling_is_as_planned(
         token_B, logp_B = choose(*arguments)
         token_B = token_B.clamp(max=298)
         chosen.append(token_B)
-        if len(chosen) == sampling.max_completion_length - 1:
+        if len(chosen) == sampling.max_completion_length - left:
             token_B[:ending] = 299
         return token_B, logp_B
 

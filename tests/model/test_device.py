@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -42,6 +43,45 @@ def cudnn_attention() -> Iterator[None]:
 def test_only_a_gpu_replays_passes_and_looks_for_ends_less_often(kind: str, tokens: int) -> None:
     assert tokens_per_check(kind) == tokens
     assert has_graphs(kind) == (kind == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("version", "safe"), [("2.6.0", False), ("2.12.1+cu130", False), ("2.13.0+cu130", True), ("2.14.1", True)]
+)
+def test_nothing_is_captured_where_a_failed_capture_leaves_damage(
+    monkeypatch: pytest.MonkeyPatch, version: str, safe: bool
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    assert has_graphs("cuda") is safe
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_follows_a_capture_waits_for_it_even_if_it_fails(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    order: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            order.append(f"{self.name} waits for {other.name}")
+
+    def run() -> torch.Tensor:
+        order.append("run")
+        if fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(1)
+
+    main, side = Stream("main"), Stream("side")
+    monkeypatch.setattr("selfdistill.model.device.has_graphs", lambda _kind: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: main)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    with pytest.raises(torch.OutOfMemoryError) if fails else nullcontext():
+        captured(run, torch.device("cuda", 90 + fails))  # streams are kept by device
+    assert order == ["side waits for main", *["run"] * (1 if fails else 2), "main waits for side"]
 
 
 def test_without_graphs_nothing_is_captured() -> None:
