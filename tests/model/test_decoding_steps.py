@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from odd_models import NAMES, ODD_LAYERS, odd_model
+from odd_models import NAMES, ODD_LAYERS, SIZE, odd_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -47,18 +47,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 
 BATCH = prompts(5, 1, 40, 17, 2, 17)
-TINY: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 258,
-}
+TINY: dict[str, Any] = SIZE | {"initializer_range": 0.3}
 FIXED = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY)),
     "qwen2, biases": lambda: Qwen2ForCausalLM(Qwen2Config(**TINY)),
