@@ -7,7 +7,8 @@
 
 Each run appends one line to FOLDER/STUDY.jsonl. A run that has its line there is not run again: to repeat one, delete
 its line. Lines made on several machines are merged by putting them into one file. The runs of a study share one base
-and its measurements, and no model is kept. On a GPU the arithmetic is bf16, on CPUs as in the study file.
+and its measurements, and no model is kept. The arithmetic is that of the study file; on GPUs it is bf16, and on CPUs
+without fast bfloat16 it is float32. The line says which.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from selfdistill.config import ModelSettings, TrainConfig
 from selfdistill.data import Demonstration, load_demonstrations, parse_context
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import EvaluationSet, Evaluator, judge_of, rows_fingerprint
-from selfdistill.model import LoadedModel, load_for_training, training_precision
+from selfdistill.model import LoadedModel, bfloat16_is_fast, load_for_training, training_precision
 from selfdistill.runtime import StopRequests, drop_partial_line, peak_memory, quiet_libraries, read_lines, say
 from selfdistill.training import train
 
@@ -56,6 +57,13 @@ def device_name() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def arithmetic_here() -> str | None:
+    """What replaces ``mixed_precision`` of the study files on this machine."""
+    if torch.cuda.is_available():
+        return "bf16"
+    return None if bfloat16_is_fast() else "no"
 
 
 def where(config: TrainConfig, rows: str) -> dict[str, Any]:
@@ -269,7 +277,7 @@ def run_all(runs: Sequence[Asked], results: Path, minutes: float | None) -> int:
         UserError: an input cannot be used.
     """
     starts, clock, failed = Starts(), Clock(minutes), 0
-    precision = "bf16" if torch.cuda.is_available() else None
+    precision = arithmetic_here()
     for study in dict.fromkeys(asked.study.name for asked in runs):
         drop_partial_line(results / f"{study}.jsonl")
     with StopRequests() as stop:

@@ -29,7 +29,7 @@ FIXED: dict[str, Any] = {"save_steps": 0, "view_rows": 0}
 OWN = ("output_dir", "seed", *FIXED)
 """Settings that a study file must not have."""
 LESS_EXACT = {"mixed_precision": "no"}
-"""Where the file names none: float32 on CPUs. On GPUs it is always bf16."""
+"""Where the file names none. On a GPU it is always bf16, on a CPU without fast bfloat16 always float32."""
 
 
 class After(Settings):

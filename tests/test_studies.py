@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -217,6 +218,18 @@ def eval_sum(question: str) -> int:
     """The sum in ``What is a + b?``."""
     first, second = question.removeprefix("What is ").removesuffix("?").split(" + ")
     return int(first) + int(second)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "fast", "forced"), [(True, True, "bf16"), (True, False, "bf16"), (False, True, None), (False, False, "no")]
+)
+def test_the_arithmetic_of_a_study_is_what_is_fast_here(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, fast: bool, forced: str | None
+) -> None:
+    runner = importlib.import_module("study")  # its data classes need the module in its place
+    monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(runner, "bfloat16_is_fast", lambda: fast)
+    assert runner.arithmetic_here() == forced
 
 
 def test_comparisons_made_apart_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

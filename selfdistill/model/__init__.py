@@ -42,6 +42,7 @@ from selfdistill.model.lora import add_lora, check_base, describe_lora
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import PictureInputs, freeze_vision, is_image_text, vision_weights
 from selfdistill.model.precision import (
+    bfloat16_is_fast,
     cached_casts,
     refuse_autocast,
     refuse_float16,
@@ -79,6 +80,7 @@ __all__ = [
     "add_lora",
     "adopt",
     "alike_layers",
+    "bfloat16_is_fast",
     "body_and_head",
     "cache_dir",
     "cached_casts",
