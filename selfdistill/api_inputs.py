@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from selfdistill.config import CheckConfig, LearnConfig, MethodName, TrainConfig, continued
+from selfdistill.config import CheckConfig, LearnConfig, TrainConfig, continued
 from selfdistill.data import (
     PICTURE_FOLDER,
     PROMPT_ROWS,
@@ -82,9 +82,9 @@ def _refuse_own_settings(given: dict[str, Any]) -> None:
     """
     method = given.get("method", TrainConfig.model_fields["method"].default)
     for name in [name for name in given if name not in TrainConfig.model_fields]:
-        if method in get_args(MethodName) and name in own_names(method):
-            written = f"method_settings={{{name!r}: {given[name]!r}}}"
-            raise UserError(f"unknown setting {name!r}; write this setting of {method} as {written}")
+        if name in own_names(method):
+            shown, written = getattr(method, "__name__", method), f"method_settings={{{name!r}: {given[name]!r}}}"
+            raise UserError(f"unknown setting {name!r}; write this setting of {shown} as {written}")
         if (hint := whose(name)) and not closest(name, TrainConfig.model_fields):
             raise UserError(f"unknown setting {name!r}{hint}")
 

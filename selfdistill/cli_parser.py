@@ -25,7 +25,6 @@ from selfdistill.config import (
     ExportConfig,
     LearnConfig,
     MergeConfig,
-    MethodName,
     QuestionsConfig,
     ReportConfig,
     Settings,
@@ -119,8 +118,6 @@ _VALUES = {"memory": "SIZE", "device": "NAME"}
 """Metavars of the options that take a value."""
 _FLAGS = {"output": ("-o", "--output")}
 """Option names of settings that also have a short form."""
-MOST_LISTED = 8
-"""Maximum number of values that the help lists beside a setting's name."""
 _POSITIONAL = {"export": ("run",), "report": ("runs",), "learn": ("action", "data"), "ask": ("run", "question")}
 """Positional settings, in this order; those not required may be omitted."""
 _LACKING = {
@@ -251,8 +248,6 @@ def _add_setting(group: Any, command: str, kind: type[Settings], key: str) -> No
 
 def _metavar(hint: Any) -> str | None:
     """The metavar of a type; None if its values are listed."""
-    if get_origin(hint) is Literal and len(get_args(hint)) > MOST_LISTED:
-        return "NAME"  # its help lists them
     parts = {part for part in get_args(hint) if part is not type(None)} or {hint}
     for kind, name in ((bool, "true|false"), (int, "N"), (float, "X"), (str, "TEXT")):
         if parts == {kind}:
@@ -319,9 +314,7 @@ def _listed(word: str, arguments: list[str], fields: dict[str, FieldInfo]) -> st
 
 def _own_setting(name: str, value: str, arguments: list[str]) -> str:
     """How to write a setting that only the chosen method knows; empty if it has none of this name."""
-    *_, method = ["", *re.findall(r"(?:^|\s)--method[\s=](\w+)", " ".join(arguments))]
-    if method not in get_args(MethodName):
-        return ""
+    *_, method = ["", *re.findall(r"(?:^|\s)--method[\s=](\S+)", " ".join(arguments))]
     from selfdistill.methods import own_names  # imports torch, which takes seconds
 
     if name not in own_names(method):

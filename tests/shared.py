@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfdistill import cli_parser
-from selfdistill.config.train import SCORED_METHODS, MethodName, TrainConfig
+from selfdistill.config.method import MethodName
+from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluation import endpoint
 from selfdistill.methods import stages_of
@@ -263,7 +264,7 @@ def quick(names: Sequence[str], *kept: str) -> list[Any]:
 def needs(method: Any, other_model: str) -> dict[str, Any]:
     """Settings that a method needs, or that keep its steps short: groups of four; another model if it must have one."""
     values: dict[str, Any] = {}
-    if method in SCORED_METHODS:
+    if method in ("grpo", "sdpo", "pope", "sort", "trapo", "actguide", "npo"):
         values["num_generations"] = 4
     if method == "sort":
         values["method_settings"] = {"plan": 0}

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from selfdistill.cli import main
 from selfdistill.cli_parser import COMMANDS, MAIN, TOPICS, parse
 from selfdistill.config.commands import CheckConfig, CompareConfig, EvalConfig
-from selfdistill.config.train import MethodName, TrainConfig
+from selfdistill.config.method import MethodName
+from selfdistill.config.train import TrainConfig
 from selfdistill.data.contexts import CONTEXTS
 from selfdistill.errors import UserError
 from selfdistill.training import checkpoint, disk
@@ -46,7 +47,7 @@ def here(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.
     return tmp_path
 
 
-METHODS = " or ".join(", ".join(map(repr, get_args(MethodName))).rsplit(", ", 1))
+METHODS = f"{', '.join(get_args(MethodName))} or python:package.module.function"
 
 
 def jsonl(name: str, rows: list[Any]) -> None:
@@ -318,7 +319,7 @@ CONFIG: list[tuple[str, str]] = [
     (f"{SFT} extra", "unknown argument extra; see --help for the names"),
     (f"{SFT} --model", "--model: expected one argument"),
     (f"{SFT} --method sdtf", f"setting 'method': found 'sdtf', expected: {METHODS}; did you mean sdft?"),
-    (f"{SFT} --method ppo", "setting 'method': found 'ppo', expected: 'sdft', 'sft', 'dft', 'cpt', ..."),
+    (f"{SFT} --method ppo", "setting 'method': found 'ppo', expected: sdft, sft, dft, cpt, ..."),
     (f"{SFT} --max_steps 1.5", "setting 'max_steps': found '1.5', expected: a whole number"),
     (f"{SFT} --max_steps -3", "setting 'max_steps': found -3, expected: 1 or more"),
     (f"{SFT} --learning_rate fast", "setting 'learning_rate': found 'fast', expected: a number"),

@@ -30,8 +30,8 @@ class Kind:
             return self.arm, quote(self.arm, safe=_SAFE)
         used = {name: value for name, value in self.values.items() if name != "method" and uses(run, name)}
         label = [run.method, *(f"{name}={value}" for name, value in used.items())]
-        beginning = [run.method, *(f"{name}_{quote(str(value), safe=_SAFE)}" for name, value in used.items())]
-        return " ".join(label), "-".join(beginning)
+        beginning = [run.method, *(f"{name}_{value}" for name, value in used.items())]
+        return " ".join(label), "-".join(quote(part, safe=_SAFE) for part in beginning)
 
 
 def kinds_of(config: CompareConfig) -> list[Kind]:

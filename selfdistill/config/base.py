@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
 from selfdistill.config.trl_names import trl_hint
-from selfdistill.data import CODE, FUNCTION, GIVEN, JUDGE, SCORER_NAMES, Turns, name_of_scorer
+from selfdistill.data import CODE, JUDGE, SCORER_NAMES, Turns, by_name, known_or_own
 from selfdistill.environments import name_of_functions
 from selfdistill.errors import UserError, closest
 
@@ -282,17 +282,12 @@ class ModelSettings(EngineSettings):
     @classmethod
     def _function_by_name(cls, value: Any) -> Any:
         """A function is a scorer with its name."""
-        if isinstance(value, type):
-            raise ValueError("a function, or its name as python:package.module.function")
-        return name_of_scorer(value) if callable(value) else value
+        return by_name(value, "scorer")
 
     @field_validator("scorer")
     @classmethod
     def _known_scorer(cls, value: str | None) -> str | None:
-        known = (*SCORER_NAMES, CODE, JUDGE)
-        if value is None or value in known or FUNCTION.fullmatch(value) or value.startswith(GIVEN):
-            return value
-        raise ValueError(f"{', '.join(known)} or python:package.module.function{closest(value, known)}")
+        return None if value is None else known_or_own(value, (*SCORER_NAMES, CODE, JUDGE))
 
     @field_validator("template_date", mode="before")
     @classmethod

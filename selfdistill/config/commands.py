@@ -21,7 +21,7 @@ from selfdistill.config.base import (
     TaskSettings,
     read_mapping,
 )
-from selfdistill.config.method import MethodName, anchor_sources
+from selfdistill.config.method import OwnOrMethodName, anchor_sources
 from selfdistill.config.train import OneRun, Precision, TrainConfig, TrainingSettings
 from selfdistill.data import GIVEN
 from selfdistill.environments import IN_PYTHON
@@ -33,8 +33,8 @@ class CompareConfig(TrainingSettings):
 
     test: str
     """Held-out rows on which every run is evaluated. Do not use them to choose anything."""
-    methods: tuple[MethodName, ...] = ("sft", "sdft")
-    """Methods, separated by commas."""
+    methods: tuple[OwnOrMethodName, ...] = ("sft", "sdft")
+    """Methods, separated by commas, as in ``method``."""
     seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
     """Seeds, separated by commas. Every method runs once with each."""
     learning_rates: tuple[PositiveFloat, ...] = ()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
+    BeforeValidator,
     Field,
     field_validator,
 )
 
 from selfdistill.config.base import EpisodeSettings
-from selfdistill.data import PACKAGE, anchor_kinds, is_packaged
+from selfdistill.data import PACKAGE, anchor_kinds, by_name, is_packaged, known_or_own
 
 MethodName = Literal[
     "sdft",
@@ -40,10 +43,13 @@ MethodName = Literal[
     "t3s",
     "ssd",
 ]
-
-
-SCORED_METHODS: tuple[MethodName, ...] = ("grpo", "sdpo", "pope", "sort", "trapo", "actguide", "npo")
-"""Methods that learn from a scorer's verdicts on groups of untempered samples."""
+"""The package's methods."""
+OwnOrMethodName = Annotated[
+    str,
+    BeforeValidator(partial(by_name, use="method")),
+    AfterValidator(partial(known_or_own, known=get_args(MethodName))),
+]
+"""One of them, or the user's function by its name."""
 
 SHORTEST = "shortest"
 """The value of ``hint`` for the shortest beginning of each demonstration with which the teacher is right."""

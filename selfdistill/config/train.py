@@ -11,7 +11,7 @@ from pydantic import (
 )
 
 from selfdistill.config.base import ModelSettings, QuestionSettings, TaskSettings
-from selfdistill.config.method import SCORED_METHODS, MethodName, MethodSettings
+from selfdistill.config.method import MethodSettings, OwnOrMethodName
 from selfdistill.errors import UserError
 
 Precision = Annotated[
@@ -28,7 +28,7 @@ LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
 class OneRun(ModelSettings):
     """Settings that a comparison varies from run to run."""
 
-    method: MethodName = "sdft"
+    method: OwnOrMethodName = "sdft"
     """``sdft``: self-distillation. Baselines: ``sft``, cross-entropy on the demonstrations; ``dft``, the same weighted
     by each token's probability; ``cpt``, cross-entropy on the documents; ``sft_reinvoke``, SFT and then distillation
     from the base on general prompts; ``sft_from_teacher`` and ``offline_distillation``, training on teacher samples
@@ -40,7 +40,8 @@ class OneRun(ModelSettings):
     ``trapo``, the same after failures, also learning that part. Where no sample is right: ``sort``, the demonstration;
     ``actguide``, samples that saw its first lines; ``npo``, a right sample of ``teacher_model``. Relatives of SFT:
     ``eaft``, weighted by the student's entropy; ``t3s``, without the tokens that a worse model has learnt; ``ssd``, on
-    the model's own samples."""
+    the model's own samples. Or your own function as ``python:package.module.function``; in Python also the function
+    itself."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-5, or 1e-4 with LoRA (about ten times full fine-tuning's, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)
@@ -210,12 +211,6 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
     def model_post_init(self, _context: Any) -> None:
         """Check settings against each other."""
         super().model_post_init(_context)
-        untempered = self.temperature == 1 and self.top_p == 1 and self.top_k == 0
-        if self.method in SCORED_METHODS and not untempered:
-            raise UserError(
-                f"setting 'method': {self.method} needs untempered samples of the student: use temperature 1, top_p 1 "
-                "and top_k 0"
-            )
         if self.support == "sampled" and (self.method == "offline_distillation" or self.cold_start_steps):
             raise UserError(
                 "setting 'support': 'sampled' needs the student's own samples: leave cold_start_steps out, and use "

@@ -59,7 +59,7 @@ from selfdistill.data.messages import (
     without_thoughts,
     wrong,
 )
-from selfdistill.data.named import FUNCTION, named
+from selfdistill.data.named import GIVEN, by_name, is_own, known_or_own, named, own_function
 from selfdistill.data.prompts import PROMPT_ROWS, load_prompts
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import (
@@ -76,7 +76,6 @@ from selfdistill.data.rows import (
     repeated_key,
 )
 from selfdistill.data.scorers import (
-    GIVEN,
     JUDGE,
     as_verdict,
     by_tests,
@@ -84,7 +83,6 @@ from selfdistill.data.scorers import (
     default_scorer,
     doubt_about,
     is_scorable,
-    name_of_scorer,
     nothing_to_score,
     score,
     scored_text,
@@ -100,7 +98,6 @@ from selfdistill.data.words import WORD, includes, plain, words_of
 __all__ = [
     "CODE",
     "COLUMNS",
-    "FUNCTION",
     "GIVEN",
     "JUDGE",
     "MOST_PIXELS",
@@ -139,6 +136,7 @@ __all__ = [
     "as_row",
     "as_transcript",
     "as_verdict",
+    "by_name",
     "by_reason",
     "by_tests",
     "changed_when_shown_anew",
@@ -159,14 +157,15 @@ __all__ = [
     "from_text",
     "hintable",
     "includes",
+    "is_own",
     "is_packaged",
     "is_scorable",
     "join_surrogates",
+    "known_or_own",
     "load_demonstrations",
     "load_prompts",
     "located",
     "must_show_one",
-    "name_of_scorer",
     "named",
     "no_part",
     "not_object",
@@ -175,6 +174,7 @@ __all__ = [
     "nothing_to_score",
     "nothing_to_show",
     "one_line",
+    "own_function",
     "own_tokens",
     "packaged",
     "parse_context",

@@ -3,18 +3,16 @@
 Thoughts (``<think>...</think>``) are compared on neither side. A malformed reply is wrong. An answer that the scorer
 cannot use is a :class:`UserError`. The command's setting, but never a row of the data, may also name a
 user-defined function, ``code``, which runs what the model writes, or the judge of :mod:`selfdistill.evaluation.judge`.
-In Python it may also be a function, which gets a name with :data:`GIVEN`.
+In Python it may also be a function (:mod:`.named`).
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from types import CodeType
 from typing import Any
 
 from selfdistill.data.chat_format import ChatFormat, thought_and_said
@@ -22,39 +20,13 @@ from selfdistill.data.code_tests import run_tests
 from selfdistill.data.comparisons import COMPARISONS, Verdict, answers_in, as_text, reference, said, unusable
 from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, Lacks
 from selfdistill.data.messages import said_in
-from selfdistill.data.named import named
+from selfdistill.data.named import GIVEN, is_own, own_function
 from selfdistill.data.rows import RowError, one_line
 from selfdistill.errors import UserError
 
 JUDGE = "judge"
 """The setting with which another model grades replies; not a scorer that :func:`score` accepts."""
-GIVEN = "function:"
-"""Beginning of the name of a scorer that a caller in this process gave as a function."""
 _Scorer = Callable[[str, dict[str, Any]], Any]
-_given: dict[str, _Scorer] = {}
-"""These functions, by name."""
-
-
-def name_of_scorer(function: _Scorer) -> str:
-    """The name of a scorer that is this function, for :func:`verdict` in this process.
-
-    Equal names of functions give an equal name, which then means the function given last. The name of a lambda has a
-    hash of its code, without the values of its variables, so that a run is not resumed with another one.
-    """
-    name = getattr(function, "__name__", type(function).__name__)
-    if name == "<lambda>":
-        name = f"<lambda {hashlib.sha256(_written(function.__code__).encode()).hexdigest()[:8]}>"
-    _given[GIVEN + name] = function
-    return GIVEN + name
-
-
-def _written(constant: Any) -> str:
-    """A constant of Python code as a text that is the same in every process."""
-    if isinstance(constant, CodeType):
-        return repr((constant.co_code, constant.co_names, [_written(one) for one in constant.co_consts]))
-    if isinstance(constant, frozenset):
-        return repr(sorted(map(repr, constant)))
-    return repr(constant)
 
 
 def scored_text(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int], row: Demonstration, scorer: str) -> str:
@@ -73,7 +45,7 @@ def verdict(name: str, reply: str, demonstration: Demonstration) -> Verdict:
     of one of these and a feedback text.
 
     Args:
-        name: one of ``SCORER_NAMES``, ``CODE``, a name that matches ``FUNCTION``, or one of :func:`name_of_scorer`.
+        name: one of ``SCORER_NAMES``, ``CODE``, a name that matches ``FUNCTION``, or one that a given function got.
         reply: the reply to score, without thoughts.
         demonstration: what to compare it with.
 
@@ -84,7 +56,7 @@ def verdict(name: str, reply: str, demonstration: Demonstration) -> Verdict:
     """
     if name == CODE:
         return verdicts([(name, reply, demonstration)])[0]
-    if _is_users(name):
+    if is_own(name):
         return _by_function(name, reply, demonstration)
     if name not in SCORER_NAMES:
         raise UserError(f"unknown scorer '{name}', expected one of {', '.join(SCORER_NAMES)}")
@@ -139,12 +111,7 @@ def default_scorer(demonstration: Demonstration, setting: str | None) -> str:
 
 def is_scorable(demonstration: Demonstration, setting: str | None) -> bool:
     """Whether a reply can be scored: there is something to compare it with, or a function that may need nothing."""
-    return demonstration.has_reference or _is_users(default_scorer(demonstration, setting))
-
-
-def _is_users(name: str) -> bool:
-    """Whether the scorer of this name is a function of the user's."""
-    return name.startswith(("python:", GIVEN))
+    return demonstration.has_reference or is_own(default_scorer(demonstration, setting))
 
 
 def nothing_to_score(setting: str | None) -> Lacks:
@@ -231,20 +198,12 @@ def _function(name: str) -> _Scorer:
     Raises:
         UserError: there is none, or it is a class.
     """
-    if not name.startswith(GIVEN):
-        return _imported(name)
-    if name not in _given:
-        raise UserError(
-            f"scorer {name!r}: the function was given in Python, in another process; give it there again as "
-            f"scorer={name.removeprefix(GIVEN)}, or for a new run put it into a module and name it "
-            "python:module.function"
-        )
-    return _given[name]
+    return own_function(name, "scorer") if name.startswith(GIVEN) else _imported(name)
 
 
 @functools.cache
 def _imported(name: str) -> _Scorer:
-    function: _Scorer = named(name, "scorer", "function")
+    function: _Scorer = own_function(name, "scorer")
     if inspect.isclass(function) and not issubclass(function, int | float | tuple):
         raise UserError(f"scorer {name!r}: found a class, whose objects are no rewards; name a function instead")
     return function
@@ -256,5 +215,5 @@ def check_scorer(setting: str | None) -> None:
     Raises:
         UserError: it cannot be imported, is a class, or was given in another process.
     """
-    if setting is not None and _is_users(setting):
+    if setting is not None and is_own(setting):
         _function(setting)

@@ -5,19 +5,17 @@ whose weights score them (teacher), the loss and its target, the weights of the 
 (checker, select). A method with several stages defines them for each stage. A step may sum several methods, its parts.
 The loop never depends on a method's name.
 
-To add a method, write a file with its name, and in it a function of the same name that maps settings to stages. Then
-add the name to ``selfdistill.config.method.MethodName``. A method uses the settings that it reads. Its own settings
-come in ``method_settings``.
+A method is a function that maps settings to stages, the package's in a file of the same name. Users name their own as
+``python:module.function``. A method uses the settings that it reads. Its own settings come in ``method_settings``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any, get_args
 
 from selfdistill.config import MethodName, MethodSettings, TrainConfig
-from selfdistill.data import Demonstration, Lacks
+from selfdistill.data import Demonstration, Lacks, is_own, one_line
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import to_score, verdicts_on
@@ -38,6 +36,7 @@ from selfdistill.methods.slots import (
     Parts,
     Selection,
     State,
+    function_of,
     own_names,
     whose,
 )
@@ -83,9 +82,9 @@ __all__ = [
 ]
 
 METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {
-    name: getattr(import_module(f"selfdistill.methods.{name}"), name) for name in get_args(MethodName)
+    name: function_of(name) for name in get_args(MethodName)
 }
-"""Constructors by the value of ``--method``: settings to stages, which share the steps evenly."""
+"""The package's methods by name: functions from settings to stages, which share the steps evenly."""
 
 
 TASK = "task"
@@ -96,7 +95,8 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
     """The stages of the method that the settings name, each with the parts of its steps.
 
     Raises:
-        UserError: the method rejects the settings, or does not use a given ``method_settings`` or ``teacher_model``.
+        UserError: the method rejects the settings, or does not use a given ``method_settings`` or ``teacher_model``; or
+            it is the user's and cannot be used.
     """
     if config.method_settings and "method_settings" not in _settings_read(config):
         first, *others = config.method_settings
@@ -112,8 +112,37 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
         )
     beside = anchors(config)
     share = 1 - sum(part.share for part in beside)
-    stages = with_environment(config, METHODS[config.method](config))
+    stages = with_environment(config, _made(config))
+    untempered = config.temperature == 1 and config.top_p == 1 and config.top_k == 0
+    if any(method.checker for method in stages) and not untempered:  # they are weighed as the student's own
+        raise UserError(
+            f"setting 'method': {config.method} needs untempered samples of the student: use temperature 1, top_p 1 "
+            "and top_k 0"
+        )
     return tuple((*_task(method, share), *beside) for method in stages)
+
+
+def _made(config: TrainConfig) -> tuple[Method, ...]:
+    """What the function of the method makes of the settings.
+
+    Raises:
+        UserError: the method rejects the settings; or it is the user's and cannot be imported, raises an error or
+            returns something else.
+    """
+    function = function_of(config.method)
+    if not is_own(config.method):
+        return function(config)
+    try:
+        found = function(config)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"method {config.method!r} failed: {type(error).__name__}: {one_line(error)}") from error
+    stages = (found,) if isinstance(found, Method) else found
+    if not (isinstance(stages, tuple) and stages and all(isinstance(stage, Method) for stage in stages)):
+        shown = " ".join(repr(found).split())[:60]
+        raise UserError(f"method {config.method!r} returned {shown}, expected a Method, or a tuple of them for stages")
+    return stages
 
 
 def _task(method: Method, share: float) -> Parts:
@@ -165,7 +194,7 @@ def _settings_read(config: TrainConfig) -> set[str]:
         UserError: the method rejects the settings.
     """
     read: Any = _Read(config)
-    with_environment(read, METHODS[config.method](read))
+    with_environment(read, _made(read))
     anchors(read)
     return set(read.names)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Protocol, TypeVar, get_args
 
 from selfdistill.config import MethodName, Settings, TrainConfig
-from selfdistill.data import ChatFormat, ContextEncoder, Example, Verdict
+from selfdistill.data import ChatFormat, ContextEncoder, Example, Verdict, is_own, own_function
 from selfdistill.errors import UserError, closest
 from selfdistill.loss import CrossEntropy, Divergence, Target, Weighting
 from selfdistill.methods.examples import ExampleSource
@@ -231,11 +232,30 @@ def own_settings(config: TrainConfig, kind: type[OwnSettings]) -> OwnSettings:
         raise UserError(f"setting 'method_settings', {error}") from None
 
 
-def own_names(method: str) -> list[str]:
-    """Names of the settings that only this method knows: the fields of the settings that its file declares."""
-    module = import_module(f"selfdistill.methods.{method}")
-    kinds = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Settings)]
-    return [name for kind in kinds if kind.__module__ == module.__name__ for name in kind.model_fields]
+def function_of(method: str) -> Callable[[TrainConfig], Any]:
+    """The function that turns settings into a method: that of the package's file of this name, or the user's.
+
+    Raises:
+        UserError: the user's cannot be imported, or was given in another process.
+    """
+    if is_own(method):
+        return own_function(method, "method")
+    function: Callable[[TrainConfig], Any] = getattr(import_module(f"selfdistill.methods.{method}"), method)
+    return function
+
+
+def own_names(method: Any) -> list[str]:
+    """Names of the settings that only this method knows: the fields of the settings that its file declares.
+
+    Args:
+        method: its name or, as Python may give it, its function; for anything else there are none.
+    """
+    if isinstance(method, str) and (method in get_args(MethodName) or is_own(method)):
+        method = function_of(method)
+    module = sys.modules.get(getattr(method, "__module__", ""))
+    values = vars(module).values() if callable(method) and module else ()
+    kinds = [value for value in values if isinstance(value, type) and issubclass(value, Settings)]
+    return [name for kind in kinds if kind.__module__ == method.__module__ for name in kind.model_fields]
 
 
 def whose(name: str) -> str:

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from selfdistill import __version__
 from selfdistill.config import MAY_CHANGE, TrainConfig
+from selfdistill.data import is_own
 from selfdistill.errors import UserError, number_of
 from selfdistill.methods import METHODS, stages_of, uses
 from selfdistill.model import STARTER_MODELS
@@ -181,7 +182,9 @@ def sum_card(model: str, add: str, subtract: str, scale: float, *, pictures: boo
 
 
 def _method(name: str) -> str:
-    """The first docstring line of the method's module, with papers as links."""
+    """The first docstring line of the method's module, with papers as links; nothing of a user's own module."""
+    if is_own(name):
+        return "The method is a function of its user, not one of the package."
     summary = (sys.modules[METHODS[name].__module__].__doc__ or name).strip().splitlines()[0]
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", summary)
 

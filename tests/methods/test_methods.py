@@ -26,7 +26,8 @@ from formulas import assert_gradient, chosen, judged, kl, mean_over_rows, moved
 from safetensors.torch import load_file
 from torch import Tensor
 
-from selfdistill.config.train import MethodName, TrainConfig
+from selfdistill.config.method import MethodName
+from selfdistill.config.train import TrainConfig
 from selfdistill.data.prompts import load_prompts
 from selfdistill.errors import UserError
 from selfdistill.loss.chunked import chunked_loss

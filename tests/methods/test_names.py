@@ -12,7 +12,7 @@ import pytest
 import yaml
 from shared import methods_where
 
-from selfdistill.config.method import SCORED_METHODS, MethodName
+from selfdistill.config.method import MethodName
 from selfdistill.config.train import TrainConfig
 from selfdistill.methods import own_names, rules_of
 
@@ -91,10 +91,6 @@ def test_a_list_of_methods_has_those_whose_slots_are_so(
     assert found == names, (
         f"{where}: add {sorted(names - found) or 'nothing'}, remove {sorted(found - names) or 'nothing'}"
     )
-
-
-def test_scored_methods_are_those_with_a_checker() -> None:
-    assert sorted(SCORED_METHODS) == sorted(methods_where(lambda method: method.checker is not None))
 
 
 def test_the_help_names_own_settings_of_a_method() -> None:

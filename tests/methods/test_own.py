@@ -1,0 +1,245 @@
+"""A user's own method, named ``python:module.function`` or given in Python, runs as the package's methods do."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ENDS, final_weights, same
+
+import selfdistill as sd
+from selfdistill.cli import main
+from selfdistill.methods import Method
+from selfdistill.methods.grpo import grpo
+from selfdistill.methods.sft import sft
+
+MODULE = '''
+from dataclasses import replace
+
+from pydantic import Field
+
+from selfdistill.config import Settings
+from selfdistill.methods.sft import sft
+from selfdistill.methods.slots import own_settings
+
+
+class HalfSettings(Settings):
+    weight: float = Field(default=0.5, gt=0)
+
+
+def half(config):
+    """*SFT* with a factor."""
+    (method,) = sft(config)
+    return replace(method, weight=own_settings(config, HalfSettings).weight)
+
+
+def stages(config):
+    return (half(config), *sft(config))
+
+
+def nothing(config):
+    return None
+
+
+def wrong(config):
+    return {}["a\\nb"]
+
+
+def leaves(config):
+    raise SystemExit("no data")
+
+
+def tempered(config):
+    from selfdistill.methods.grpo import grpo
+    return grpo(config)
+'''
+ROWS = [{"prompt": f"q{i}", "completion": "ab" * (1 + i % 4)} for i in range(6)]
+RUN: dict[str, Any] = {
+    **{"max_completion_length": 10, "mixed_precision": "no", "batch_size": 2, "max_steps": 2, "learning_rate": 1e-3},
+    **{"save_steps": 1, "drift_steps": 0, "view_rows": 0},
+}
+NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module with these methods in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    name = f"own_methods_{next(NUMBERS)}"
+    Path(f"{name}.py").write_text(MODULE, encoding="utf-8")
+    importlib.invalidate_caches()
+    path = list(sys.path)
+    yield name
+    assert sys.path == path
+    sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def model(model_folder: Callable[..., Path]) -> str:
+    return str(model_folder(ends=ENDS, layers=1))
+
+
+def doubled(config: sd.TrainConfig) -> tuple[Method, ...]:
+    return sft(config)
+
+
+def options(**values: Any) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def test_a_method_by_name_trains_and_resumes_and_has_its_own_settings(
+    module: str, model: str, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = RUN | {"model": model, "data": write_rows(ROWS), "output_dir": "run"}
+    given["method"] = f"python:{module}.half"
+    assert main(["train", *options(**given), "--dry_run"]) == 0
+    assert f"python:{module}.half" in capsys.readouterr().out
+    assert main(["train", *options(**given), "--method_settings", '{"weight": 1}']) == 0
+    assert f"python:{module}.half on 6 demonstrations" in capsys.readouterr().err
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["method"] == f"python:{module}.half"
+    sd.train(**given | {"method": "sft", "output_dir": "sft"})
+    assert same(final_weights(Path("run")), final_weights(Path("sft")))
+    assert main(["train", "--resume", "--output_dir", "run", "--method", f"python:{module}.stages"]) == 2
+    assert f"method was 'python:{module}.half' and is now 'python:{module}.stages'" in capsys.readouterr().err
+    assert main(["train", "--resume", "--output_dir", "run", "--max_steps", "3"]) == 0
+    card = Path("run/final/README.md").read_text(encoding="utf-8")
+    assert f"taught by `python:{module}.half`" in card
+    assert "The method is a function of its user, not one of the package." in card
+    assert "*SFT*" not in card
+    page = Path("page.html")
+    sd.report(["run"], output=page)
+    assert f"with python:{module}.half for 3 steps" in page.read_text(encoding="utf-8")
+
+
+def test_a_method_with_stages_shares_the_steps(module: str, model: str) -> None:
+    run = sd.train(model, ROWS, output_dir="run", method=f"python:{module}.stages", **RUN)
+    assert [line["loss"] > 0 for line in run.metrics] == [True, True]
+    with pytest.raises(sd.UserError, match=rf"expected at least 2, one per stage of python:{module}\.stages$"):
+        sd.train(model, ROWS, output_dir="one", **RUN | {"method": f"python:{module}.stages", "max_steps": 1})
+
+
+def test_a_method_may_be_a_function(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = sd.train(model, ROWS, output_dir="run", method=doubled, **RUN)
+    assert run.config.method == "function:doubled"
+    assert "function:doubled" in str(sd.plan(model, ROWS, method=doubled, **RUN))
+    with pytest.raises(sd.UserError, match=r"method was 'function:doubled' and is now 'function:<lambda \w{8}>'"):
+        sd.train(output_dir="run", resume=True, method=lambda config: sft(config), max_steps=3)
+    assert len(sd.train(output_dir="run", resume=True, method=doubled, max_steps=3).metrics) == 3
+    begun = Path("begun/config.yaml")  # in another process, which was stopped before the first step
+    begun.parent.mkdir()
+    begun.write_text((run.output_dir / "config.yaml").read_text().replace("function:doubled", "function:theirs"))
+    with pytest.raises(sd.UserError) as caught:
+        sd.train(output_dir="begun", resume=True)
+    assert str(caught.value) == (
+        "method 'function:theirs': the function was given in Python, in another process; give it there again as "
+        "method=theirs, or for a new run put it into a module and name it python:module.function"
+    )
+
+
+def test_a_scorer_and_a_method_may_have_one_name(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def scorer_of(name: str) -> Callable[[str, dict[str, Any]], bool]:
+        def doubled(reply: str, row: dict[str, Any]) -> bool:
+            return bool(name)
+
+        return doubled
+
+    def ours(config: sd.TrainConfig) -> tuple[Method, ...]:
+        return grpo(config)
+
+    ours.__name__ = "doubled"
+    run = sd.train(model, ROWS, output_dir="run", method=ours, scorer=scorer_of("a"), num_generations=2, **RUN)
+    assert (run.config.method, run.config.scorer) == ("function:doubled", "function:doubled")
+    assert [line["reward"] for line in run.metrics] == [1, 1]
+
+
+def test_methods_of_ones_own_are_compared(module: str, model: str) -> None:
+    odd = eval("lambda config: sft(config)", {"sft": sft})
+    methods = [f"python:{module}.half", odd, "sft"]
+    values: dict[str, Any] = RUN | {"methods": methods, "seeds": [0], "save_steps": 0}
+    compared = sd.compare(model, ROWS, test=ROWS, output_dir="all", **values)
+    runs = compared.details["runs"]
+    assert [run["method"] for run in runs][::2] == [f"python:{module}.half", "sft"]
+    assert all(run["failed"] is None and Path("all", run["folder"], "final").is_dir() for run in runs)
+    assert runs[0]["folder"] == f"python:{module}.half-seed0"
+    assert not {*"<>/\n"} & {*runs[1]["folder"]}
+    again = sd.compare(test=ROWS, output_dir="all", resume=True, methods=[odd])
+    assert again.details["runs"] == json.loads(Path("all/comparison.json").read_text())["runs"]
+    with pytest.raises(sd.UserError, match=r"^setting 'methods': found 'sdtf', expected: sdft, .*; did you mean sdft"):
+        sd.compare(model, ROWS, test=ROWS, output_dir="none", methods=["sft", "sdtf"])
+
+
+def test_learn_takes_a_method_of_ones_own(module: str, model: str) -> None:
+    own: dict[str, Any] = {"state": "state", "anchors": None, "max_prior_drop": 1.0, "max_skill_drop": 1.0}
+    own |= {name: value for name, value in RUN.items() if name != "save_steps"}
+    for name, method in (("first", f"python:{module}.half"), ("second", doubled)):
+        rows = [{"prompt": f"{name} {i}", "completion": "ab"} for i in range(10)]
+        more = {"model": model} if name == "first" else {}
+        assert sd.learn("add", rows, name=name, method=method, **own, **more).details["accepted"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("python:nosuch_module.f", "module 'nosuch_module' cannot be imported from .*: ModuleNotFoundError: .*"),
+        ("python:MODULE.haf", r".*\.py has no function 'haf'; did you mean half\?"),
+        ("python:os.system", "'os' is in the standard library; name your own module"),
+        ("python:MODULE.nothing", "returned None, expected a Method, or a tuple of them for stages"),
+        ("python:MODULE.wrong", r"failed: KeyError: .*"),
+        ("python:MODULE.leaves", "failed: SystemExit: no data"),
+    ],
+)
+def test_a_method_that_cannot_be_used_is_refused_in_one_line(
+    module: str, name: str, message: str, model: str, write_rows: Callable[..., Path]
+) -> None:
+    name = name.replace("MODULE", module)
+    data = str(write_rows(ROWS))
+    for refused in (
+        lambda: sd.train("no/such/model", data, output_dir="run", method=name, **RUN),
+        lambda: sd.plan("no/such/model", data, method=name, **RUN),
+        lambda: sd.compare("no/such/model", data, test=data, output_dir="run", methods=[name], **RUN),
+        lambda: sd.learn("add", data, state="state", model="no/such/model", method=name),
+    ):
+        with pytest.raises(sd.UserError, match=f"^method '{name}':? {message}$"):
+            refused()
+    assert not Path("run").exists()
+    assert not Path("state").exists()
+
+
+def test_settings_of_a_method_of_ones_own_are_checked(
+    module: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"python:{module}.half"
+    common: dict[str, Any] = RUN | {"model": model, "data": "d", "output_dir": "run"}
+    for given, message in (
+        ({"method_settings": {"wight": 1}}, f"setting 'method_settings': {name} has no 'wight'; did you mean weight?"),
+        (
+            {"method_settings": {"weight": 0}},
+            "setting 'method_settings', setting 'weight': found 0, expected: a number above 0",
+        ),
+        ({"weight": 1}, f"unknown setting 'weight'; write this setting of {name} as method_settings={{'weight': 1}}"),
+    ):
+        with pytest.raises(sd.UserError) as caught:
+            sd.train(**common | {"method": name} | given)
+        assert str(caught.value) == message
+    assert main(["train", *options(**common, method=name), "--weight", "1"]) == 2
+    shown = f"""write this setting of {name} as --method_settings '{{"weight": 1}}'"""
+    assert capsys.readouterr().err.strip() == f"selfdistill: error: unknown option --weight; {shown}"
+    half = importlib.import_module(module).half
+    with pytest.raises(sd.UserError, match=r"^unknown setting 'weight'; write this setting of half as method_settings"):
+        sd.train(**common, method=half, weight=1)
+    with pytest.raises(sd.UserError, match=r"^setting 'method_settings': found weight, but method .* has no settings"):
+        sd.train(**common, method=doubled, method_settings={"weight": 1})
+    with pytest.raises(sd.UserError, match=r"^setting 'method': found <class 'dict'>, expected: a function, or its na"):
+        sd.train(**common, method=dict)
+    with pytest.raises(sd.UserError, match=r"^setting 'method': python:.*\.tempered needs untempered samples of the"):
+        sd.train(**common, method=f"python:{module}.tempered", temperature=0.5)
