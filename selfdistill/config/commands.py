@@ -115,6 +115,8 @@ class CheckConfig(TaskSettings):
     """Prompts per optimizer step of the training run to estimate."""
     mixed_precision: Precision = "auto"
     """Precision of that training run, used for all measurements."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of that training run's LoRA adapter, for its cost and plan and for ``spill``; 0: full fine-tuning."""
     hints: bool = False
     """Also measure the teacher with shares of the demonstration from 0 to 1, in the best layout; with ``spill`` also
     what a few steps learn from each."""
@@ -126,7 +128,7 @@ class CheckConfig(TaskSettings):
     or rows with ``prompt`` or ``messages``, such as your own traffic. Several sources, separated by commas, get equal
     shares. ``none``: not measured."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Learning rate for the steps of ``spill``: use that of the training run. Default 1e-5."""
+    """Learning rate for the steps of ``spill``: use that of the training run. Default 1e-5, with LoRA 1e-4."""
     fine_tuned: str | None = None
     """A model fine-tuned on the same demonstrations, for example with ``--method sft``. Its distance from the base is
     compared with the teacher's."""

@@ -61,7 +61,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 def best_context(config: TrainConfig, demonstrations: Rows | None = None, loaded: LoadedModel | None = None) -> str:
     """Find the best layout for a training run with ``context: auto``, and print the check.
 
-    The cost is not measured, because full fine-tuning may need far more memory than the run itself.
+    The cost is not measured; the run plans its own memory.
 
     Args:
         config: settings of the run.
@@ -227,6 +227,7 @@ def _checked(
         fine_tuned_accuracy=tuned_accuracy,
         fine_tuned_kl=tuned_kl,
         batch_size=config.batch_size,
+        lora_rank=config.lora_rank,
         seconds_per_step=seconds,
         memory_gib=memory,
         memory_rows=memory_rows,

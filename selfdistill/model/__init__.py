@@ -38,7 +38,7 @@ from selfdistill.model.loading import (
     to_best_device,
     weights_fingerprint,
 )
-from selfdistill.model.lora import add_lora, check_base, describe_lora
+from selfdistill.model.lora import add_lora, check_base, describe_lora, with_lora
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import PictureInputs, freeze_vision, is_image_text, vision_weights
 from selfdistill.model.precision import (
@@ -143,4 +143,5 @@ __all__ = [
     "vision_weights",
     "weight_tensors",
     "weights_fingerprint",
+    "with_lora",
 ]
