@@ -1,4 +1,4 @@
-"""The guides for a real model: quoted messages exist, the batch file requeues, numbers are those of plans and results."""
+"""The guides for a real model: quoted messages exist, the batch file requeues, numbers are planned or measured."""
 
 from __future__ import annotations
 
@@ -49,10 +49,11 @@ def texts() -> Iterator[str]:
 def test_quoted_messages_exist() -> None:
     section = PROBLEMS.split("\n## Messages\n")[1].split("\n## ")[0]
     quoted = re.findall(r"^\| `(.*?)`", section, re.MULTILINE)
-    assert len(quoted) >= 20
+    assert len(quoted) > 15
     known = list(texts())
-    patterns = {message: ".*".join(map(re.escape, message.split("..."))) for message in quoted}
-    assert [message for message, pattern in patterns.items() if not any(re.search(pattern, text) for text in known)] == []
+    for message in quoted:
+        pattern = ".*".join(map(re.escape, message.split("...")))
+        assert any(re.search(pattern, text) for text in known), message
 
 
 # --- the batch file ---
