@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from memory import GB, SIZES, write_model
 
@@ -30,8 +31,8 @@ DEFAULT = "h100"
 LABELS = ("memory by plan", "chosen for it", "a step, roughly", "all steps")
 
 
-def commands() -> dict[str, tuple[TrainConfig, str, int]]:
-    """The page's training commands by run folder, with the GPU and the number of processes of each."""
+def commands() -> dict[str, tuple[dict[str, Any], str, int]]:
+    """Settings of the page's training commands by run folder, with the GPU and the number of processes of each."""
     found = {}
     for block in re.findall(r"^```console\n\$ (.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
         words = shlex.split(block.replace("\\\n", " "))
@@ -39,8 +40,7 @@ def commands() -> dict[str, tuple[TrainConfig, str, int]]:
         if command == "train":
             processes = int(words[words.index("--num_processes") + 1]) if "--num_processes" in words else 1
             values = {name: value for name, value in given.items() if name in TrainConfig.model_fields}
-            config = TrainConfig(**values)
-            found[Path(config.output_dir).name] = config, given.get("device", DEFAULT), processes
+            found[Path(values["output_dir"]).name] = values, given.get("device", DEFAULT), processes
     return found
 
 
@@ -48,7 +48,7 @@ def write_files(folder: Path) -> dict[str, str]:
     """The model's ``config.json`` and the rows: prompts and anchors of about 100 tokens, 500 more for the teacher."""
     write_model(folder / "7B", SIZES["7B"])
     rows = [json.dumps({"prompt": f"{i:03} " + "x" * 70, "completion": "y" * 400}) for i in range(500)]
-    anchors = [f"{i:03} " + "z" * 70 for i in range(300)]
+    anchors = [f"{i:03} " + "z" * 90 for i in range(300)]
     for name, lines in {"demos.jsonl": rows, "traffic.txt": anchors}.items():
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {"model": str(folder / "7B"), "data": str(folder / "demos.jsonl"), "anchors": str(folder / "traffic.txt")}
@@ -60,8 +60,8 @@ def plans(names: list[str]) -> Iterator[Fit]:
     with tempfile.TemporaryDirectory() as name:
         files = write_files(Path(name))
         for run in names:
-            config, gpu, processes = known[run]
-            config = config.model_copy(update={**files, "test": None, "prior": None, "eval_steps": 0})
+            values, gpu, processes = known[run]
+            config = TrainConfig(**values | files)
             device, limit = Device("cuda", "bf16", processes), int(GPUS[gpu].memory_gb * GB)
             yield fit(config, load_demonstrations(config.data), device, limit, rates=partial(named_rates, gpu))
 
