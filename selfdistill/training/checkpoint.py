@@ -53,7 +53,7 @@ class Position:
     skipped: int = 0
     """Consecutive steps, up to this one, skipped because of a non-finite loss or gradient."""
     model: str = ""
-    """Fingerprint of the initial weights; see ``Trainer.began_as``."""
+    """Fingerprint of the initial weights; see ``Trainer.initial_weights``."""
     test: str = ""
     """Fingerprint of the evaluation data; see ``EvaluationSet.fingerprint``."""
     engine: str = ""

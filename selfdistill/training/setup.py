@@ -1,7 +1,4 @@
-"""Set up a run before its model: the processes, and the stages with their examples.
-
-Legend: see :mod:`selfdistill.training.trainer`.
-"""
+"""Set up a run: its processes, and its stages with their examples."""
 
 from __future__ import annotations
 

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 
-from selfdistill.config import TrainConfig, dump_yaml, load_saved
+from selfdistill.config import TrainConfig, load_saved
 from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import RESUME, RunCollapsed, UserError
-from selfdistill.evaluation import SYSTEM_TURN, Evaluator, best_context, shared_system_turn
+from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
 from selfdistill.model import LoadedModel, full_tensors, merged, stored_bytes, tensor_bytes
 from selfdistill.runtime import (
-    agreed,
     all_gather,
     barrier,
     broadcast_from_rank0,
     check_tracker,
-    folder_lock,
     free_memory,
     is_rank0,
     own_share,
-    remove_unfinished,
     say,
     say_note,
     world_size,
-    write_atomically,
-    write_json,
 )
 from selfdistill.training.checkpoint import (
     Position,
@@ -39,7 +33,6 @@ from selfdistill.training.checkpoint import (
     newest_whole,
     trained_parameters,
 )
-from selfdistill.training.disk import check_disk
 from selfdistill.training.export import whole_folder, write_model
 from selfdistill.training.first_lines import first_lines
 from selfdistill.training.fitting import check_fits
@@ -49,12 +42,11 @@ from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.model_card import model_card
 from selfdistill.training.resume import (
     check_unchanged,
-    refuse_changed_rows,
-    refuse_changed_settings,
     settings_of,
     where,
 )
 from selfdistill.training.setup import data_fingerprint, make_accelerator, repeating, reward_fingerprint
+from selfdistill.training.start import Start
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
@@ -111,33 +103,28 @@ def train(
     """
     output_dir = check_output_dir(config.output_dir, resume=resume, given=given)
     check_tracker(config.report_to)
-    begun = resume and output_dir.exists()
     resumes = resume and (output_dir / "config.yaml").exists()
     if resume and not resumes:
         say(f"note: {output_dir} holds no run to resume, so a new one begins there")
     with ExitStack() as held:
         held.enter_context(repeating(config))
-        lock = cache(partial(_lock, output_dir, held))  # once
-        if begun:
-            lock()
+        start = Start(output_dir, held)
+        if resume and output_dir.exists():
+            start.lock()
         demonstrations = demonstrations or load_demonstrations(config.data, split=config.split, turns=config.turns)
-        _needs_best_context(config)  # or refuses
-        plan, memory = check_memory(config, demonstrations, loaded)  # the processes have met from here on
-        checkpoint = broadcast_from_rank0(lambda: newest_whole(output_dir) if resume else None)
+        _refuse_auto_context(config)
+        plan, start.lines = check_memory(config, demonstrations, loaded)  # the processes have met from here on
+        start.checkpoint = broadcast_from_rank0(lambda: newest_whole(output_dir) if resume else None)
         config = plan.config if plan else config
-        config = with_context(_on_its_day(config) if begun else config, demonstrations, loaded)
-        begins = partial(_begin, output_dir, lock, demonstrations)
-        begin = None if checkpoint else begins  # nothing may change if it is refused
-        sizes = list(memory)
-        check = partial(_check, output_dir, checkpoint, sizes)
-        trainer = Trainer(config, demonstrations, evaluator, loaded, begin, check)
-        position = _start(trainer, checkpoint)  # before anything is written: a refused resume changes nothing
-        begins(trainer.config)
-        _write_samples(trainer, output_dir)
-        for line in (*first_lines(trainer), *sizes):
+        config = with_context(_on_its_day(config) if resumes else config, demonstrations, loaded)
+        trainer = Trainer(config, demonstrations, evaluator, loaded, start)
+        position = _start_position(trainer, start.checkpoint)  # a refused resume changes nothing in the folder
+        start.begin(trainer.config, demonstrations)
+        start.write_samples(trainer)
+        for line in (*first_lines(trainer), *start.lines):
             say(line)
         if resumes:
-            say(where(output_dir, checkpoint, position, trainer.config))
+            say(where(output_dir, start.checkpoint, position, trainer.config))
         loop = Loop(trainer, output_dir, position)
         try:
             loop.go_on(on_step)
@@ -156,50 +143,35 @@ def with_context(
     Raises:
         UserError: there are several processes; only a single one can compare contexts.
     """
+    _refuse_auto_context(config)
     if not _needs_best_context(config):
         return config
     return config.model_copy(update={"context": best_context(config, demonstrations, loaded)})
 
 
 def _needs_best_context(config: TrainConfig) -> bool:
-    """Whether contexts have to be compared.
+    """Whether contexts have to be compared."""
+    return config.context == "auto" and uses(config, "context")
+
+
+def _refuse_auto_context(config: TrainConfig) -> None:
+    """Refuse to compare contexts in several processes.
 
     Raises:
         UserError: there are several processes; only a single one can compare contexts.
     """
-    if config.context != "auto" or not uses(config, "context"):
-        return False
-    if world_size() > 1:
+    if _needs_best_context(config) and world_size() > 1:
         raise UserError(
             "setting 'context': 'auto' needs a single process; find the best with selfdistill check and name it"
         )
-    return True
 
 
 def _on_its_day(config: TrainConfig) -> TrainConfig:
     """The settings with the day on which the run began, for templates with the date in them."""
-    written = Path(config.output_dir) / "config.yaml"
-    if config.template_date is not None or not written.exists():
+    if config.template_date is not None:
         return config
-    return config.model_copy(update={"template_date": load_saved(written, TrainConfig).get("template_date")})
-
-
-def _lock(output_dir: Path, held: ExitStack) -> None:
-    """Lock the run folder while ``held`` is open."""
-    if is_rank0():
-        held.enter_context(folder_lock(output_dir, f"output_dir {str(output_dir)!r}"))
-
-
-def _check(output_dir: Path, checkpoint: Path | None, sizes: list[str], trainer: Trainer) -> None:
-    """Check what needs no samples, before hours may be spent on drawing them; adds lines about the disk to ``sizes``.
-
-    Raises:
-        UserError: the run cannot be resumed with these settings, or there is not enough disk space.
-    """
-    if checkpoint:
-        agreed(partial(refuse_changed_settings, output_dir, checkpoint, trainer))
-        agreed(partial(refuse_changed_rows, checkpoint, trainer))
-    sizes += broadcast_from_rank0(partial(check_disk, trainer, output_dir, checkpoint))
+    written = load_saved(Path(config.output_dir) / "config.yaml", TrainConfig)
+    return config.model_copy(update={"template_date": written.get("template_date")})
 
 
 AMPLE = 2000
@@ -242,44 +214,7 @@ def _weights(config: TrainConfig, loaded: LoadedModel | None) -> float:
     return student + teacher if student and teacher else math.inf
 
 
-def _begin(
-    output_dir: Path, lock: Callable[[], object], demonstrations: Sequence[Demonstration], config: TrainConfig
-) -> None:
-    """Lock the run folder and write the settings, without which it cannot be resumed, and the rows' system turn.
-
-    Raises:
-        UserError: the folder is in use or not writable.
-    """
-    lock()
-    with _writing(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if is_rank0():
-            remove_unfinished(output_dir)
-            write_atomically(output_dir / "config.yaml", dump_yaml(config))
-            write_json(output_dir / SYSTEM_TURN, shared_system_turn(demonstrations))
-
-
-def _write_samples(trainer: Trainer, output_dir: Path) -> None:
-    """Write the samples that a method drew before the first step.
-
-    Raises:
-        UserError: the folder is not writable.
-    """
-    with _writing(output_dir):
-        for part in [part for stage in trainer.stages for part in stage.sampled]:
-            if part.method.fixed:
-                part.method.fixed.write(trainer.samples_file, part.drawn)
-
-
-@contextmanager
-def _writing(output_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
-
-
-def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
+def _start_position(trainer: Trainer, checkpoint: Path | None) -> Position:
     """Load the checkpoint, if any; returns the position at which the run starts.
 
     Raises:
@@ -288,7 +223,7 @@ def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
     asked = trainer.evaluator.questions.fingerprint() if trainer.evaluator else ""
     name = engine.name if (engine := trainer.engine()) else ""
     data, rewards = data_fingerprint(trainer.stages, trainer.chat), reward_fingerprint(trainer.stages)
-    position = Position(0, 0, data, model=trainer.began_as, test=asked, engine=name, rewards=rewards)
+    position = Position(0, 0, data, model=trainer.initial_weights, test=asked, engine=name, rewards=rewards)
     if checkpoint is None:
         return position
     saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)

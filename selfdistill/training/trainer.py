@@ -1,16 +1,14 @@
 """The trainer: one optimizer step samples completions, computes the gradient, and updates student and teacher.
 
 The method fills the slots; nothing here depends on its name.
-
-Legend: B completions of a batch, T completion tokens, N completion tokens of a part without padding, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -69,6 +67,9 @@ from selfdistill.training.setup import (
 from selfdistill.training.step_metrics import is_sound, step_metrics
 from selfdistill.training.stopwatch import Stopwatch
 
+if TYPE_CHECKING:  # that module checks a trainer
+    from selfdistill.training.start import Start
+
 
 class Trainer:
     """The state of one run: model, teacher, stages with their encoded examples, optimizer.
@@ -78,9 +79,8 @@ class Trainer:
         demonstrations: the training data, if already loaded; else ``config.data`` is read.
         evaluator: evaluates the model, if shared by several runs; else created if ``config.test`` is set.
         loaded: the model, if already loaded; else ``config.model`` is loaded.
-        begin: creates the run folder with the resolved settings, to keep what is drawn before the first step as it is
-            drawn; None: nothing is written.
-        check: may refuse the run, given the trainer as it is before anything is drawn.
+        start: may refuse the run before anything is drawn, and begins its folder to keep what is drawn; None: nothing
+            is refused or written.
     """
 
     def __init__(
@@ -89,8 +89,7 @@ class Trainer:
         demonstrations: Sequence[Demonstration] | None = None,
         evaluator: Evaluator | None = None,
         loaded: LoadedModel | None = None,
-        begin: Callable[[TrainConfig], object] | None = None,
-        check: Callable[[Trainer], object] | None = None,
+        start: Start | None = None,
     ) -> None:
         self.accelerator = make_accelerator(config)
         if demonstrations is None:
@@ -108,7 +107,7 @@ class Trainer:
                 "folder or name, or leave the setting out"
             )
         use_engine(self.loaded, config)
-        self.began_as = start_fingerprint(self.loaded)
+        self.initial_weights = start_fingerprint(self.loaded)
         """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
         for note in self.loaded.notes:
             say_note(note)
@@ -122,15 +121,17 @@ class Trainer:
         """What the task's controller remembers."""
         self.config = with_defaults(config, self.stage.task, self.accelerator.mixed_precision)
         share_steps(self.config, self.stages)
-        weights = self.began_as or config.model  # with a merged adapter they are known by their place
-        folder, opens = Path(config.output_dir), None if begin is None else partial(begin, self.config)
-        self.samples_file = SamplesFile(folder, self.chat, weights, opens)
-        self._prepare(check)
+        weights = self.initial_weights or config.model  # with a merged adapter they are known by their place
+        begin = None  # a resumed run's folder has its samples, and may not change if the run is refused
+        if start is not None and start.checkpoint is None:
+            begin = partial(start.begin, self.config, demonstrations)
+        self.samples_file = SamplesFile(Path(config.output_dir), self.chat, weights, begin)
+        self._prepare(start)
         self.evaluator = evaluator or (Evaluator(self.config, self.loaded) if config.test is not None else None)
         if self.evaluator:
             note_test_prompts(self.stages[0], self.evaluator.questions.demonstrations)
 
-    def _prepare(self, check: Callable[[Trainer], object] | None) -> None:
+    def _prepare(self, start: Start | None) -> None:
         config, model = self.config, self.loaded.model
         if not config.fsdp:  # the whole model may exceed the device's memory
             model.to(self.accelerator.device)
@@ -155,8 +156,8 @@ class Trainer:
         self.engine()  # before any long work
         with self.accelerator.autocast():
             check_engine(self.stages, self.loaded)
-        if check is not None:
-            check(self)
+        if start is not None:
+            start.check(self)
         for stage in self.stages:
             self._draw(stage)
         self.prefix_caches = {} if config.fsdp else self._make_caches()
@@ -215,7 +216,7 @@ class Trainer:
     def _other_teacher(self, name: str) -> LoadedModel:
         """Load a separate teacher; it must have the student's architecture."""
         other = load_matching(name, self.loaded, dtype=self.config.dtype)
-        self.began_as += "+" + weights_fingerprint(other.model) if self.began_as else ""
+        self.initial_weights += "+" + weights_fingerprint(other.model) if self.initial_weights else ""
         own, others = (unwrap(model).config.model_type for model in (self.loaded.model, other.model))
         if own != others:
             raise UserError(
