@@ -24,7 +24,7 @@ from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
 from selfdistill.model.four_bits import plain, scales
 from selfdistill.model.pictures import PictureInputs, divided, has_own_positions, pictures_for
-from selfdistill.model.sampled import Sampled
+from selfdistill.model.rollout_count import RolloutCount
 from selfdistill.model.weights import (
     check_vocabulary,
     embedding_rows,
@@ -57,7 +57,7 @@ class LoadedModel:
     """Whether an adapter was merged; a new adapter would then not fit the base that ``name`` refers to."""
     engine: EngineSettings | None = None
     """The engine that samples from the model; None: PyTorch. See :func:`selfdistill.model.engine.use_engine`."""
-    sampled: Sampled = field(default_factory=Sampled)
+    rollout_count: RolloutCount = field(default_factory=RolloutCount)
     """Tokens sampled from it so far, by PyTorch or the engine, and the time."""
     continues_cache: bool | None = None
     """Result of :func:`selfdistill.model.prefix_cache.can_continue_cache`; None before its first call."""

@@ -83,7 +83,7 @@ class Stage:
         return self.parts[0]
 
     @property
-    def sampled(self) -> list[EncodedPart]:
+    def own_samples(self) -> list[EncodedPart]:
         """The parts with samples of their own; they divide a batch."""
         return [part for part in self.parts if not part.same_samples]
 
@@ -161,7 +161,7 @@ def check_engine(stages: Sequence[Stage], loaded: LoadedModel) -> None:
     Raises:
         UserError: it has not.
     """
-    for part in (part for stage in stages for part in stage.sampled):
+    for part in (part for stage in stages for part in stage.own_samples):
         prompts, sampling = [x.student_ids for x in part.examples], part.method.sequence.sampling
         if rules := rules_of(part.method):
             check_room(loaded, prompts, rules.max_length, "episode")
@@ -244,7 +244,7 @@ def _encoded(
 
 def note_test_prompts(stage: Stage, questions: Sequence[Demonstration]) -> None:
     """Note prompts beside the task that are test questions, too: there, the model is held where it was."""
-    for part in stage.sampled[1:]:
+    for part in stage.own_samples[1:]:
         if repeated := repeated_prompts(part.examples, questions):
             say_note(
                 f"{len(repeated)} of {part.counted} are also test questions ({first_ten(repeated)}); on these, anchors "

@@ -80,7 +80,7 @@ class Start:
             UserError: the folder is not writable.
         """
         with self._writing():
-            for part in [part for stage in trainer.stages for part in stage.sampled]:
+            for part in [part for stage in trainer.stages for part in stage.own_samples]:
                 if part.method.fixed:
                     part.method.fixed.write(trainer.samples_file, part.drawn)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from selfdistill.model import Sampled
+from selfdistill.model import RolloutCount
 from selfdistill.training.batch_gradient import PartResult, SamplerGap
 
 _STATISTICS = {"entropy": "entropy", "kl/forward": "forward_kl", "kl/reverse": "reverse_kl"}
@@ -22,7 +22,7 @@ def step_metrics(
     grad_norm: float,
     drift: dict[str, float],
     seconds: dict[str, float],
-    sampled: Sampled,
+    rollout_count: RolloutCount,
     by_part: bool = False,
     control: float | None = None,
 ) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def step_metrics(
         grad_norm: global gradient norm before clipping.
         drift: distances from the base, if measured.
         seconds: duration of each part of the step; with ``sync`` if an engine samples.
-        sampled: from the student in this step.
+        rollout_count: what was sampled from the student in this step.
         by_part: whether to tell how the loss divides between the parts.
         control: the number of the method's controller, if it has one.
 
@@ -78,8 +78,8 @@ def step_metrics(
     metrics |= drift
     if "sync" in seconds:
         metrics |= _engine_gap(results)
-    if sampled.tokens:
-        metrics["rollout/tokens_per_second"] = sampled.tokens / (sampled.seconds - seconds.get("sync", 0.0))
+    if rollout_count.tokens:
+        metrics["rollout/tokens_per_second"] = rollout_count.tokens / (rollout_count.seconds - seconds.get("sync", 0.0))
     seconds = {"teacher": 0.0} | seconds
     for part in ("rollout", "sync", "teacher", "student", "update", "drift", "step"):
         if part in seconds:

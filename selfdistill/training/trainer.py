@@ -176,7 +176,7 @@ class Trainer:
 
     def _draw(self, stage: Stage) -> None:
         """Draw what the methods of a stage draw before the first step; parts with the same samples share it."""
-        for part in stage.sampled:
+        for part in stage.own_samples:
             if part.method.fixed:
                 with self.accelerator.autocast():
                     part.drawn = part.method.fixed(self.loaded, part.examples, self.samples_file)
@@ -264,13 +264,13 @@ class Trainer:
         If loss or gradient are non-finite, weights and optimizer stay unchanged, and the metrics have ``skipped``. They
         stay so, too, if nothing is learnt. Then an average of the student stays as well.
         """
-        stopwatch, sampled = Stopwatch(self.loaded.device), self.loaded.sampled
+        stopwatch, counted_before = Stopwatch(self.loaded.device), self.loaded.rollout_count
         self.stage = stage = self.stage_of(step)[1]
         stage_step = step - stage.first_step
         positions = self._positions(stage, stage_step)
         control = self._control(stage, stage_step)
 
-        parts = self._sampled(stage, positions, step, control, stopwatch)
+        parts = self._rolled_out(stage, positions, step, control, stopwatch)
         results = self.gradient.add(parts, stopwatch)
         with stopwatch("update"):
             rate = self._set_learning_rate(stage, stage_step)
@@ -288,7 +288,7 @@ class Trainer:
             grad_norm=norm,
             drift=drift,
             seconds=stopwatch.seconds(),
-            sampled=self.loaded.sampled - sampled,
+            rollout_count=self.loaded.rollout_count - counted_before,
             by_part=len(stage.parts) > 1,
             control=control,
         )
@@ -312,30 +312,32 @@ class Trainer:
 
     def _positions(self, stage: Stage, stage_step: int) -> list[range]:
         """Positions of the step's examples, by part with its own samples."""
-        config, shares = self.config, [part.share for part in stage.sampled]
+        config, shares = self.config, [part.share for part in stage.own_samples]
         return positions_of(shares, stage_step, config.batch_size, config.seed, batch_unit(config))
 
-    def _sampled(
+    def _rolled_out(
         self, stage: Stage, positions: Sequence[range], step: int, control: float | None, stopwatch: Stopwatch
     ) -> list[BatchPart]:
         """The parts of the step with their completions; an engine then frees its memory for the gradient."""
         engine = self.engine()
         synced_s = engine.sync_s if engine else 0.0
         with stopwatch("rollout"), self.accelerator.autocast():
-            parts = self._completed(stage, positions, step, control)
+            parts = self._batch_parts(stage, positions, step, control)
             if engine:
                 engine.rest()
         if engine:
             stopwatch.add("sync", engine.sync_s - synced_s)
         return parts
 
-    def _completed(self, stage: Stage, positions: Sequence[range], step: int, control: float | None) -> list[BatchPart]:
+    def _batch_parts(
+        self, stage: Stage, positions: Sequence[range], step: int, control: float | None
+    ) -> list[BatchPart]:
         """The parts of the step that have examples, with their completions."""
         examples = {
             part.name: examples_at(part.examples, places, self.config.seed)
-            for part, places in zip(stage.sampled, positions, strict=True)
+            for part, places in zip(stage.own_samples, positions, strict=True)
         }
-        completions = self._sample_alike(stage.sampled, examples, step)
+        completions = self._completions(stage.own_samples, examples, step)
         batch_parts = []
         for part in stage.parts:
             source = stage.task.name if part.same_samples else part.name
@@ -345,7 +347,7 @@ class Trainer:
                 batch_parts.append(BatchPart(part.name, method, completions[source], share))
         return batch_parts
 
-    def _sample_alike(
+    def _completions(
         self, parts: Sequence[EncodedPart], examples: Mapping[str, Sequence[Example]], step: int
     ) -> dict[str, list[Completion]]:
         """The completions of each part's examples, by name; parts that sample alike sample together."""

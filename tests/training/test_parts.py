@@ -399,7 +399,7 @@ def test_unknown_kinds_of_the_package_are_refused(settings: Settings) -> None:
 
 
 def test_anchors_of_some_kinds_are_a_part(anchored: Settings) -> None:
-    part = Trainer(anchored(anchors="package:list+code")).stages[0].sampled[1]
+    part = Trainer(anchored(anchors="package:list+code")).stages[0].own_samples[1]
     assert part.name == "anchors:package:list+code"
     assert part.counted == f"{len(anchor_prompts('package:code+list'))} bundled general prompts"
 
