@@ -126,7 +126,7 @@ def train(
         config = train_config(given | rows.paths, resume=resume)
         with rows.kept(), switched_back(loaded) if loaded else nullcontext():
             config = check_start(config, loaded, rows, resume=resume)
-            run_training(config, resume=resume, loaded=loaded, on_step=callback, given=rows.names)
+            run_training(config, resume=resume, loaded=loaded, on_step=callback, own_files=rows.names)
         return Run(config.output_dir)
 
 
@@ -150,7 +150,7 @@ def plan(
         config, loaded, rows = run_to_plan(model, data, test, output_dir, tokenizer, settings, folder)
         check_adapter(config, loaded)
         with rows.kept(planned=True):
-            return run_plan(config, loaded, given=rows.names, temporary=folder)
+            return run_plan(config, loaded, own_files=rows.names, temporary=folder)
 
 
 def memory_plan(
@@ -188,7 +188,7 @@ def memory_plan(
     with session(progress), tempfile.TemporaryDirectory() as folder:
         config, loaded, rows = run_to_plan(model, data, None, output_dir, tokenizer, settings, folder)
         with rows.kept(planned=True):
-            return run_plan_for(config, size, device, loaded, given=rows.names)
+            return run_plan_for(config, size, device, loaded, own_files=rows.names)
 
 
 def evaluate(
@@ -255,7 +255,7 @@ def compare(
         given |= rows.paths
         config = continued(given, CompareConfig) if resume else CompareConfig(**given)
         with rows.kept():
-            return run_comparison(config, resume=resume, given=rows.names)
+            return run_comparison(config, resume=resume, own_files=rows.names)
 
 
 def learn(

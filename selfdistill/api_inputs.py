@@ -334,7 +334,7 @@ def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFol
     Raises:
         UserError: a mistake the user can fix.
     """
-    check_output_dir(config.output_dir, resume=resume, given=rows.names)
+    check_output_dir(config.output_dir, resume=resume, own_files=rows.names)
     check_tracker(config.report_to)
     check_inputs(config, rows.names, lacks_of(stages_of(config)))
     check_parts(config)

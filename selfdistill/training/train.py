@@ -51,16 +51,17 @@ from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
 
-def check_output_dir(name: str, *, resume: bool, given: Sequence[str] = ()) -> Path:
+def check_output_dir(name: str, *, resume: bool, own_files: Sequence[str] = ()) -> Path:
     """Check that a run can use the folder, and return its path.
 
     Raises:
-        UserError: it is a file; it is not empty and ``resume`` is False; or its run is finished and kept no checkpoint.
+        UserError: it is a file; it holds files other than ``own_files`` and ``resume`` is False; or its run is finished
+            and kept no checkpoint.
     """
     folder = Path(name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {name!r} is a file: choose another name")
-    if not resume and folder.exists() and any(file.name not in given for file in folder.iterdir()):
+    if not resume and folder.exists() and any(file.name not in own_files for file in folder.iterdir()):
         raise UserError(f"output_dir {name!r} exists and is not empty: choose another, or continue it with resume=True")
     if resume and (folder / "final").exists() and not list_checkpoints(folder):
         raise UserError(f"output_dir {name!r}: this run is finished and has no checkpoint, so it cannot be resumed")
@@ -75,7 +76,7 @@ def train(
     evaluator: Evaluator | None = None,
     loaded: LoadedModel | None = None,
     on_step: OnStep | None = None,
-    given: Sequence[str] = (),
+    own_files: Sequence[str] = (),
 ) -> Path:
     """Train a model.
 
@@ -91,6 +92,7 @@ def train(
         loaded: the model, if already loaded; its weights are trained in place.
         on_step: called with the step number, the model and the step's metrics: before the first step with 0 and no
             metrics, then after every step. If it returns True after a step, training ends there.
+        own_files: names of files that may be in ``output_dir`` before the run, such as rows from memory.
 
     Returns:
         The folder of the final model.
@@ -101,7 +103,7 @@ def train(
         RunFailed: loss or gradient were non-finite for ``max_skipped_steps`` consecutive steps; or, with
             ``stop_on_collapse``, the run collapsed.
     """
-    output_dir = check_output_dir(config.output_dir, resume=resume, given=given)
+    output_dir = check_output_dir(config.output_dir, resume=resume, own_files=own_files)
     check_tracker(config.report_to)
     resumes = resume and (output_dir / "config.yaml").exists()
     if resume and not resumes:
