@@ -1,6 +1,6 @@
 """Several replies per episode: the model continues from its cached states instead of reading everything again.
 
-Legend: B episodes, L positions of the cache, W new tokens, H key/value heads, C channels of a head.
+Legend: B episodes, L positions of the cache, W new tokens, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rollouts: batched sampling with a separate random generator per sample.
 
-Legend: B unfinished samples, L length so far, V vocabulary.
+Legend: B unfinished samples, L length so far, T completion tokens, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The gradient of one optimizer batch: select the completions, weight their tokens, run student and teachers, run
 backward.
 
-Legend: B completions of a part of the batch, b completions in a micro-batch, T completion tokens, N completion tokens
-of a micro-batch without padding, n those with nonzero weight, D hidden size.
+Legend: b completions in a micro-batch, T completion tokens, N completion tokens of a micro-batch without padding, n
+those with nonzero weight, D hidden size.
 """
 
 from __future__ import annotations

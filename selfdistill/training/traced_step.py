@@ -3,8 +3,7 @@
 The forward pass, loss and backward pass of training run over the longest rows that a micro-batch may have:
 see :meth:`selfdistill.training.batch_gradient.BatchGradient.add` for its division.
 
-Legend: B completions of a micro-batch, N their tokens without padding, T tokens of a completion, D hidden size, V
-vocabulary, H key/value heads, L tokens, C channels of a head.
+Legend: N tokens of a micro-batch's completions without padding, D hidden size.
 """
 
 from __future__ import annotations
