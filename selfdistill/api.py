@@ -53,7 +53,7 @@ from selfdistill.evaluation import ask as ask_question
 from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
 from selfdistill.model import switched_back
-from selfdistill.questions import QuestionsResult
+from selfdistill.questions import QuestionsResult, with_questions
 from selfdistill.questions import make_questions as run_questions
 from selfdistill.runtime import check_device, size_in_bytes
 from selfdistill.training import Fit, Plan, Run
@@ -125,7 +125,9 @@ def train(
         rows = rows_of_run(data, test, given)
         config = train_config(given | rows.paths, resume=resume)
         with rows.kept(), switched_back(loaded) if loaded else nullcontext():
-            config = check_start(config, loaded, rows, resume=resume)
+            check_start(config, loaded, rows, resume=resume)
+            if config.documents:
+                config = with_questions(config)
             run_training(config, resume=resume, loaded=loaded, on_step=callback, own_files=rows.names)
         return Run(config.output_dir)
 

@@ -140,7 +140,7 @@ def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
     return Fit(plan, limit, {}, nearest, full)
 
 
-def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:
+def plan_that_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:
     """A run's plan, with values for open settings, and lines about it for its start.
 
     The longest rows rarely share a batch, and samples are mostly shorter than ``max_completion_length``. So a run is

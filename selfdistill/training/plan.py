@@ -35,7 +35,7 @@ from selfdistill.training.schedule import steps_of
 from selfdistill.training.setup import check_parts, make_accelerator, repeating
 from selfdistill.training.step_time import duration_text
 from selfdistill.training.traced_step import Device
-from selfdistill.training.train import check_memory, check_output_dir, with_context
+from selfdistill.training.train import check_output_dir, plan_memory, with_context
 from selfdistill.training.trainer import Trainer
 
 
@@ -115,7 +115,7 @@ def plan(
     stages = stages_of(config)
     rows = _checked_rows(config, own_files)
     loaded = copy.deepcopy(loaded)
-    memory, lines = check_memory(config, rows, loaded, always=True)
+    memory, lines = plan_memory(config, rows, loaded, always=True)
     config = memory.config if memory else config
     config = with_context(config, rows, loaded)
     unmeasured: dict[str, Any] = {"drift_steps": 0, "test": None}

@@ -289,7 +289,7 @@ def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str) 
     )
 
 
-def share_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
+def divide_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
     """Divide ``max_steps`` among the stages as evenly as possible.
 
     Raises:

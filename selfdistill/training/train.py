@@ -35,7 +35,7 @@ from selfdistill.training.checkpoint import (
 )
 from selfdistill.training.export import whole_folder, write_model
 from selfdistill.training.first_lines import first_lines
-from selfdistill.training.fitting import check_fits
+from selfdistill.training.fitting import plan_that_fits
 from selfdistill.training.loop import Loop, OnStep, say_signs
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
@@ -115,7 +115,7 @@ def train(
             start.lock()
         demonstrations = demonstrations or load_demonstrations(config.data, split=config.split, turns=config.turns)
         _refuse_auto_context(config)
-        plan, start.lines = check_memory(config, demonstrations, loaded)  # the processes have met from here on
+        plan, start.lines = plan_memory(config, demonstrations, loaded)  # the processes have met from here on
         start.checkpoint = broadcast_from_rank0(lambda: newest_whole(output_dir) if resume else None)
         config = plan.config if plan else config
         config = with_context(_on_its_day(config) if resumes else config, demonstrations, loaded)
@@ -180,10 +180,10 @@ AMPLE = 2000
 """Where as many times the weights of student and teacher are free, as with tiny models, a run starts without a plan."""
 
 
-def check_memory(
+def plan_memory(
     config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel | None, *, always: bool = False
 ) -> tuple[MemoryPlan | None, list[str]]:
-    """Check before the model is loaded that there is enough memory; returns the plan, and lines that describe it.
+    """Plan the run's memory before the model is loaded; returns the plan, and lines that describe it.
 
     The plan's settings are the given ones, with those chosen that were left open. A model or row that cannot be used is
     not reported here, but where it is used. There is no plan where far more memory is free than a run can need
@@ -204,7 +204,7 @@ def check_memory(
         planner = MemoryPlanner(config, demonstrations, Device.of(accelerator), loaded)
     except UserError:
         return None, []
-    return check_fits(planner, config, limit)
+    return plan_that_fits(planner, config, limit)
 
 
 def _weights(config: TrainConfig, loaded: LoadedModel | None) -> float:

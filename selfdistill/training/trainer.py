@@ -56,11 +56,11 @@ from selfdistill.training.setup import (
     batch_unit,
     check_engine,
     chosen_rows,
+    divide_steps,
     make_accelerator,
     make_stages,
     note_test_prompts,
     refuse_with_pictures,
-    share_steps,
     teacher_rules,
     with_defaults,
 )
@@ -120,7 +120,7 @@ class Trainer:
         self.control: State = {}
         """What the task's controller remembers."""
         self.config = with_defaults(config, self.stage.task, self.accelerator.mixed_precision)
-        share_steps(self.config, self.stages)
+        divide_steps(self.config, self.stages)
         weights = self.initial_weights or config.model  # with a merged adapter they are known by their place
         begin = None  # a resumed run's folder has its samples, and may not change if the run is refused
         if start is not None and start.checkpoint is None:
