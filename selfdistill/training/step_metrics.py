@@ -74,7 +74,7 @@ def step_metrics(
     if by_part:
         for result in results:
             metrics[f"loss/{result.part.name}"] = result.loss
-            metrics[f"share/{result.part.name}"] = result.part.share
+            metrics[f"share/{result.part.name}"] = result.part.weight
     metrics |= drift
     if "sync" in seconds:
         metrics |= _engine_gap(results)
@@ -118,7 +118,7 @@ def _engine_gap(results: Sequence[PartResult]) -> dict[str, float]:
 
 def total_loss(results: Sequence[PartResult]) -> float:
     """The batch's loss."""
-    return sum(result.part.share * result.loss for result in results)
+    return sum(result.part.weight * result.loss for result in results)
 
 
 def is_sound(results: Sequence[PartResult], grad_norm: float) -> bool:

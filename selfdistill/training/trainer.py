@@ -343,8 +343,8 @@ class Trainer:
             source = stage.task.name if part.same_samples else part.name
             method = part.method.at(step - stage.first_step, stage.steps, control if part is stage.task else None)
             if own := examples[source]:
-                share = len(own) / self.config.batch_size * method.weight
-                batch_parts.append(BatchPart(part.name, method, completions[source], share))
+                weight = len(own) / self.config.batch_size * method.weight
+                batch_parts.append(BatchPart(part.name, method, completions[source], weight))
         return batch_parts
 
     def _completions(

@@ -205,7 +205,7 @@ def test_a_steps_gradient_is_the_sum_of_its_parts_by_share(
     assert [part.name for part in parts] == ["task", "anchors:lines", "anchors:chats"]
     student = copy.deepcopy(run.loaded.model)
     losses = [plain(run, base, part, student) for part in parts]
-    sum(part.share * loss for part, loss in zip(parts, losses, strict=True)).backward()  # type: ignore[union-attr]
+    sum(part.weight * loss for part, loss in zip(parts, losses, strict=True)).backward()  # type: ignore[union-attr]
     results = run.gradient.add(parts, Stopwatch(run.loaded.device))
     for result, loss in zip(results, losses, strict=True):
         assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
