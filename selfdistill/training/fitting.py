@@ -300,7 +300,7 @@ def _smallest(
     if any(name in base for name in (WITHOUT_ADAPTER if adapter else IN_4BIT)):
         return None
     changed = config.model_copy(update=base)
-    if not steps or planner.fixed(changed).total() > limit:
+    if not steps or planner.permanent(changed).total() > limit:
         return None
 
     def planned(number: int) -> MemoryPlan:

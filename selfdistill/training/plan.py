@@ -120,7 +120,7 @@ def plan(
     config = with_context(config, rows, loaded)
     unmeasured: dict[str, Any] = {"drift_steps": 0, "test": None}
     all_rows = True
-    if any(part.method.fixed for parts in stages for part in parts):  # one batch of samples is enough to see
+    if any(part.method.drawn for parts in stages for part in parts):  # one batch of samples is enough to see
         count = min(len(rows), config.num_demonstrations or len(rows))
         steps = steps_of(config, count, share=stages[0][0].share)
         unmeasured |= {"num_demonstrations": min(count, config.batch_size), "max_steps": steps}

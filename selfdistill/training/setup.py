@@ -55,7 +55,7 @@ class EncodedPart:
     examples: list[Example]
     dropped: int
     """Number of rows dropped because they are too long."""
-    drawn: list[Example] = field(default_factory=list)
+    all_drawn: list[Example] = field(default_factory=list)
     """All samples that the method drew before the first step; it may learn some of them only."""
     same_samples: bool = False
     """Whether it learns from the samples of the first part, whose examples it has."""
@@ -300,5 +300,5 @@ def divide_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
     ends = [config.max_steps * number // len(stages) for number in range(len(stages) + 1)]
     for stage, start, end in zip(stages, ends[:-1], ends[1:], strict=True):
         stage.first_step, stage.steps = start, end - start
-        if stage.task.method.fixed:
-            stage.task.method.fixed.check_steps(stage.steps)
+        if stage.task.method.drawn:
+            stage.task.method.drawn.check_steps(stage.steps)

@@ -81,8 +81,8 @@ class Start:
         """
         with self._writing():
             for part in [part for stage in trainer.stages for part in stage.own_samples]:
-                if part.method.fixed:
-                    part.method.fixed.write(trainer.samples_file, part.drawn)
+                if part.method.drawn:
+                    part.method.drawn.write(trainer.samples_file, part.all_drawn)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -177,10 +177,10 @@ class Trainer:
     def _draw(self, stage: Stage) -> None:
         """Draw what the methods of a stage draw before the first step; parts with the same samples share it."""
         for part in stage.own_samples:
-            if part.method.fixed:
+            if part.method.drawn:
                 with self.accelerator.autocast():
-                    part.drawn = part.method.fixed(self.loaded, part.examples, self.samples_file)
-                part.examples = part.method.fixed.learnt(part.drawn)
+                    part.all_drawn = part.method.drawn(self.loaded, part.examples, self.samples_file)
+                part.examples = part.method.drawn.learnt(part.all_drawn)
         for part in stage.parts:
             if part.same_samples:
                 part.examples = stage.task.examples

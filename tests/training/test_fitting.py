@@ -319,7 +319,7 @@ def test_where_the_weights_do_not_fit_an_adapter_is_proposed(
     config = settings(model=str(with_config(model_folder(layers=1), tmp_path / "wide", **wide)), batch_size=1)
     rows = load_demonstrations(config.data)
     planner = MemoryPlanner(config, rows, CPU)
-    live = planner.fixed(config.model_copy(update={"teacher": "live"})).total()
+    live = planner.permanent(config.model_copy(update={"teacher": "live"})).total()
     found = fitted(planner, config, live - 1)
     assert found.nearest is not None
     assert found.nearest[0] == {"lora_rank": 16}
@@ -432,7 +432,7 @@ def with_config(folder: Path, copy: Path, **values: Any) -> Path:
 
 
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_fixed_memory_is_that_of_the_shapes(
+def test_permanent_memory_is_that_of_the_shapes(
     settings: Make, model_folder: Callable[..., Path], tmp_path: Path, tied: bool
 ) -> None:
     """W weights: D V, once more for a head of its own, and by layer those of attention, feed-forward and two norms."""
@@ -454,7 +454,7 @@ def test_fixed_memory_is_that_of_the_shapes(
     planner = MemoryPlanner(config, load_demonstrations(config.data), GPU)
 
     def of(**values: Any) -> dict[str, float]:
-        return {k: v / weights for k, v in planner.fixed(config.model_copy(update=values)).items() if v}
+        return {k: v / weights for k, v in planner.permanent(config.model_copy(update=values)).items() if v}
 
     close = {"rel": 1e-6}
     assert of() == pytest.approx({"weights": 4, "moments": 8, "teacher": 4}, **close)
@@ -508,7 +508,7 @@ def test_anchors_hold_the_weights_of_before_the_run(settings: Make) -> None:
 def test_sharding_divides_what_stays(settings: Make) -> None:
     config = settings(fsdp=True)
     rows = load_demonstrations(config.data)
-    one, two = (MemoryPlanner(config, rows, Device("cpu", "no", n)).fixed(config) for n in (1, 2))
+    one, two = (MemoryPlanner(config, rows, Device("cpu", "no", n)).permanent(config) for n in (1, 2))
     assert {name: two[name] for name in ("weights", "moments", "teacher")} == {
         name: one[name] // 2 for name in ("weights", "moments", "teacher")
     }
@@ -523,10 +523,12 @@ def test_an_average_is_moved_in_parts_of_a_shard(
     part = 2 * 50 * 32
     config = settings(fsdp=processes > 1, **BFLOAT16)
     planner = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no", processes))
-    fixed, phases = planner.fixed(config), {x.name: x.bytes["teacher"] for x in planner.plan(config).phases}
-    assert fixed["teacher"] == pytest.approx(fixed["weights"] + fixed["moments"] / 2 + part, abs=processes)
-    assert phases["teacher"] == phases["student"] == fixed["teacher"]
-    assert phases["sampling"] == fixed["teacher"] + 2 * part, "a float32 copy of the part, while the next step samples"
+    permanent, phases = planner.permanent(config), {x.name: x.bytes["teacher"] for x in planner.plan(config).phases}
+    assert permanent["teacher"] == pytest.approx(permanent["weights"] + permanent["moments"] / 2 + part, abs=processes)
+    assert phases["teacher"] == phases["student"] == permanent["teacher"]
+    assert phases["sampling"] == permanent["teacher"] + 2 * part, (
+        "a float32 copy of the part, while the next step samples"
+    )
     again = planner.plan(config.model_copy(update={"gradient_accumulation_steps": 2})).phases
     assert next(x.bytes["teacher"] for x in again if x.name == "sampling") == phases["sampling"]
 

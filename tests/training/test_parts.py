@@ -572,7 +572,7 @@ def test_what_is_drawn_before_the_first_step_is_drawn_once_for_all_parts(
     run = Trainer(config)
     task, again = run.stage.parts
     assert again.examples == task.examples
-    assert len(drawn) == len(set(drawn)) == len(task.drawn)
+    assert len(drawn) == len(set(drawn)) == len(task.all_drawn)
     train(config)
-    assert (Path(config.output_dir) / SAMPLES_FILE).read_text(encoding="utf-8").count("\n") == len(task.drawn)
+    assert (Path(config.output_dir) / SAMPLES_FILE).read_text(encoding="utf-8").count("\n") == len(task.all_drawn)
     assert [line["loss/again"] for line in metrics_of(config)] == [line["loss/task"] for line in metrics_of(config)]
