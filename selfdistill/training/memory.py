@@ -30,8 +30,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +56,7 @@ from selfdistill.model import (
     unwrap,
     weight_tensors,
 )
+from selfdistill.runtime import quiet_logger
 from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
 from selfdistill.training.planned_parts import characters, longest_lengths, planned_methods, planned_stages
 from selfdistill.training.rates import Rates
@@ -163,7 +163,7 @@ class MemoryPlanner:
     ) -> _Trace:
         device = self.device(config)
         try:
-            with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
+            with quiet_logger("torch._subclasses.fake_tensor", logging.CRITICAL):  # the plan reports failures
                 models, sampled = self._traced_models(config), self._sampled
                 steps = [TracedStep(config, device, model, others, cached, sampled) for model in models]
                 layers, samplers = len(alike_layers(self._model(config))), self._samplers(config)
@@ -257,17 +257,6 @@ def memory_plan(
 ) -> MemoryPlan:
     """Plan the memory of a run; arguments and errors as of :class:`MemoryPlanner`."""
     return MemoryPlanner(config, demonstrations, device, loaded).plan(config)
-
-
-@contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    """Suppress logging; the plan reports failures."""
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _permanent(
