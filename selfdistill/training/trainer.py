@@ -322,16 +322,14 @@ class Trainer:
         engine = self.engine()
         synced_s = engine.sync_s if engine else 0.0
         with stopwatch("rollout"), self.accelerator.autocast():
-            parts = self._batch_parts(stage, positions, step, control)
+            parts = self._batch(stage, positions, step, control)
             if engine:
                 engine.rest()
         if engine:
             stopwatch.add("sync", engine.sync_s - synced_s)
         return parts
 
-    def _batch_parts(
-        self, stage: Stage, positions: Sequence[range], step: int, control: float | None
-    ) -> list[BatchPart]:
+    def _batch(self, stage: Stage, positions: Sequence[range], step: int, control: float | None) -> list[BatchPart]:
         """The parts of the step that have examples, with their completions."""
         examples = {
             part.name: examples_at(part.examples, places, self.config.seed)
