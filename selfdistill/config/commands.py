@@ -142,14 +142,14 @@ class CheckConfig(TaskSettings):
         return [value] if isinstance(value, str) else value
 
 
-OF_BOTH = (CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()) - {"anchors"}
+SHARED_WITH_CHECK = (CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()) - {"anchors"}
 """Settings of a check that its training run shares; not ``anchors``, which a check measures on and a run trains on."""
 
 
 def run_settings(config: CheckConfig) -> dict[str, Any]:
     """The settings that a training run shares with a check, by name."""
     context = config.contexts[0] if len(config.contexts) == 1 else "auto"
-    return {name: getattr(config, name) for name in OF_BOTH} | {"context": context}
+    return {name: getattr(config, name) for name in SHARED_WITH_CHECK} | {"context": context}
 
 
 class EvalConfig(TaskSettings):

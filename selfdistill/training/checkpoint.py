@@ -53,7 +53,7 @@ class Position:
     skipped: int = 0
     """Consecutive steps, up to this one, skipped because of a non-finite loss or gradient."""
     model: str = ""
-    """Fingerprint of the initial weights; see ``Trainer.began_as``."""
+    """Fingerprint of the initial weights; see ``Trainer.initial_weights``."""
     test: str = ""
     """Fingerprint of the evaluation data; see ``EvaluationSet.fingerprint``."""
     engine: str = ""
@@ -96,8 +96,8 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    final = checkpoint_at(output_dir, position.step)
-    temporary = output_dir / f".{final.name}.unfinished"
+    target = checkpoint_at(output_dir, position.step)
+    temporary = output_dir / f".{target.name}.unfinished"
     parameters = trained_parameters(model)
     moments: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in parameters.items():
@@ -111,7 +111,7 @@ def save_checkpoint(
     if not is_rank0():
         for tensors in parts.values():
             full_tensors(tensors)
-        return final
+        return target
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -121,20 +121,20 @@ def save_checkpoint(
         (temporary / "state.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
         (temporary / "config.yaml").write_text(settings, encoding="utf-8")
         write_manifest(temporary)
-        remove_folder(final)
-        os.replace(temporary, final)
+        remove_folder(target)
+        os.replace(temporary, target)
         fsync(output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are intact. "
+            f"{target}: cannot write the checkpoint ({error}); earlier checkpoints are intact. "
             f"Free disk space, then {RESUME}"
         ) from None
     stay = {checkpoint_at(output_dir, step) for step in spared}
-    for old in [path for path in list_checkpoints(output_dir) if path.name <= final.name][: -max(AT_LEAST, keep)]:
+    for old in [path for path in list_checkpoints(output_dir) if path.name <= target.name][: -max(AT_LEAST, keep)]:
         if old not in stay:
             remove_checkpoint(old)
-    return final
+    return target
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

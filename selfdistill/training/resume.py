@@ -51,7 +51,7 @@ def refuse_changed_rows(checkpoint: Path, trainer: Trainer) -> None:
     Raises:
         CannotResume: names what changed.
     """
-    if any(part.method.fixed for stage in trainer.stages for part in stage.parts):
+    if any(part.method.drawn for stage in trainer.stages for part in stage.parts):
         return
     data, rewards = data_fingerprint(trainer.stages, trainer.chat), reward_fingerprint(trainer.stages)
     found = Position(0, 0, data, rewards=rewards)
