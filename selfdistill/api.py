@@ -365,17 +365,19 @@ def export(
     run: str | os.PathLike[str],
     *,
     output_dir: str | os.PathLike[str],
+    step: int | None = None,
     merge: bool = False,
     adapter_base: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Path:
     """Copy the final model of a run to a folder; returns its path.
 
-    ``merge`` merges a LoRA adapter into its base, which ``adapter_base`` names if it was moved.
+    ``step`` writes the model of that step's checkpoint instead. ``merge`` merges a LoRA adapter into its base, which
+    ``adapter_base`` names if it was moved.
     """
     with session(progress):
         places: dict[str, Any] = {"run": run, "output_dir": output_dir, "adapter_base": adapter_base}
-        return run_export(ExportConfig(**places, merge=merge))
+        return run_export(ExportConfig(**places, step=step, merge=merge))
 
 
 def merge(

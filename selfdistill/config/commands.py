@@ -319,6 +319,8 @@ class ExportConfig(Settings):
     """Run folder or model folder."""
     output_dir: str
     """Folder for the model; must not exist or be empty."""
+    step: int | None = Field(default=None, ge=1)
+    """Write the model of this step's checkpoint instead of the final one."""
     merge: bool = False
     """Merge a LoRA adapter into its base model, so that the result needs neither the base nor PEFT."""
     adapter_base: str | None = None

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from selfdistill.config import TrainConfig, load_saved
 from selfdistill.errors import RESUME, CannotResume, UserError
 from selfdistill.model import Optim, Teacher, distribute_like, full_tensors, moment_bytes
 from selfdistill.runtime import (
@@ -189,6 +190,22 @@ def saved_position(checkpoint: Path) -> Position:
         raise UserError(f"{checkpoint}: cannot read the checkpoint ({error})") from None
 
 
+def settings_of(checkpoint: Path) -> TrainConfig:
+    """The settings that a checkpoint was saved with."""
+    return TrainConfig(**load_saved(checkpoint / "config.yaml", TrainConfig))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Restore the trained weights alone.
+
+    Raises:
+        UserError: the file cannot be read, or belongs to another model.
+    """
+    parameters = trained_parameters(model)
+    (weights,) = _read(path, parameters, ("weights",))
+    _restore(parameters, weights)
+
+
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None
 ) -> Position:
@@ -203,10 +220,10 @@ def load_checkpoint(
         UserError: a file cannot be read, or belongs to another model or other settings, on any rank.
     """
     parameters = trained_parameters(model)
-    position, (weights, moments, average) = agreed(lambda: (saved_position(path), _read(path, parameters)))
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(distribute_like(weights[name], parameter))
+    position, (weights, moments, average) = agreed(
+        lambda: (saved_position(path), _read(path, parameters, ("weights", "optimizer", "teacher")))
+    )
+    _restore(parameters, weights)
     torch.set_rng_state(moments.pop("rng"))
     state: dict[Tensor, dict[str, Any]] = {}
     for key, value in moments.items():
@@ -224,10 +241,16 @@ def load_checkpoint(
     return position
 
 
-def _read(path: Path, parameters: dict[str, nn.Parameter]) -> list[dict[str, Tensor]]:
-    """The tensors of a checkpoint: weights, moments and the teacher's average."""
+@torch.no_grad()
+def _restore(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(distribute_like(weights[name], parameter))
+
+
+def _read(path: Path, parameters: dict[str, nn.Parameter], names: Sequence[str]) -> list[dict[str, Tensor]]:
+    """The tensors of a checkpoint's files of these names, the weights first."""
     try:
-        parts = [load_file(path / f"{part}.safetensors") for part in ("weights", "optimizer", "teacher")]
+        parts = [load_file(path / f"{name}.safetensors") for name in names]
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: cannot read the checkpoint ({error})") from None
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in parts[0].items()}:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from selfdistill.config import TrainConfig, changes, load_saved, refuse_changes
 from selfdistill.errors import CannotResume, UserError, number_of
-from selfdistill.training.checkpoint import Position, saved_position
+from selfdistill.training.checkpoint import Position, saved_position, settings_of
 from selfdistill.training.setup import data_fingerprint, reward_fingerprint
 from selfdistill.training.trainer import Trainer
 
@@ -36,11 +36,6 @@ def refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Trainer
             f"setting 'max_steps': found {config.max_steps}, but {checkpoint} has already done {done} steps; "
             f"give {done} or more"
         )
-
-
-def settings_of(checkpoint: Path) -> TrainConfig:
-    """The settings that a checkpoint was saved with."""
-    return TrainConfig(**load_saved(checkpoint / "config.yaml", TrainConfig))
 
 
 def refuse_changed_rows(checkpoint: Path, trainer: Trainer) -> None:

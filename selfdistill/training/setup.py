@@ -34,8 +34,10 @@ from selfdistill.methods import (
 from selfdistill.model import (
     LoadedModel,
     TeacherRule,
+    add_lora,
     check_room,
     deterministic,
+    freeze_vision,
     has_gpu,
     refuse_autocast,
     resolved_precision,
@@ -181,6 +183,18 @@ def chosen_rows(demonstrations: Sequence[Demonstration], config: TrainConfig | L
         return demonstrations
     chosen = set(random.Random(config.seed).sample(range(len(demonstrations)), count))
     return [demonstration for number, demonstration in enumerate(demonstrations) if number in chosen]
+
+
+def choose_weights(loaded: LoadedModel, config: TrainConfig) -> None:
+    """Add the adapter of the run, if it has one, and freeze the weights that it does not train.
+
+    Raises:
+        UserError: PEFT finds no layer that it can adapt.
+    """
+    if config.lora_rank:
+        add_lora(loaded, config.lora_rank, config.lora_alpha, config.seed)
+    if loaded.pictures is not None and not config.train_vision_tower:
+        freeze_vision(loaded.model)
 
 
 def make_stages(

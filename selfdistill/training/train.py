@@ -31,6 +31,7 @@ from selfdistill.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_whole,
+    settings_of,
     trained_parameters,
 )
 from selfdistill.training.export import whole_folder, write_model
@@ -42,7 +43,6 @@ from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.model_card import model_card
 from selfdistill.training.resume import (
     check_unchanged,
-    settings_of,
     where,
 )
 from selfdistill.training.setup import data_fingerprint, make_accelerator, repeating, reward_fingerprint

@@ -25,11 +25,9 @@ from selfdistill.model import (
     PrefixCache,
     Teacher,
     TeacherRule,
-    add_lora,
     cached_casts,
     checkpoint_activations,
     engine_for,
-    freeze_vision,
     full_tensor,
     is_in_4bit,
     layers_of,
@@ -55,6 +53,7 @@ from selfdistill.training.setup import (
     Stage,
     batch_unit,
     check_engine,
+    choose_weights,
     chosen_rows,
     divide_steps,
     make_accelerator,
@@ -139,11 +138,8 @@ class Trainer:
             raise UserError("setting 'fsdp' with lora_rank: the model already has an adapter; export it merged first")
         if config.load_in_4bit and self.accelerator.mixed_precision == "bf16":
             set_compute_dtype(model, torch.bfloat16)
-        if config.lora_rank:
-            add_lora(self.loaded, config.lora_rank, config.lora_alpha, config.seed)
-            model = self.loaded.model
-        if self.loaded.pictures is not None and not config.train_vision_tower:
-            freeze_vision(model)
+        choose_weights(self.loaded, config)
+        model = self.loaded.model
         refuse_float16(model, config.model)
         self._make_teachers()
         if config.gradient_checkpointing:
