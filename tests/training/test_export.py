@@ -328,7 +328,7 @@ def test_the_adapter_of_a_checkpoint_is_merged(trained: Callable[..., Path], tmp
         export(ExportConfig(run=str(run), output_dir=str(tmp_path / f"{merge}"), step=1, merge=merge))
     base = model_of(run)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "True", dtype=torch.float32)
-    torch.testing.assert_close(logits(merged), adapter_logits(base, tmp_path / "False"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merged), adapter_logits(Path(base), tmp_path / "False"), rtol=1e-4, atol=1e-4)
     assert sorted(file.name for file in tmp_path.glob(".export-*")) == []
 
 
