@@ -142,14 +142,14 @@ class CheckConfig(TaskSettings):
         return [value] if isinstance(value, str) else value
 
 
-OF_BOTH = (CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()) - {"anchors"}
+SHARED_WITH_CHECK = (CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()) - {"anchors"}
 """Settings of a check that its training run shares; not ``anchors``, which a check measures on and a run trains on."""
 
 
 def run_settings(config: CheckConfig) -> dict[str, Any]:
     """The settings that a training run shares with a check, by name."""
     context = config.contexts[0] if len(config.contexts) == 1 else "auto"
-    return {name: getattr(config, name) for name in OF_BOTH} | {"context": context}
+    return {name: getattr(config, name) for name in SHARED_WITH_CHECK} | {"context": context}
 
 
 class EvalConfig(TaskSettings):
@@ -319,6 +319,8 @@ class ExportConfig(Settings):
     """Run folder or model folder."""
     output_dir: str
     """Folder for the model; must not exist or be empty."""
+    step: int | None = Field(default=None, ge=1)
+    """Write the model of this step's checkpoint instead of the final one."""
     merge: bool = False
     """Merge a LoRA adapter into its base model, so that the result needs neither the base nor PEFT."""
     adapter_base: str | None = None

@@ -50,7 +50,7 @@ from selfdistill.model.precision import (
     training_precision,
 )
 from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
-from selfdistill.model.sampled import Sampled
+from selfdistill.model.rollout_count import RolloutCount
 from selfdistill.model.sampling import Rollout, Sampling, check_room, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
 from selfdistill.model.stored_weights import StoredWeights, overwrite_tensor, stored_bytes, stored_weights
@@ -71,7 +71,7 @@ __all__ = [
     "PictureInputs",
     "PrefixCache",
     "Rollout",
-    "Sampled",
+    "RolloutCount",
     "Sampling",
     "StoredWeights",
     "Teacher",
