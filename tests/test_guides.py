@@ -7,15 +7,13 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from selfdistill.cli import main
 from selfdistill.cli_parser import COMMANDS, SWITCHES, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,30 +77,6 @@ def test_the_batch_file_requeues_a_run_that_was_stopped(tmp_path: Path, code: in
         assert (tmp_path / "requeued").read_text(encoding="utf-8") == "requeue 17\n"
 
 
-# --- a checkpoint as a model ---
-
-
-def test_a_copy_without_its_later_checkpoints_ends_at_an_earlier_step(
-    model_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    rows = [json.dumps({"prompt": f"Say {word}.", "completion": word}) for word in ("one", "two", "six", "ten")]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    run, copy = tmp_path / "run", tmp_path / "copy"
-    train = ["train", "--method", "sft", "--model", str(model_folder()), "--data", str(tmp_path / "rows.jsonl")]
-    common = ["--batch_size", "4", "--learning_rate", "0.01", "--drift_steps", "0", "--save_steps", "1"]
-    assert main([*train, *common, "--save_total_limit", "10", "--max_steps", "3", "--output_dir", str(run)]) == 0
-    shutil.copytree(run, copy)
-    _, *later = sorted(copy.glob("checkpoint-*"))
-    assert len(later) == 2
-    for checkpoint in later:
-        shutil.rmtree(checkpoint)
-    assert main(["train", "--resume", "--output_dir", str(copy), "--max_steps", "1"]) == 0
-    steps = [json.loads(line)["step"] for line in (copy / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert steps == [1]
-    last, earlier = ((folder / "final" / "model.safetensors").read_bytes() for folder in (run, copy))
-    assert earlier != last
-
-
 # --- numbers ---
 
 
@@ -141,6 +115,6 @@ def test_when_to_stop_says_what_was_measured() -> None:
 def test_the_plan_is_that_of_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     script = import_module("your_model")
-    columns = [script.cells(found) for found in script.plans(["skill", "full"])]
+    columns = [script.cells(found) for found in script.plans(["skill", "four", "full"])]
     for label, *values in zip(script.LABELS, *columns, strict=True):
         assert f"| {label} | {' | '.join(values)} |" in YOUR_MODEL
