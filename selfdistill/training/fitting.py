@@ -277,7 +277,7 @@ def _changes(planner: MemoryPlanner, config: TrainConfig, *, only_open: bool) ->
 def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:
     """Single changes of settings except micro-batches, ordered by how much they change the result."""
     device = planner.device(config)
-    if not config.gradient_checkpointing and not config.torch_compile:
+    if planner.can_checkpoint and not config.gradient_checkpointing and not config.torch_compile:
         yield {"gradient_checkpointing": True}
     if device.mixed_precision == "no" and device.kind == "cuda":
         yield {"mixed_precision": "bf16"}

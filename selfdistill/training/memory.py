@@ -46,6 +46,7 @@ from selfdistill.model import (
     LoadedModel,
     TeacherRule,
     alike_layers,
+    can_checkpoint,
     checkpoint_activations,
     fake_model,
     freeze_vision,
@@ -104,6 +105,8 @@ class MemoryPlanner:
         self._traces: dict[tuple[str, bool], _Trace] = {}
         self._sampled: dict[Hashable, Segments] = {}
         self._teachers: dict[str, LoadedModel] = {}
+        self.can_checkpoint = can_checkpoint(self._model(config).model)
+        """Whether the model can recompute activations."""
         self._others(config)
         planned_stages(config, self._rows, self._model(config), config.batch_size)
 
@@ -268,12 +271,7 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _fixed(
-    config: TrainConfig,
-    device: Device,
-    loaded: LoadedModel,
-    others: dict[TeacherRule, LoadedModel],
-) -> Bytes:
+def _fixed(config: TrainConfig, device: Device, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]) -> Bytes:
     """Permanent memory, without the contexts of a frozen teacher."""
     model, shares = loaded.model, _shares(config, device)
     trained = [weight for weight in model.parameters() if weight.requires_grad]

@@ -233,6 +233,20 @@ def test_the_nearest_settings_change_least(long: Make) -> None:
         assert f" MiB: gradient_accumulation_steps {parts}" in found.verdict()
 
 
+def test_a_model_that_cannot_recompute_activations_is_not_asked_to(long: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    config = long(**IN_ONE)
+    planner = MemoryPlanner(config, load_demonstrations(config.data), CPU)
+    found = fitted(planner, config, planner.plan(config).peak - 1)
+    assert found.nearest is not None
+    assert found.nearest[0] == {"gradient_accumulation_steps": 2}
+    _, lines = check_fits(planner, long(), planner.plan(config, least=True).peak)
+    assert "gradient_checkpointing" not in lines[0]
+    refused = r"^setting 'gradient_checkpointing': LlamaForCausalLM does not support it; leave it out$"
+    with pytest.raises(UserError, match=refused):
+        train(long(gradient_checkpointing=True))
+
+
 def test_another_optimizer_is_planned_without_another_trace(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings()
     smaller = config.model_copy(update={"optim": "adamw_8bit"})
