@@ -126,6 +126,7 @@ class ShortestHints(DrawnSamples):
         row = example.demonstration
         own = [row.row, example.student_ids, row.shown, row.answer, row.completion, self.config.context]
         own += [row.scorer] if row.scorer else []
+        own += [picture.digest for picture in row.images]
         return [*own, self.config.scorer, self.sampling.max_completion_length]
 
 

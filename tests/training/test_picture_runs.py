@@ -267,6 +267,21 @@ def test_a_run_does_not_go_on_with_other_pictures(make: Make, tmp_path: Path) ->
         train(config.model_copy(update={"max_steps": 4}), resume=True)
 
 
+@pytest.mark.parametrize("values", [{"method": "ssd"}, {"hint": "shortest"}], ids=str)
+def test_what_was_drawn_from_another_picture_is_not_kept(
+    make: Make, write_rows: Callable[..., Path], tmp_path: Path, values: dict[str, Any]
+) -> None:
+    data = write_rows([{**row, "answer": "a"} for row in rows_of(tmp_path, "a", 4)], name="kept.jsonl")
+    keys = []
+    for name in ("black", "white"):
+        draw_shape(name, "square").save(tmp_path / "a0.png")
+        stage = Trainer(make(out=name, data=data, **values)).stage
+        fixed = stage.task.method.fixed
+        assert fixed is not None
+        keys.append([key for key, *_ in fixed.samples(stage.task.drawn)])
+    assert [a == b for a, b in zip(*keys, strict=True)] == [False, True, True, True]
+
+
 @family
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_final_models_load_in_transformers_with_their_processor(make: Make, family: PictureFamily, rank: int) -> None:
