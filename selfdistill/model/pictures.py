@@ -154,6 +154,15 @@ class PictureInputs:
                 self._process(picture, number)
         return [self._texts[picture.digest] for picture in pictures]
 
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Check that whole prompts with picture tokens have their pictures.
+
+        Raises:
+            UserError: the pictures of one were lost.
+        """
+        if any(self.token_id in prompt and not pictures_in(prompt) for prompt in prompts):
+            raise UserError(f"model {self._name!r}: rows with pictures do not work with this method; use sft or sdft")
+
     def inputs(
         self, prompts: Sequence[Sequence[int]], ids_BL: Tensor, starts: Sequence[int], dtype: torch.dtype
     ) -> dict[str, Tensor]:
@@ -182,15 +191,6 @@ class PictureInputs:
             types_BL = in_prompt_BL * (ids_BL == self.token_id)
             inputs |= dict.fromkeys(self._types, types_BL)
         return inputs
-
-    def check(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Check that whole prompts with picture tokens have their pictures.
-
-        Raises:
-            UserError: the pictures of one were lost.
-        """
-        if any(self.token_id in prompt and not pictures_in(prompt) for prompt in prompts):
-            raise UserError(f"model {self._name!r}: rows with pictures do not work with this method; use sft or sdft")
 
     def allowed(self, logits_BV: Tensor) -> Tensor:
         """Logits without the picture token, which no reply may contain: the model would expect a picture."""

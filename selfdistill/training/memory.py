@@ -271,7 +271,12 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _fixed(config: TrainConfig, device: Device, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]) -> Bytes:
+def _fixed(
+    config: TrainConfig,
+    device: Device,
+    loaded: LoadedModel,
+    others: dict[TeacherRule, LoadedModel],
+) -> Bytes:
     """Permanent memory, without the contexts of a frozen teacher."""
     model, shares = loaded.model, _shares(config, device)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -299,10 +304,7 @@ def _shares(config: TrainConfig, device: Device) -> int:
 
 
 def _teacher_bytes(
-    config: TrainConfig,
-    rule: TeacherRule,
-    loaded: LoadedModel,
-    others: dict[TeacherRule, LoadedModel],
+    config: TrainConfig, rule: TeacherRule, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]
 ) -> int:
     """Weights that a teacher scores with, beyond the student's; see :class:`selfdistill.model.Teacher`."""
     if rule in others:
