@@ -257,8 +257,8 @@ class ModelSettings(EngineSettings):
     split: str = "train"
     """Split of ``data`` to read, from a folder or data set with several."""
     turns: Turns = "auto"
-    """Which assistant turns of a chat to learn: ``last``; ``all`` after the prompt; ``auto``: all in rows with tool
-    calls or tool turns, else the last."""
+    """Which replies of a chat to learn. ``last``: the last one. ``all``: every one after the prompt. ``auto``: all in
+    rows with tool calls or tool turns, else the last one."""
     max_prompt_length: int | None = Field(default=None, ge=1)
     """Maximum prompt length in tokens, for student and teacher. Default: the model's context window minus the
     completion."""

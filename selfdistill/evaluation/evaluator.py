@@ -31,12 +31,12 @@ from selfdistill.model import ForwardPass, LoadedModel, training_precision, use_
 from selfdistill.runtime import say, say_note
 
 
-def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lacks | None = None) -> None:
+def check_inputs(config: TrainingSettings, own_files: Sequence[str] = (), lacks: Lacks | None = None) -> None:
     """Validate data, evaluation files and the context before any long work, and print notes about them.
 
     Args:
         config: settings; ``data`` may be "" if its rows are yet to be generated from documents, or have been checked.
-        given: names of files with rows from memory, for which all notes have been printed.
+        own_files: names of files with rows from memory, for which all notes have been printed.
         lacks: says what a row of ``data`` lacks for the method; see :data:`Lacks`.
 
     Raises:
@@ -46,7 +46,7 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lac
         parse_context(config.context)
 
     def noted(path: str) -> Note | None:
-        return None if Path(path).name in given else say_note
+        return None if Path(path).name in own_files else say_note
 
     if config.data:
         load_demonstrations(config.data, split=config.split, turns=config.turns, note=noted(config.data), lacks=lacks)

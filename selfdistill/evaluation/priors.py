@@ -1,4 +1,7 @@
-"""Prior abilities: multiple choice and continuations by log-likelihood, or questions with scored replies."""
+"""Prior abilities: multiple choice and continuations by log-likelihood, or questions with scored replies.
+
+Legend: N completion tokens of all choices, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 

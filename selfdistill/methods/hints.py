@@ -189,10 +189,10 @@ def _shortest(method: Method, config: TrainConfig) -> Method:
         raise UserError("setting 'hint': shortest needs single replies, not episodes: leave it or the environment out")
     hint_of(config, 0)  # refuses a context that cannot show a part
     search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)
-    return replace(method, examples=LastReplies(config, config.context, in_parts=True), fixed=search)
+    return replace(method, examples=LastReplies(config, config.context, in_parts=True), drawn=search)
 
 
 def shows_parts(method: Method) -> bool:
     """Whether the teacher may see a part of a demonstration, which not every context can show."""
     few = isinstance(method.examples, DemonstrationExamples) and method.examples.hint < 1
-    return few or isinstance(method.select, HintContexts) or isinstance(method.fixed, ShortestHints)
+    return few or isinstance(method.select, HintContexts) or isinstance(method.drawn, ShortestHints)

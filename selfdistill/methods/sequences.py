@@ -182,11 +182,11 @@ class DrawnSamples:
             EngineFailed: the engine failed; the file keeps the earlier batches.
         """
         kept, keys = file.read(), [self._key(example) for example in examples]
-        if self.lacks(kept, examples):
+        if self.is_missing_from(kept, examples):
             self._complete(kept, loaded, examples, keys, file)
         return [self._with(x, kept[key]) for x, key in zip(examples, keys, strict=True)]
 
-    def lacks(self, kept: dict[str, list[int]], examples: Sequence[Example]) -> bool:
+    def is_missing_from(self, kept: dict[str, list[int]], examples: Sequence[Example]) -> bool:
         """Whether samples of these examples are missing in ``kept``."""
         return not kept.keys() >= {self._key(example) for example in examples}
 

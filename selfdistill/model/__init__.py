@@ -38,7 +38,7 @@ from selfdistill.model.loading import (
     to_best_device,
     weights_fingerprint,
 )
-from selfdistill.model.lora import add_lora, check_base, describe_lora
+from selfdistill.model.lora import add_lora, check_base, describe_lora, with_lora
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import PictureInputs, freeze_vision, is_image_text, vision_weights
 from selfdistill.model.precision import (
@@ -50,7 +50,7 @@ from selfdistill.model.precision import (
     training_precision,
 )
 from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
-from selfdistill.model.sampled import Sampled
+from selfdistill.model.rollout_count import RolloutCount
 from selfdistill.model.sampling import Rollout, Sampling, check_room, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
 from selfdistill.model.stored_weights import StoredWeights, overwrite_tensor, stored_bytes, stored_weights
@@ -71,7 +71,7 @@ __all__ = [
     "PictureInputs",
     "PrefixCache",
     "Rollout",
-    "Sampled",
+    "RolloutCount",
     "Sampling",
     "StoredWeights",
     "Teacher",
@@ -144,4 +144,5 @@ __all__ = [
     "vision_weights",
     "weight_tensors",
     "weights_fingerprint",
+    "with_lora",
 ]

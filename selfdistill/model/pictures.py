@@ -1,6 +1,6 @@
 """Pictures for image-text models: the tokens that the processor writes in prompts, and the pixels that belong to them.
 
-Legend: B sequences, L padded length, P pictures.
+Legend: B sequences, L padded length, V vocabulary.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
     return Fit(plan, limit, {}, nearest, full)
 
 
-def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:
+def plan_that_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:
     """A run's plan, with values for open settings, and lines about it for its start.
 
     The longest rows rarely share a batch, and samples are mostly shorter than ``max_completion_length``. So a run is
@@ -292,7 +292,7 @@ def _smallest(
     if any(name in base for name in (WITHOUT_ADAPTER if adapter else IN_4BIT)):
         return None
     changed = config.model_copy(update=base)
-    if not steps or planner.fixed(changed).total() > limit:
+    if not steps or planner.permanent(changed).total() > limit:
         return None
 
     def planned(number: int) -> MemoryPlan:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from selfdistill.evaluation import measure
 from selfdistill.evaluation.answers import answer
 from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.check_result import UNLIKELY, Layout, verdict_on
-from selfdistill.model.loading import LoadedModel
+from selfdistill.model.loading import LoadedModel, weights_fingerprint
 from selfdistill.model.sampling import Sampling, sample, sample_seed
 from selfdistill.runtime import result_console
 
@@ -173,6 +174,26 @@ def test_a_layout_whose_teacher_answers_right_comes_first_and_is_worth_trying(
     train = TrainConfig(model=str(model_folder()), data=str(data), output_dir="unused", max_completion_length=6)
     assert best_context(train) == "turns:repeats=2"
     assert "training anyway" not in capsys.readouterr().err
+
+
+def test_the_cost_with_lora_is_that_of_its_adapter_which_is_gone_afterwards(
+    load: Callable[..., LoadedModel], model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    loaded, config = load(), config_of(model_folder(), write_rows(count=4), batch_size=2, lora_rank=4)
+    before, learnt = weights_fingerprint(loaded.model), []
+    backward = torch.Tensor.backward
+
+    def counted(loss: torch.Tensor) -> None:
+        backward(loss)
+        learnt.extend(name for name, p in loaded.model.named_parameters() if p.grad is not None)
+
+    with patch.object(torch.Tensor, "backward", counted):
+        result = check(config, loaded=loaded)
+    assert learnt
+    assert all("lora_" in name for name in learnt)
+    assert "GiB with 2 rows per micro-batch (LoRA of rank 4, EMA)." in " ".join(repr(result).split())
+    assert weights_fingerprint(loaded.model) == before
+    assert all(p.requires_grad and p.grad is None for p in loaded.model.parameters())
 
 
 def test_hopeless_data_is_called_unlikely(

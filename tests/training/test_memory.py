@@ -229,7 +229,7 @@ def test_the_plan_counts_what_is_drawn_before_the_first_step(
     if config.method == "npo":
         config = config.model_copy(update={"teacher_model": config.model})
     before, peaks = live_bytes(), []
-    kind = type(stages_of(config)[0][0].method.fixed)
+    kind = type(stages_of(config)[0][0].method.drawn)
     draw = kind.draw
 
     def measured(fixed: Any, *arguments: Any) -> Any:

@@ -206,7 +206,7 @@ def test_a_steps_gradient_is_the_sum_of_its_parts_by_share(
     assert [part.name for part in parts] == ["task", "anchors:lines", "anchors:chats"]
     student = copy.deepcopy(run.loaded.model)
     losses = [plain(run, base, part, student) for part in parts]
-    sum(part.share * loss for part, loss in zip(parts, losses, strict=True)).backward()  # type: ignore[union-attr]
+    sum(part.weight * loss for part, loss in zip(parts, losses, strict=True)).backward()  # type: ignore[union-attr]
     results = run.gradient.add(parts, Stopwatch(run.loaded.device))
     for result, loss in zip(results, losses, strict=True):
         assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
@@ -400,7 +400,7 @@ def test_unknown_kinds_of_the_package_are_refused(settings: Settings) -> None:
 
 
 def test_anchors_of_some_kinds_are_a_part(anchored: Settings) -> None:
-    part = Trainer(anchored(anchors="package:list+code")).stages[0].sampled[1]
+    part = Trainer(anchored(anchors="package:list+code")).stages[0].own_samples[1]
     assert part.name == "anchors:package:list+code"
     assert part.counted == f"{len(anchor_prompts('package:code+list'))} bundled general prompts"
 
@@ -585,7 +585,7 @@ def test_what_is_drawn_before_the_first_step_is_drawn_once_for_all_parts(
     run = Trainer(config)
     task, again = run.stage.parts
     assert again.examples == task.examples
-    assert len(drawn) == len(set(drawn)) == len(task.drawn)
+    assert len(drawn) == len(set(drawn)) == len(task.all_drawn)
     train(config)
-    assert (Path(config.output_dir) / SAMPLES_FILE).read_text(encoding="utf-8").count("\n") == len(task.drawn)
+    assert (Path(config.output_dir) / SAMPLES_FILE).read_text(encoding="utf-8").count("\n") == len(task.all_drawn)
     assert [line["loss/again"] for line in metrics_of(config)] == [line["loss/task"] for line in metrics_of(config)]

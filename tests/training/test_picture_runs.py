@@ -276,9 +276,9 @@ def test_what_was_drawn_from_another_picture_is_not_kept(
     for name in ("black", "white"):
         draw_shape(name, "square").save(tmp_path / "a0.png")
         stage = Trainer(make(out=name, data=data, **values)).stage
-        fixed = stage.task.method.fixed
-        assert fixed is not None
-        keys.append([key for key, *_ in fixed.samples(stage.task.drawn)])
+        drawn = stage.task.method.drawn
+        assert drawn is not None
+        keys.append([key for key, *_ in drawn.samples(stage.task.all_drawn)])
     assert [a == b for a, b in zip(*keys, strict=True)] == [False, True, True, True]
 
 
