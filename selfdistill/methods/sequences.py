@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain
 from typing import Any, Protocol
 
-from selfdistill.data import Example, Message, Verdict, own_tokens, reply_spans
+from selfdistill.data import Example, Message, Verdict, own_tokens, pictures_in, reply_spans
 from selfdistill.errors import RESUME, EngineFailed, RunStopped
 from selfdistill.methods.samples_file import Sample, SamplesFile
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time, sample, sample_seed
@@ -278,7 +278,9 @@ class DrawnSamples:
 
     def depends_on(self, example: Example) -> list[Any]:
         """What an example's sample depends on, apart from the model."""
-        return [example.demonstration.row, self.prompt(example), asdict(self.sampling), self.seed]
+        prompt = self.prompt(example)
+        seen = [picture.digest for picture in pictures_in(prompt)]
+        return [example.demonstration.row, prompt, asdict(self.sampling), self.seed, *seen]
 
     def write(self, file: SamplesFile, examples: Sequence[Example]) -> None:
         """Save the samples, for a resumed run and for inspection."""

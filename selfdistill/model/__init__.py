@@ -54,7 +54,7 @@ from selfdistill.model.rollout_count import RolloutCount
 from selfdistill.model.sampling import Rollout, Sampling, check_room, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
 from selfdistill.model.stored_weights import StoredWeights, overwrite_tensor, stored_bytes, stored_weights
-from selfdistill.model.switches import checkpoint_activations, set_recomputing, switched_back
+from selfdistill.model.switches import can_checkpoint, checkpoint_activations, set_recomputing, switched_back
 from selfdistill.model.teacher import Teacher, TeacherRule, staging_bytes
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "cache_dir",
     "cached_casts",
     "can_be_in_4bit",
+    "can_checkpoint",
     "check_base",
     "check_matching",
     "check_room",

@@ -104,6 +104,8 @@ class ForwardPass:
             kept: cached states of the contexts, for a model with fixed weights; needs ``no_grad``.
         """
         assert all(contexts), "an empty context predicts no first token"
+        if self._pictures is not None:  # now, as a shared or cached beginning is read without pictures
+            self._pictures.check(contexts)
         device = next(model.parameters()).device
         parts = body_and_head(model) if self.fused else None
         config = model.config.get_text_config()

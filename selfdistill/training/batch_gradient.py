@@ -228,7 +228,9 @@ class BatchGradient:
         return PartResult(selected, loss, means, importance, all_gather(sums.non_finite), gap)
 
     def _networks(self) -> list[torch.nn.Module]:
-        """All networks that process a micro-batch."""
+        """All networks that process a micro-batch, once the last update of the teachers is done."""
+        for teacher in self.teachers.values():
+            teacher.wait()
         return [self.loaded.model, *(network for teacher in self.teachers.values() for network in teacher.networks)]
 
     def _score_teachers(self, method: Method, micro: Weighed) -> tuple[_Scored | None, _Scored | None]:

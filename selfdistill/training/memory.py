@@ -45,6 +45,7 @@ from selfdistill.model import (
     LoadedModel,
     TeacherRule,
     alike_layers,
+    can_checkpoint,
     checkpoint_activations,
     fake_model,
     freeze_vision,
@@ -104,6 +105,8 @@ class MemoryPlanner:
         self._traces: dict[tuple[str, bool], _Trace] = {}
         self._sampled: dict[Hashable, Segments] = {}
         self._teachers: dict[str, LoadedModel] = {}
+        self.can_checkpoint = can_checkpoint(self._model(config).model)
+        """Whether the model can recompute activations."""
         self._others(config)
         planned_stages(config, self._rows, self._model(config), config.batch_size)
 
@@ -292,10 +295,7 @@ def _shares(config: TrainConfig, device: Device) -> int:
 
 
 def _teacher_bytes(
-    config: TrainConfig,
-    rule: TeacherRule,
-    loaded: LoadedModel,
-    others: dict[TeacherRule, LoadedModel],
+    config: TrainConfig, rule: TeacherRule, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]
 ) -> int:
     """Weights that a teacher scores with, beyond the student's; see :class:`selfdistill.model.Teacher`."""
     if rule in others:

@@ -227,17 +227,9 @@ def check_parts(config: TrainConfig) -> None:
     Raises:
         UserError: the batch is too small, or the method rejects the settings.
     """
-    for shares in shares_of(config):
+    for parts in stages_of(config):
+        shares = [part.share for part in parts if not part.same_samples]
         check_shares(shares, config.batch_size, batch_unit(config))
-
-
-def shares_of(config: TrainConfig) -> list[list[float]]:
-    """By stage, the shares of the batch that its parts with their own samples have.
-
-    Raises:
-        UserError: the method rejects the settings.
-    """
-    return [[part.share for part in parts if not part.same_samples] for parts in stages_of(config)]
 
 
 def _encoded(
@@ -287,8 +279,11 @@ def _digest(values: Sequence[Any]) -> str:
 
 
 def batch_unit(config: TrainConfig) -> int:
-    """How many examples a part's share of a batch is a multiple of: with ``fsdp``, all processes need equal parts."""
-    return world_size() * config.micro_batches if config.fsdp else 1
+    """How many examples a part's share of a batch is a multiple of: with ``fsdp``, all processes need equal parts.
+
+    Not of the number of micro-batches, which the memory plan may choose, and which must not change the batches.
+    """
+    return world_size() if config.fsdp else 1
 
 
 def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str) -> TrainConfig:

@@ -235,6 +235,20 @@ def test_the_nearest_settings_change_least(long: Make) -> None:
         assert f" MiB: gradient_accumulation_steps {parts}" in found.verdict()
 
 
+def test_a_model_that_cannot_recompute_activations_is_not_asked_to(long: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    config = long(**IN_ONE)
+    planner = MemoryPlanner(config, load_demonstrations(config.data), CPU)
+    found = fitted(planner, config, planner.plan(config).peak - 1)
+    assert found.nearest is not None
+    assert found.nearest[0] == {"gradient_accumulation_steps": 2}
+    _, lines = plan_that_fits(planner, long(), planner.plan(config, least=True).peak)
+    assert "gradient_checkpointing" not in lines[0]
+    refused = r"^setting 'gradient_checkpointing': LlamaForCausalLM does not support it; leave it out$"
+    with pytest.raises(UserError, match=refused):
+        train(long(gradient_checkpointing=True))
+
+
 def test_another_optimizer_is_planned_without_another_trace(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings()
     smaller = config.model_copy(update={"optim": "adamw_8bit"})
@@ -287,12 +301,12 @@ def test_micro_batches_and_checkpointing_are_chosen_where_they_are_not_given(lon
     assert not fitted(planner, in_one, peak(**least)).fits, "what is given is not changed"
 
 
-def test_parts_of_a_step_leave_room_for_no_more_micro_batches(settings: Make) -> None:
-    """With ``fsdp`` every part is a multiple of processes times micro-batches; two such parts need a batch of 8."""
+def test_processes_that_share_the_weights_have_equal_micro_batches(settings: Make) -> None:
+    """With ``fsdp`` a batch is a multiple of processes times micro-batches: 8 of two processes has at most 4."""
     few_moves: dict[str, Any] = {"lora_rank": 4, **BFLOAT16}
     config = settings(method="sft", fsdp=True, batch_size=8, anchors="package", **few_moves)
     planner = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no", 2))
-    saving = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    saving = {"gradient_accumulation_steps": 4, "gradient_checkpointing": True}
     limit = planner.plan(config.model_copy(update=saving), least=True).peak
     plan, lines = plan_that_fits(planner, config, limit)
     assert {name: getattr(plan.config, name) for name in saving} == saving

@@ -42,6 +42,7 @@ from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.model.loading import load_model
 from selfdistill.training.schedule import check_shares, positions_of
 from selfdistill.training.selection import BatchPart
+from selfdistill.training.setup import batch_unit
 from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
@@ -538,10 +539,22 @@ def test_micro_batches_change_nothing(anchored: Settings, tied: str) -> None:
     assert largest_difference(final_weights(one), final_weights(four)) < 1e-5
 
 
-@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_processes_give_what_one_gives(anchored: Settings, tied: str, tmp_path: Path, fsdp: bool) -> None:
+def test_micro_batches_of_processes_that_share_the_weights_change_no_batch(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfdistill.training.setup.world_size", lambda: 2)
+    for size in (1, 4):
+        assert batch_unit(settings(fsdp=True, batch_size=16, gradient_accumulation_steps=size)) == 2
+
+
+@pytest.mark.parametrize(
+    "values", [{}, pytest.param({"fsdp": True, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow)], ids=str
+)
+def test_two_processes_give_what_one_gives(
+    anchored: Settings, tied: str, tmp_path: Path, values: dict[str, Any]
+) -> None:
     common: dict[str, Any] = {"drift_steps": 0, "max_steps": 4, "model": tied}
-    one, two = anchored("one", **common), anchored("two", fsdp=fsdp, **common)
+    one, two = anchored("one", **common), anchored("two", **common, **values)
     train(one)
     train_together(two, tmp_path)
     assert largest_difference(final_weights(one), final_weights(two)) < 5e-5
