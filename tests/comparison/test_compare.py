@@ -24,6 +24,7 @@ from selfdistill.comparison.report import report
 from selfdistill.config.commands import CompareConfig, EvalConfig, ReportConfig
 from selfdistill.config.files import continued, dump_yaml, load_yaml, with_runs_of
 from selfdistill.config.train import TrainConfig
+from selfdistill.data import load_demonstrations
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation.evaluate import evaluate
 from selfdistill.runtime.files import folder_lock
@@ -565,6 +566,28 @@ def test_rows_that_one_method_has_no_room_for_are_left_out_for_all(
     assert "dropped 1 of 5 rows for all methods: too long for at least one" in capsys.readouterr().err
     assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations."
     assert {run["evaluations"][-1]["step"] for run in result["runs"]} == {2}
+
+
+@pytest.mark.parametrize("methods", ["sdft,sft", "grpo,sft"])
+def test_rows_of_several_replies_are_those_that_train_would_get(
+    settings: Callable[..., CompareConfig],
+    write_rows: Callable[..., Path],
+    methods: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replies = [{"role": "assistant", "content": "ab"}, {"role": "user", "content": "and?"}]
+    replies += [{"role": "assistant", "content": "cd"}]
+    rows = [{"prompt": f"q{i}", "completion": replies, "answer": "cd"} for i in range(4)]
+    config = settings(data=str(write_rows(rows)), methods=methods, seeds="0", max_steps=1)
+    given, real = [], module.train
+
+    def recorded(run: TrainConfig, **options: Any) -> Path:
+        given.append(options["demonstrations"])
+        return real(run, **options)
+
+    monkeypatch.setattr(module, "train", recorded)
+    compare(config)
+    assert given == [load_demonstrations(config.data)] * 2
 
 
 def test_an_added_run_that_drops_further_rows_is_refused_with_that_reason(
