@@ -508,6 +508,21 @@ def test_an_interrupted_addition_goes_on_to_the_same_model(
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_an_interrupted_addition_takes_the_settings_that_may_change(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, "train", 1)
+        with pytest.raises(KeyboardInterrupt):
+            add(make())
+    changed = {"gradient_accumulation_steps": 2, "logging_steps": 2, "save_total_limit": 4}
+    add(make(**changed, judge_url="http://localhost:9/v1"))
+    folder = tmp_path / "state/skills/0001-first"
+    run, kept = (yaml.safe_load((folder / name).read_text()) for name in ("run/config.yaml", "settings.yaml"))
+    assert {name: run[name] for name in changed} == changed
+    assert kept["judge_url"] == "http://localhost:9/v1"
+
+
 def interrupt(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
     real, calls = getattr(add_skill, name), [0]
 
