@@ -29,6 +29,7 @@ from selfdistill.data import (
     Document,
     Message,
     includes,
+    is_one_text,
     load_demonstrations,
     plain,
     score,
@@ -261,6 +262,8 @@ class _Maker:
             return "no question with an answer"
         if len(unit.answer.split()) > MOST_WORDS:
             return "answer too long"
+        if not is_one_text(unit.demonstration):
+            return "answer is a list or a formula"
         if not score("contains", unit.passage.text, unit.demonstration):
             return "answer not in the text"
         if score("contains", unit.question, unit.demonstration):
