@@ -269,7 +269,10 @@ def test_settings() -> None:
     for missing in ("judge_url", "judge_model"):
         with pytest.raises(UserError, match=r"'judge' needs an endpoint: give judge_url and judge_model$"):
             EvalConfig(**good | {missing: None})
-    for url in ("host:8000/v1", "file:///etc", "https://user:word@host/v1", "https://host/v1?key=1", "https:///v1"):
+    assert EvalConfig(**good | {"judge_url": "http://[::1]:8000/v1"}).judge_url == "http://[::1]:8000/v1"
+    unlike = ("http://[::1/v1", "http://\u4f8b\u3048/v1", "http://host/\u00e9", "http://host:abc/v1", "http://a..b/v1")
+    old = ("host:8000/v1", "file:///etc", "https://user:word@host/v1", "https://host/v1?key=1", "https:///v1")
+    for url in (*old, *unlike):
         with pytest.raises(
             UserError, match=r"^setting 'judge_url': found .*, expected: an address such as http://local"
         ):
