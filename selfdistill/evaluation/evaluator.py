@@ -90,8 +90,8 @@ class Evaluator:
         if self.questions.dropped:
             say(f"dropped {self.questions.dropped} of {len(rows)} rows of {config.test}: too long")
         self._data = rows_of(config, load_demonstrations(config.data, split=config.split, turns=config.turns))
-        learnt = [row.prompt for row in self._data]
-        if known := sum(row.prompt in learnt for row in self.questions.demonstrations):
+        learnt = {repr(row.prompt) for row in self._data}
+        if known := sum(repr(row.prompt) in learnt for row in self.questions.demonstrations):
             say(f"note: {known} of {len(self.questions.demonstrations)} test questions are also in the training data")
         self._judge = judge_of(config)
         with self._arithmetic(base):
