@@ -135,6 +135,9 @@ class Evaluator:
             context,
             self._data,
         )
+        if questions.dropped:
+            asked = len(bare.demonstrations)
+            say(f"dropped {questions.dropped} of {asked} rows of {self._test} for the {what}: too long with {context}")
         with self._arithmetic(base):
             answers = questions.answers(base, self._judge, what=f"{what} on {self._test}")
             prompts = [row.student_ids for row in questions.rows]

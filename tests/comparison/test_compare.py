@@ -326,6 +326,24 @@ def test_names_of_arms_are_no_markup() -> None:
     assert [name for name in names if f" {name} 0.001 " in said] == names
 
 
+def test_the_teacher_has_its_number_of_items_where_it_is_another() -> None:
+    shown = {"accuracy": 0.5, "interval": [0.1, 0.9], "kl": 0.1}
+    details = {
+        "data": "d.jsonl",
+        "test": "t.jsonl",
+        "base": {"items": 2, "accuracy": 0.5},
+        "teacher": shown | {"items": 1},
+        "rag": shown | {"items": 2},
+        "table": [],
+        "sentence": "",
+    }
+    said = repr(CompareResult(Path("folder"), details))
+    assert " teacher, 1 item " in said
+    assert " oracle RAG " in said
+
+
+
+
 def test_an_engine_that_fails_ends_no_run_for_good(
     settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

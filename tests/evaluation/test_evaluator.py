@@ -63,6 +63,18 @@ def test_test_questions_that_are_learnt_are_said(
     assert "among those" not in capsys.readouterr().err
 
 
+def test_test_rows_that_are_too_long_with_what_is_shown_are_counted(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = write_rows([{"prompt": "q" * n, "completion": "x"} for n in (5, 5, 300)], name="long.jsonl")
+    config = settings("a", test=str(test), on_long_prompt="drop")
+    base = load_model(config.model)
+    found = Evaluator(config, base).shown(base, "turns", "teacher")
+    assert found is not None
+    assert found["items"] == 2
+    assert f"dropped 1 of 3 rows of {test} for the teacher: too long with turns" in capsys.readouterr().err
+
+
 def test_what_a_training_needs_is_read_first(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     for values, message in (
         ({"test": "none.jsonl"}, "none.jsonl: no such file"),
