@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from selfdistill.cli import main
 from selfdistill.comparison.compare import compare
 from selfdistill.comparison.compare_result import CompareResult
-from selfdistill.comparison.kinds import first_run, kinds_of
+from selfdistill.comparison.kinds import first_run, kinds_of, runs_of
 from selfdistill.comparison.report import report
 from selfdistill.config.commands import CompareConfig, EvalConfig, ReportConfig
 from selfdistill.config.files import continued, dump_yaml, load_yaml, with_runs_of
@@ -342,6 +342,13 @@ def test_the_teacher_has_its_number_of_items_where_it_is_another() -> None:
     assert " oracle RAG " in said
 
 
+def test_folders_of_long_names_of_arms_are_cut(settings: Callable[..., CompareConfig]) -> None:
+    first, second = ("\u043f\u0440\u0438" * 30 + str(number) for number in (1, 2))
+    config = settings(arms={"short": {"method": "sft"}, first: {"method": "sft"}, second: {"method": "sdft"}})
+    folders = [Path(run.output_dir).name for _, run in runs_of(config)]
+    assert len(set(folders)) == 6
+    assert max(len(folder.encode()) for folder in folders) <= 255
+    assert "short-0.001-seed1" in folders
 
 
 def test_an_engine_that_fails_ends_no_run_for_good(
