@@ -192,9 +192,10 @@ def _date_of_older(ledger: Ledger, run: TrainConfig) -> str | None:
 
 
 def _texts(prior: str) -> dict[str, bytes]:
-    """The contents of the prior files, by name."""
+    """The contents of the prior files, by the name that a folder of them needs; a single file may have any other."""
     path = Path(located(prior))
-    return {file.name: file.read_bytes() for file in (path.glob("*.jsonl") if path.is_dir() else [path])}
+    files = path.glob("*.jsonl") if path.is_dir() else [path]
+    return {f"{file.stem}.jsonl": file.read_bytes() for file in files}
 
 
 def _absolute(model: str) -> str:

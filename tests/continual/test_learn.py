@@ -868,6 +868,12 @@ def test_prior_questions_of_the_package_are_copied_by_name(make: Settings, tmp_p
         add(make("second", prior="bundled:prior/test/code.jsonl"))
 
 
+def test_a_prior_file_may_have_any_name(make: Settings, tmp_path: Path) -> None:
+    prior = (tmp_path / "prior.jsonl").rename(tmp_path / "choices.json")
+    for skill in ("first", "second"):
+        assert add(make(skill, prior=str(prior), max_steps=1))["after"]["prior"].keys() == {"choices"}
+
+
 @pytest.mark.parametrize("action", ["status", "history", "rollback", "discard", "export"])
 def test_an_action_without_data_refuses_it(make: Settings, action: str) -> None:
     with pytest.raises(UserError, match=f"^learn {action}: takes no data, found 'x.jsonl'; leave it out$"):
