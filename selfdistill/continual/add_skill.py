@@ -211,6 +211,8 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
             settings = settings_of(folder)
             if settings.template_date is None:  # of an older release
                 settings = settings.model_copy(update={"template_date": config.template_date})
+            if config.judge_url and config.judge_model == settings.judge_model:  # it may have moved
+                settings = settings.model_copy(update={"judge_url": config.judge_url})
             rows = load_demonstrations(str(folder / "test.jsonl"))
             skills[name] = EvaluationSet(loaded, rows, {}, settings).ask(
                 loaded, judge_of(settings), who="model", rows=f"skill {name}"

@@ -22,6 +22,7 @@ import pytest
 import tiny_worlds
 import torch
 import yaml
+from chat_server import Server
 from conftest import CHATML, ENDS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -521,6 +522,14 @@ def test_an_interrupted_addition_takes_the_settings_that_may_change(
     run, kept = (yaml.safe_load((folder / name).read_text()) for name in ("run/config.yaml", "settings.yaml"))
     assert {name: run[name] for name in changed} == changed
     assert kept["judge_url"] == "http://localhost:9/v1"
+
+
+def test_earlier_skills_are_judged_at_the_address_of_the_addition(make: Settings, server: Server) -> None:
+    judged = {"scorer": "judge", "judge_model": "j", "max_steps": 1}
+    for skill in ("first", "second"):
+        assert add(make(skill, judge_url=f"{server.url}/{skill}", **judged))["accepted"]
+    paths = server.paths[server.paths.index("/v1/second/chat/completions") :]
+    assert set(paths) == {"/v1/second/chat/completions"}
 
 
 def interrupt(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
