@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import regex
 
-from selfdistill.data import WORD, first_ten, join_surrogates
+from selfdistill.data import WORD, first_ten, join_surrogates, plain, spaced
 from selfdistill.errors import UserError
 from selfdistill.runtime import say
 
@@ -123,6 +123,25 @@ def is_german(text: str) -> bool:
     words = regex.findall(r"\w+", text)
     german = [word for word in words if word in _GERMAN]
     return len(set(german)) > 1 and 12 * len(german) >= len(words)
+
+
+def goes_beyond(question: str, passage: str) -> bool:
+    """Whether a question has a name or a number that is not in the passage.
+
+    Names are capitalised words but the first and question words, in German only those in a row.
+    """
+    whole = spaced(plain(question))
+    text = regex.sub(r"^\W*\w+", "", whole)
+    named = " ".join(regex.findall(r"\b\p{Lu}\w*(?:\W+\p{Lu}\w*)+", text)) if is_german(passage) else text
+    words = {word.lower() for word in regex.findall(r"\w+", named) if word != word.lower()}
+    question_words = {"how", "what", "when", "where", "which", "who", "whom", "whose", "why"}
+    numbers = set(regex.findall(r"\b\d+\b", whole))
+    return bool((words - question_words | numbers) - set(only_words(passage).split()))
+
+
+def only_words(text: str) -> str:
+    """The words of a text in small letters, one space apart; in scripts without spaces each character is one."""
+    return " ".join(regex.findall(r"\w+", spaced(plain(text)).lower()))
 
 
 def _documents(path: str) -> dict[Path, str]:

@@ -454,6 +454,7 @@ def test_what_the_user_wrote_or_edited_is_not_replaced(
         ("Question: Did Ada Finch build the Korr Mill?\nAnswer: Ada Finch", "question contains the answer"),
         ("Question: Who is named in this text?\nAnswer: Ada Finch", "question not clear without the text"),
         (f"Question: What is all?\nAnswer: {MILL} {MILL}", "answer too long"),
+        ("Question: What is all?\nAnswer: " + "\u6c34" * 37, "answer too long"),
         ("Question: Who built the Korr Mill?\nAnswer: ['Ada', 'Finch']", "answer is a list or a formula"),
         ('Question: Who built the Korr Mill?\nAnswer: ["Ada", "Finch"]', "answer is a list or a formula"),
         ('Question: Who built the Korr Mill?\nAnswer: ["Ada", ""]', "answer is a list or a formula"),
@@ -487,6 +488,11 @@ def test_what_is_not_grounded_is_rejected_and_counted(
     assert line["reason"] == reason
 
 
+BRIDGE = (
+    "\u8be5\u6865\u7531\u674e\u660e\u4e8e1998\u5e74\u5efa\u6210\uff0c"
+    "\u670d\u52a1\u5668\u4f7f\u7528Linux\u7cfb\u7edf\u548c\u4e24\u5757GPU\u8fd0\u884c\u3002"
+)
+"""This bridge was built by Li Ming in 1998, and the server runs by Linux and two GPUs."""
 MUEHLE = "Die Korr-Mühle steht auf einem Hügel. Sie wurde 1802 von der Müllerin Ada Finch gebaut."
 
 
@@ -502,6 +508,14 @@ MUEHLE = "Die Korr-Mühle steht auf einem Hügel. Sie wurde 1802 von der Müller
         ("Soldiers die in war, and they die young.", "How do Soldiers in Rome die?", "young", False),
         ("बांध १९०२ में लाल नदी पर बना।", "लाल नदी पर 1902 में क्या बना?", "बांध", True),
         ("बांध १९०२ में लाल नदी पर बना।", "लाल नदी पर 1903 में क्या बना?", "बांध", False),
+        (BRIDGE, "\u8bf7\u95ee\uff0c\u670d\u52a1\u5668\u7528GPU\u505a\u4ec0\u4e48\uff1f", "\u8fd0\u884c", True),
+        (
+            BRIDGE,
+            "\u8be5\u6865\u5728\u54ea\u4e00\u5e74\u5efa\u6210\uff1f1723\u5e74\u8fd8\u662f2050\u5e74\uff1f",
+            "1998",
+            False,
+        ),
+        (BRIDGE, "1723\u5e74\u5efa\u6210\u7684\u662f\u4ec0\u4e48\uff1f", "\u8be5\u6865", False),
     ],
 )
 def test_names_and_numbers_that_are_not_in_the_text(

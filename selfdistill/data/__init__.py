@@ -95,7 +95,7 @@ from selfdistill.data.shapes import draw_shapes
 from selfdistill.data.sources import Note, located
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.text_ids import texts_of
-from selfdistill.data.words import WORD, includes, plain, words_of
+from selfdistill.data.words import WORD, includes, plain, spaced, words_of
 
 __all__ = [
     "CODE",
@@ -192,6 +192,7 @@ __all__ = [
     "score",
     "scored_text",
     "shown_text",
+    "spaced",
     "speaker_of",
     "text_of",
     "texts_of",
