@@ -39,7 +39,15 @@ from selfdistill.data import (
 from selfdistill.documents import Passage, ends_as_question, goes_beyond, load_passages, only_words, sentences
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Endpoint, answer
-from selfdistill.model import Sampling, load_for_training, prompts_at_a_time, sample, sample_seed, use_engine
+from selfdistill.model import (
+    Sampling,
+    load_for_training,
+    prompts_at_a_time,
+    sample,
+    sample_seed,
+    start_fingerprint,
+    use_engine,
+)
 from selfdistill.runtime import Printable, ProgressBar, drop_partial_line, read_lines, refuse_edited, say, write_own
 
 ASK_TOKENS = 64
@@ -219,6 +227,8 @@ class _Maker:
         if config.writer_url and config.writer_model:
             note = f"replies are cached in {self.folder}"
             self._endpoint = Endpoint(config.writer_url, config.writer_model, "writer", note)
+        of_weights = None if self._endpoint else start_fingerprint(self._loaded)
+        self._model = of_weights or config.model
         self._kept: dict[str, str] = {line["key"]: line["reply"] for line in read_lines(self._asked)}
 
     def keep(self, kind: str, units: Sequence[_Unit], requests: Sequence[str], number: int) -> list[_Unit]:
@@ -301,7 +311,7 @@ class _Maker:
         chats = [[*shown, _turn("user", request)] for request in requests]
         temperature = TEMPERATURE if number else 0.0
         config = self._config
-        who = [config.model, config.chat_template_kwargs, config.writer_url, config.writer_model, config.seed, number]
+        who = [self._model, config.chat_template_kwargs, config.writer_url, config.writer_model, config.seed, number]
         asked = [json.dumps([*who, ASK_TOKENS, temperature, chat]) for chat in chats]
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in asked]
         open_ = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in self._kept}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -715,6 +716,26 @@ def test_the_model_itself_can_write(
     assert found == {"passages": 2, "train": 10, "test": 5, "indirect": 5, "rejected": {}}
     assert server.asked == []
     assert set(temperatures) == {0.0, questions.TEMPERATURE}
+
+
+def test_replies_of_a_model_that_is_replaced_are_not_reused(
+    make: Callable[..., QuestionsConfig], model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    load, asked = questions.load_for_training, []
+
+    def sample(loaded: Any, prompts: Any, *_: Any) -> list[Rollout]:
+        asked.extend(prompts)
+        return [Rollout(loaded.tokenizer("no")["input_ids"], [], False) for _ in prompts]
+
+    monkeypatch.setattr(questions, "load_for_training", lambda *a, **k: replace(load(*a, **k), window=None))
+    monkeypatch.setattr(questions, "sample", sample)
+    counts = []
+    for seed in (0, 0, 1):
+        shutil.copytree(model_folder(layers=1, seed=seed), tmp_path / "model", dirs_exist_ok=True)
+        with pytest.raises(UserError, match="all 5 questions were rejected"):
+            make_questions(make(model=str(tmp_path / "model"), writer_url=None, writer_model=None))
+        counts.append(len(asked))
+    assert counts == [5, 5, 10]
 
 
 def test_a_passage_that_the_window_has_no_room_for(make: Callable[..., QuestionsConfig]) -> None:
