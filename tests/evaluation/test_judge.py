@@ -168,6 +168,13 @@ def test_what_is_no_grade_is_asked_again_once(server: Server, tmp_path: Path) ->
         Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(1), ["z"])
 
 
+def test_a_judge_that_only_thinks_is_told_from_a_wrong_address(server: Server, tmp_path: Path) -> None:
+    message = {"role": "assistant", "content": None, "reasoning_content": "The reference says"}
+    server.reply = lambda _: (200, {"choices": [{"message": message, "finish_reason": "length"}]})
+    with pytest.raises(UserError, match=r"completions: 'j' thought for 8 tokens and gave no answer; use a model that"):
+        Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(1), ["x"])
+
+
 @pytest.mark.parametrize(
     "reply",
     [
