@@ -277,6 +277,28 @@ def test_hidden_files_and_folders_are_not_read(tmp_path: Path) -> None:
     assert [p.source for p in load_passages(str(root / ".b.txt"), max_words=20)] == [".b.txt#1"]
 
 
+def test_folders_that_are_links_are_read_once(tmp_path: Path) -> None:
+    for name in ("docs/a.txt", "elsewhere/b.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("Text.", encoding="utf-8")
+    for link, target in (("linked", "elsewhere"), ("linked_too", "elsewhere"), ("round", "docs")):
+        (tmp_path / "docs" / link).symlink_to(tmp_path / target)
+    found = load_passages(str(tmp_path / "docs"), max_words=20)
+    assert [passage.source for passage in found] == ["a.txt#1", "linked/b.txt#1"]
+
+
+def test_a_folder_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Any) -> Any:
+        if Path(path).name == "more":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"docs/more: cannot be read: Permission denied; make it readable"):
+        load_passages(str(folder), max_words=20)
+
+
 def test_a_document_whose_name_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("Text.", encoding="utf-8")
     (passage,) = load_passages(str(tmp_path), max_words=20)
