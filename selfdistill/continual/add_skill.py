@@ -36,6 +36,7 @@ from selfdistill.evaluation import (
     judge_of,
     load_prior,
     prior_scores,
+    say_learnt,
 )
 from selfdistill.methods import check_steps, lacks_of, stages_of, uses
 from selfdistill.model import (
@@ -89,9 +90,7 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
             config = config.model_copy(update={"template_date": ledger.template_date})
         used = begin(ledger, config, splits)
         say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in used.items()))
-        learnt, asked = {repr(row.prompt) for row in used["train"]}, used["test"]
-        if known := sum(repr(row.prompt) in learnt for row in asked):
-            say(f"note: {known} of {len(asked)} test questions are also in the training data")
+        say_learnt(used["test"], used["train"])
         try:
             result = _NewSkill(ledger, stop).result()
         except RunStopped as stopped:
