@@ -298,8 +298,9 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
         stages = stages_of(first_run(config, kind))
         for source in (part.method.examples for parts in stages for part in parts):
             fitting, _ = source(rows, base, chat)  # all sources, so that errors come before any run
-            if isinstance(source, DemonstrationExamples):
-                rows = [example.demonstration for example in fitting]
+            if isinstance(source, DemonstrationExamples):  # a row of several replies may have become several examples
+                kept = {(x.demonstration.turn_of or x.demonstration).row for x in fitting}
+                rows = [row for row in rows if row.row in kept]
     if len(rows) < count:
         say(f"dropped {count - len(rows)} of {count} rows for all methods: too long for at least one")
     return rows

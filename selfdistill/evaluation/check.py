@@ -160,6 +160,12 @@ def _with_hint(measure: Measure, context: str, share: float) -> Layout:
     return replace(found, trial=measure.trial(context, share)) if measure.config.spill else found
 
 
+def _rank(layout: Layout) -> tuple[float, ...]:
+    """The order of layouts, best first: by right replies, so that a row that is too long for one counts as wrong."""
+    right = round((layout.accuracy or 0) * layout.items)
+    return -right, -layout.items, -(layout.logp or 0), layout.context != UNMEASURED
+
+
 def _checked(
     config: CheckConfig,
     rows: list[Demonstration],
@@ -201,7 +207,7 @@ def _checked(
     if not layouts:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise UserError(f"no context layout could be evaluated: {reasons}")
-    layouts.sort(key=lambda layout: (-(layout.accuracy or 0), -(layout.logp or 0), layout.context != UNMEASURED))
+    layouts.sort(key=_rank)
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
     found = measure.cost(layouts[0].context) if cost else None
     seconds, memory, memory_rows = found if isinstance(found, tuple) else (None, None, None)

@@ -300,7 +300,7 @@ def _cost_line(result: CheckResult) -> list[str]:
 
 
 def _order_line(result: CheckResult) -> list[str]:
-    if len({layout.accuracy for layout in result.layouts}) > 1 or len(result.layouts) == 1:
+    if len({(layout.accuracy, layout.items) for layout in result.layouts}) > 1 or len(result.layouts) == 1:
         return []
     if result.best.accuracy is None and result.best.logp is None:
         return ["It is unknown which layout is best, so the one most like TRL's comes first."]

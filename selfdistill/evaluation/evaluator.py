@@ -64,6 +64,13 @@ def check_inputs(config: TrainingSettings, own_files: Sequence[str] = (), lacks:
             load_prompts(source, noted(source))
 
 
+def say_learnt(asked: Sequence[Demonstration], learnt: Sequence[Demonstration]) -> None:
+    """Print how many test questions are also prompts to learn, if any."""
+    prompts = {repr(row.prompt) for row in learnt}
+    if known := sum(repr(row.prompt) in prompts for row in asked):
+        say(f"note: {known} of {len(asked)} test questions are also in the training data")
+
+
 class Evaluator:
     """Test rows, prior questions and the base's results, for any number of runs from that base.
 
@@ -90,9 +97,7 @@ class Evaluator:
         if self.questions.dropped:
             say(f"dropped {self.questions.dropped} of {len(rows)} rows of {config.test}: too long")
         self._data = rows_of(config, load_demonstrations(config.data, split=config.split, turns=config.turns))
-        learnt = [row.prompt for row in self._data]
-        if known := sum(row.prompt in learnt for row in self.questions.demonstrations):
-            say(f"note: {known} of {len(self.questions.demonstrations)} test questions are also in the training data")
+        say_learnt(self.questions.demonstrations, self._data)
         self._judge = judge_of(config)
         with self._arithmetic(base):
             self._distance = Distance(base, ForwardPass(base), self.questions.chat, drift_prompts())
@@ -135,6 +140,9 @@ class Evaluator:
             context,
             self._data,
         )
+        if questions.dropped:
+            asked = len(bare.demonstrations)
+            say(f"dropped {questions.dropped} of {asked} rows of {self._test} for the {what}: too long with {context}")
         with self._arithmetic(base):
             answers = questions.answers(base, self._judge, what=f"{what} on {self._test}")
             prompts = [row.student_ids for row in questions.rows]

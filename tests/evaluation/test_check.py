@@ -308,6 +308,22 @@ def test_rows_that_do_not_fit_are_left_out_of_a_layout_or_of_all_and_counted(
     )
 
 
+def test_a_row_that_is_too_long_for_a_layout_counts_as_wrong(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = measure.Measure.layout
+
+    def measured(self: measure.Measure, context: str, hint: float = 1) -> Layout:
+        return replace(real(self, context, hint), accuracy=1.0 if context.endswith("3") else 0.75)
+
+    monkeypatch.setattr(measure.Measure, "layout", measured)
+    data = write_rows([{"prompt": "q" * n, "completion": "ab"} for n in (5, 150, 150, 150)])
+    contexts = ["turns:repeats=3", "turns:repeats=1"]
+    result = check(config_of(model_folder(), data, on_long_prompt="drop", contexts=contexts))
+    found = [(layout.context, layout.items) for layout in result.layouts]
+    assert found == [("turns:repeats=1", 4), ("turns:repeats=3", 1)]
+
+
 def test_a_demonstration_beyond_the_window_is_named(
     model_folder: Callable[..., Path], write_rows: Callable[..., Path]
 ) -> None:
