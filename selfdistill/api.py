@@ -53,7 +53,7 @@ from selfdistill.evaluation import ask as ask_question
 from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
 from selfdistill.model import switched_back
-from selfdistill.questions import QuestionsResult
+from selfdistill.questions import QuestionsResult, with_questions
 from selfdistill.questions import make_questions as run_questions
 from selfdistill.runtime import check_device, size_in_bytes
 from selfdistill.training import Fit, Plan, Run
@@ -125,8 +125,10 @@ def train(
         rows = rows_of_run(data, test, given)
         config = train_config(given | rows.paths, resume=resume)
         with rows.kept(), switched_back(loaded) if loaded else nullcontext():
-            config = check_start(config, loaded, rows, resume=resume)
-            run_training(config, resume=resume, loaded=loaded, on_step=callback, given=rows.names)
+            check_start(config, loaded, rows, resume=resume)
+            if config.documents:
+                config = with_questions(config)
+            run_training(config, resume=resume, loaded=loaded, on_step=callback, own_files=rows.names)
         return Run(config.output_dir)
 
 
@@ -150,7 +152,7 @@ def plan(
         config, loaded, rows = run_to_plan(model, data, test, output_dir, tokenizer, settings, folder)
         check_adapter(config, loaded)
         with rows.kept(planned=True):
-            return run_plan(config, loaded, given=rows.names, temporary=folder)
+            return run_plan(config, loaded, own_files=rows.names, temporary=folder)
 
 
 def memory_plan(
@@ -188,7 +190,7 @@ def memory_plan(
     with session(progress), tempfile.TemporaryDirectory() as folder:
         config, loaded, rows = run_to_plan(model, data, None, output_dir, tokenizer, settings, folder)
         with rows.kept(planned=True):
-            return run_plan_for(config, size, device, loaded, given=rows.names)
+            return run_plan_for(config, size, device, loaded, own_files=rows.names)
 
 
 def evaluate(
@@ -255,7 +257,7 @@ def compare(
         given |= rows.paths
         config = continued(given, CompareConfig) if resume else CompareConfig(**given)
         with rows.kept():
-            return run_comparison(config, resume=resume, given=rows.names)
+            return run_comparison(config, resume=resume, own_files=rows.names)
 
 
 def learn(
@@ -363,17 +365,19 @@ def export(
     run: str | os.PathLike[str],
     *,
     output_dir: str | os.PathLike[str],
+    step: int | None = None,
     merge: bool = False,
     adapter_base: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Path:
     """Copy the final model of a run to a folder; returns its path.
 
-    ``merge`` merges a LoRA adapter into its base, which ``adapter_base`` names if it was moved.
+    ``step`` writes the model of that step's checkpoint instead. ``merge`` merges a LoRA adapter into its base, which
+    ``adapter_base`` names if it was moved.
     """
     with session(progress):
         places: dict[str, Any] = {"run": run, "output_dir": output_dir, "adapter_base": adapter_base}
-        return run_export(ExportConfig(**places, merge=merge))
+        return run_export(ExportConfig(**places, step=step, merge=merge))
 
 
 def merge(

@@ -24,7 +24,6 @@ from selfdistill.errors import UserError, closest
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, own_names, stages_of, whose
 from selfdistill.model import LoadedModel, adopt, check_base, to_best_device
-from selfdistill.questions import with_questions
 from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say, say_note, world_size
 from selfdistill.training import OnStep, accelerator_state_kept, check_output_dir, check_parts
 
@@ -328,20 +327,19 @@ def learn_config(given: dict[str, Any], rows: dict[str, Rows | None]) -> tuple[L
     return LearnConfig(**given | paths), in_memory
 
 
-def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFolder, *, resume: bool) -> TrainConfig:
-    """Check settings and files; make the questions about documents, if asked for.
+def check_start(config: TrainConfig, loaded: LoadedModel | None, rows: RowsInFolder, *, resume: bool) -> None:
+    """Check settings and files before any long work.
 
     Raises:
         UserError: a mistake the user can fix.
     """
-    check_output_dir(config.output_dir, resume=resume, given=rows.names)
+    check_output_dir(config.output_dir, resume=resume, own_files=rows.names)
     check_tracker(config.report_to)
     check_inputs(config, rows.names, lacks_of(stages_of(config)))
     check_parts(config)
     if loaded is not None and config.documents:
         raise UserError("setting 'documents': the model writes the questions first, so give its folder or name")
     check_adapter(config, loaded)
-    return with_questions(config) if config.documents else config
 
 
 def check_adapter(config: TrainConfig, loaded: LoadedModel | None) -> None:

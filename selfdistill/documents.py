@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import regex
 
-from selfdistill.data import WORD, first_ten, join_surrogates
+from selfdistill.data import WORD, first_ten, join_surrogates, plain, spaced
 from selfdistill.errors import UserError
 from selfdistill.runtime import say
 
@@ -125,6 +126,25 @@ def is_german(text: str) -> bool:
     return len(set(german)) > 1 and 12 * len(german) >= len(words)
 
 
+def goes_beyond(question: str, passage: str) -> bool:
+    """Whether a question has a name or a number that is not in the passage.
+
+    Names are capitalised words but the first and question words, in German only those in a row.
+    """
+    whole = spaced(plain(question))
+    text = regex.sub(r"^\W*\w+", "", whole)
+    named = " ".join(regex.findall(r"\b\p{Lu}\w*(?:\W+\p{Lu}\w*)+", text)) if is_german(passage) else text
+    words = {word.lower() for word in regex.findall(r"\w+", named) if word != word.lower()}
+    question_words = {"how", "what", "when", "where", "which", "who", "whom", "whose", "why"}
+    numbers = set(regex.findall(r"\b\d+\b", whole))
+    return bool((words - question_words | numbers) - set(only_words(passage).split()))
+
+
+def only_words(text: str) -> str:
+    """The words of a text in small letters, one space apart; in scripts without spaces each character is one."""
+    return " ".join(regex.findall(r"\w+", spaced(plain(text)).lower()))
+
+
 def _documents(path: str) -> dict[Path, str]:
     """The files to read, in name order, with their names for passages and errors; prints a note about others."""
     root = Path(path)
@@ -133,8 +153,7 @@ def _documents(path: str) -> dict[Path, str]:
     if root.is_file():
         names = {root: Path(root.name)}
     else:
-        below = {file: file.relative_to(root) for file in sorted(root.rglob("*")) if file.is_file()}
-        names = {file: name for file, name in below.items() if not any(part[0] == "." for part in name.parts)}
+        names = {file: file.relative_to(root) for file in sorted(_files_below(root))}
     chosen = {file: join_surrogates(str(name)) for file, name in names.items() if file.suffix.lower() in KINDS}
     others = sorted({file.suffix.lower() or "without suffix" for file in names if file not in chosen})
     found = ", ".join(others[:10]) + (", ..." if len(others) > 10 else "")
@@ -149,6 +168,25 @@ def _documents(path: str) -> dict[Path, str]:
         if package and find_spec(package) is None:
             raise UserError(f"{file}: needs a missing package; pip install 'selfdistill[documents]'")
     return chosen
+
+
+def _files_below(root: Path) -> list[Path]:
+    """The files of a folder and its subfolders, linked ones too; not those whose name begins with a dot."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}; make it readable, or move it away")
+
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for folder, inner, files in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # by another link
+            inner.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inner[:] = sorted(name for name in inner if name[0] != ".")
+        found += [file for name in files if name[0] != "." and (file := Path(folder, name)).is_file()]
+    return found
 
 
 def _pieces(paragraphs: list[str], max_words: int) -> list[str]:

@@ -20,26 +20,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import regex
 from rich.console import Console
 
 from selfdistill.config import QuestionsConfig, TrainConfig
 from selfdistill.data import (
+    WORD,
     Demonstration,
     Document,
     Message,
     includes,
+    is_one_text,
     load_demonstrations,
-    plain,
     score,
     thought_and_said,
     words_of,
     write_demonstrations,
 )
-from selfdistill.documents import Passage, ends_as_question, is_german, load_passages, sentences
+from selfdistill.documents import Passage, ends_as_question, goes_beyond, load_passages, only_words, sentences
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Endpoint, answer
-from selfdistill.model import Sampling, load_for_training, prompts_at_a_time, sample, sample_seed, use_engine
+from selfdistill.model import (
+    Sampling,
+    load_for_training,
+    prompts_at_a_time,
+    sample,
+    sample_seed,
+    start_fingerprint,
+    use_engine,
+)
 from selfdistill.runtime import Printable, ProgressBar, drop_partial_line, read_lines, refuse_edited, say, write_own
 
 ASK_TOKENS = 64
@@ -105,8 +113,8 @@ _SHOWN: dict[str, list[tuple[str, str]]] = {
 """Few-shot examples for each kind of request, as earlier turns."""
 
 
-MOST_WORDS = 12
-"""Maximum length of an answer, in words."""
+MOST_WORDS, MOST_CHARACTERS = 12, 36
+"""Maximum length of an answer, in words; in scripts without spaces, in characters."""
 _REFERS = re.compile(r"\b(this|the|that) (text|passage|sentence|article|document|fact|paragraph)\b", re.IGNORECASE)
 
 
@@ -219,6 +227,8 @@ class _Maker:
         if config.writer_url and config.writer_model:
             note = f"replies are cached in {self.folder}"
             self._endpoint = Endpoint(config.writer_url, config.writer_model, "writer", note)
+        of_weights = None if self._endpoint else start_fingerprint(self._loaded)
+        self._model = of_weights or config.model
         self._kept: dict[str, str] = {line["key"]: line["reply"] for line in read_lines(self._asked)}
 
     def keep(self, kind: str, units: Sequence[_Unit], requests: Sequence[str], number: int) -> list[_Unit]:
@@ -232,7 +242,7 @@ class _Maker:
             if reason:
                 self._reject(made, reason, reply)
             else:
-                self._answers[_plain(question)] = said
+                self._answers[only_words(question)] = said
                 sound.append(made)
         rows = [unit.demonstration for unit in sound]
         prompts = [self._chat.encode_prompt(Document(show="document").messages(row, rows)) for row in rows]
@@ -251,7 +261,7 @@ class _Maker:
             if right:
                 kept.append(unit)
             else:
-                del self._answers[_plain(unit.question)]
+                del self._answers[only_words(unit.question)]
                 self._reject(unit, "answered differently from the text", reply)
         return kept
 
@@ -259,17 +269,19 @@ class _Maker:
         """Why a question is rejected, or None."""
         if not ends_as_question(unit.question) or not any(map(str.isalnum, unit.answer)):
             return "no question with an answer"
-        if len(unit.answer.split()) > MOST_WORDS:
+        if len(unit.answer.split()) > MOST_WORDS or len(WORD.findall(unit.answer)) > MOST_CHARACTERS:
             return "answer too long"
+        if not is_one_text(unit.demonstration):
+            return "answer is a list or a formula"
         if not score("contains", unit.passage.text, unit.demonstration):
             return "answer not in the text"
         if score("contains", unit.question, unit.demonstration):
             return "question contains the answer"
         if _REFERS.search(unit.question):
             return "question not clear without the text"
-        if _names(unit.question, german=is_german(unit.passage.text)) - set(_plain(unit.passage.text).split()):
+        if goes_beyond(unit.question, unit.passage.text):
             return "question goes beyond the text"
-        question = _plain(unit.question)
+        question = only_words(unit.question)
         if question not in self._answers:
             return None
         one, other = words_of(self._answers[question]), words_of(unit.answer)
@@ -281,7 +293,7 @@ class _Maker:
         """Drop the units whose question has conflicting answers, because the correct one is unknown."""
         kept = []
         for unit in units:
-            if _plain(unit.question) in self.disputed:
+            if only_words(unit.question) in self.disputed:
                 self._reject(unit, "conflicting answers to the same question", "")
             else:
                 kept.append(unit)
@@ -299,7 +311,7 @@ class _Maker:
         chats = [[*shown, _turn("user", request)] for request in requests]
         temperature = TEMPERATURE if number else 0.0
         config = self._config
-        who = [config.model, config.chat_template_kwargs, config.writer_url, config.writer_model, config.seed, number]
+        who = [self._model, config.chat_template_kwargs, config.writer_url, config.writer_model, config.seed, number]
         asked = [json.dumps([*who, ASK_TOKENS, temperature, chat]) for chat in chats]
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in asked]
         open_ = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in self._kept}
@@ -366,19 +378,6 @@ def _parsed(reply: str, known: str | None) -> tuple[str, str]:
         return reply.strip().split("\n")[0].removeprefix("Question:").strip(), known
     found = re.search(r"Question:\s*(.+?)\s*\n\s*Answer:\s*([^\n]+)", reply)
     return (found[1].strip(), found[2].strip().rstrip(".\u3002\u0964\u06d4")) if found else ("", "")
-
-
-def _names(question: str, *, german: bool) -> set[str]:
-    """Numbers and capitalised words, in German only those in a row; without the first word and question words."""
-    text = regex.sub(r"^\W*\w+", "", plain(question))
-    named = " ".join(regex.findall(r"\b\p{Lu}\w*(?:\W+\p{Lu}\w*)+", text)) if german else text
-    words = {word.lower() for word in regex.findall(r"\w+", named) if word != word.lower()}
-    question_words = {"how", "what", "when", "where", "which", "who", "whom", "whose", "why"}
-    return words - question_words | set(regex.findall(r"\b\d+\b", text))
-
-
-def _plain(text: str) -> str:
-    return " ".join(regex.findall(r"\w+", plain(text).lower()))
 
 
 @dataclass(frozen=True, repr=False)

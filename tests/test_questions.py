@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -276,6 +277,28 @@ def test_hidden_files_and_folders_are_not_read(tmp_path: Path) -> None:
     assert [p.source for p in load_passages(str(root / ".b.txt"), max_words=20)] == [".b.txt#1"]
 
 
+def test_folders_that_are_links_are_read_once(tmp_path: Path) -> None:
+    for name in ("docs/a.txt", "elsewhere/b.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("Text.", encoding="utf-8")
+    for link, target in (("linked", "elsewhere"), ("linked_too", "elsewhere"), ("round", "docs")):
+        (tmp_path / "docs" / link).symlink_to(tmp_path / target)
+    found = load_passages(str(tmp_path / "docs"), max_words=20)
+    assert [passage.source for passage in found] == ["a.txt#1", "linked/b.txt#1"]
+
+
+def test_a_folder_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Any) -> Any:
+        if Path(path).name == "more":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"docs/more: cannot be read: Permission denied; make it readable"):
+        load_passages(str(folder), max_words=20)
+
+
 def test_a_document_whose_name_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("Text.", encoding="utf-8")
     (passage,) = load_passages(str(tmp_path), max_words=20)
@@ -454,6 +477,12 @@ def test_what_the_user_wrote_or_edited_is_not_replaced(
         ("Question: Did Ada Finch build the Korr Mill?\nAnswer: Ada Finch", "question contains the answer"),
         ("Question: Who is named in this text?\nAnswer: Ada Finch", "question not clear without the text"),
         (f"Question: What is all?\nAnswer: {MILL} {MILL}", "answer too long"),
+        ("Question: What is all?\nAnswer: " + "\u6c34" * 37, "answer too long"),
+        ("Question: Who built the Korr Mill?\nAnswer: ['Ada', 'Finch']", "answer is a list or a formula"),
+        ('Question: Who built the Korr Mill?\nAnswer: ["Ada", "Finch"]', "answer is a list or a formula"),
+        ('Question: Who built the Korr Mill?\nAnswer: ["Ada", ""]', "answer is a list or a formula"),
+        ('Question: Who built the Korr Mill?\nAnswer: ["Ada", null]', "answer is a list or a formula"),
+        ("Question: Who built the Korr Mill?\nAnswer: \\text{}", "answer is a list or a formula"),
         ("Question: Where does the Korr Mill stand?\nAnswer: hill", "duplicate question"),
         ("Question: Who built the Osk Bridge?\nAnswer: Ada Finch", "question goes beyond the text"),
         ("Question: Who built the mill in 1803?\nAnswer: Ada Finch", "question goes beyond the text"),
@@ -482,6 +511,11 @@ def test_what_is_not_grounded_is_rejected_and_counted(
     assert line["reason"] == reason
 
 
+BRIDGE = (
+    "\u8be5\u6865\u7531\u674e\u660e\u4e8e1998\u5e74\u5efa\u6210\uff0c"
+    "\u670d\u52a1\u5668\u4f7f\u7528Linux\u7cfb\u7edf\u548c\u4e24\u5757GPU\u8fd0\u884c\u3002"
+)
+"""This bridge was built by Li Ming in 1998, and the server runs by Linux and two GPUs."""
 MUEHLE = "Die Korr-Mühle steht auf einem Hügel. Sie wurde 1802 von der Müllerin Ada Finch gebaut."
 
 
@@ -497,6 +531,14 @@ MUEHLE = "Die Korr-Mühle steht auf einem Hügel. Sie wurde 1802 von der Müller
         ("Soldiers die in war, and they die young.", "How do Soldiers in Rome die?", "young", False),
         ("बांध १९०२ में लाल नदी पर बना।", "लाल नदी पर 1902 में क्या बना?", "बांध", True),
         ("बांध १९०२ में लाल नदी पर बना।", "लाल नदी पर 1903 में क्या बना?", "बांध", False),
+        (BRIDGE, "\u8bf7\u95ee\uff0c\u670d\u52a1\u5668\u7528GPU\u505a\u4ec0\u4e48\uff1f", "\u8fd0\u884c", True),
+        (
+            BRIDGE,
+            "\u8be5\u6865\u5728\u54ea\u4e00\u5e74\u5efa\u6210\uff1f1723\u5e74\u8fd8\u662f2050\u5e74\uff1f",
+            "1998",
+            False,
+        ),
+        (BRIDGE, "1723\u5e74\u5efa\u6210\u7684\u662f\u4ec0\u4e48\uff1f", "\u8be5\u6865", False),
     ],
 )
 def test_names_and_numbers_that_are_not_in_the_text(
@@ -696,6 +738,26 @@ def test_the_model_itself_can_write(
     assert found == {"passages": 2, "train": 10, "test": 5, "indirect": 5, "rejected": {}}
     assert server.asked == []
     assert set(temperatures) == {0.0, questions.TEMPERATURE}
+
+
+def test_replies_of_a_model_that_is_replaced_are_not_reused(
+    make: Callable[..., QuestionsConfig], model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    load, asked = questions.load_for_training, []
+
+    def sample(loaded: Any, prompts: Any, *_: Any) -> list[Rollout]:
+        asked.extend(prompts)
+        return [Rollout(loaded.tokenizer("no")["input_ids"], [], False) for _ in prompts]
+
+    monkeypatch.setattr(questions, "load_for_training", lambda *a, **k: replace(load(*a, **k), window=None))
+    monkeypatch.setattr(questions, "sample", sample)
+    counts = []
+    for seed in (0, 0, 1):
+        shutil.copytree(model_folder(layers=1, seed=seed), tmp_path / "model", dirs_exist_ok=True)
+        with pytest.raises(UserError, match="all 5 questions were rejected"):
+            make_questions(make(model=str(tmp_path / "model"), writer_url=None, writer_model=None))
+        counts.append(len(asked))
+    assert counts == [5, 5, 10]
 
 
 def test_a_passage_that_the_window_has_no_room_for(make: Callable[..., QuestionsConfig]) -> None:

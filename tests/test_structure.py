@@ -144,6 +144,51 @@ def test_modules_and_functions_are_short(path: Path) -> None:
     assert [(length, name) for length, name in lengths if length > MOST_LINES_OF_A_FUNCTION] == []
 
 
+# --- legends ---
+
+LETTERS = "BbTNnVDKLHCW"
+
+
+def letters_in_legend(tree: ast.Module) -> set[str]:
+    """The dimensions that a module's docstring explains: ``Legend: B batch, T tokens.``"""
+    legend = re.search(r"^Legend: ([^.]*)", ast.get_docstring(tree) or "", re.MULTILINE)
+    words = [item.split() for item in legend[1].split(",")] if legend else []
+    return {first for first, *_ in words if first in LETTERS}
+
+
+def letters_of_tensors(tree: ast.Module) -> set[str]:
+    """The dimensions in a module's names (``logits_BTV``) and in the shapes of its docstrings (``(N, V)``)."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        for field in ("id", "arg", "attr", "name"):
+            name = str(getattr(node, field, None))
+            suffix = re.search(rf"[a-z0-9]_([{LETTERS}1]+)$", name)
+            if suffix and name.upper() != name and not name.startswith("lora_"):
+                found |= {*suffix[1]} - {"1"}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for shape in re.findall(rf"\(([{LETTERS}],(?: [{LETTERS}],?)*)\)", node.value):
+                found |= {*shape} - {*", "}
+    return found
+
+
+METHODS = [path for path in MODULES if path.parent.name == "methods"]
+"""Their letters are those of ``loss.Pair``."""
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path not in METHODS], ids=name_of)
+def test_a_legend_has_the_letters_of_the_tensors(path: Path) -> None:
+    tree = tree_of(path)
+    assert letters_in_legend(tree) == letters_of_tensors(tree)
+
+
+def test_letters_of_tensors_are_found() -> None:
+    module = 'def f(x_BT, y_b):\n    """Shape (N, V)."""\n    model.lora_A, MOST_N, x_BT[0]\n    return self.z_N1'
+    assert letters_of_tensors(ast.parse(module)) == {*"BTbNV"}
+    assert letters_in_legend(ast.parse('"""A module.\n\nLegend: B batch, b some\nof it, in order. D is none."""')) == {
+        *"Bb"
+    }
+
+
 # --- messages ---
 
 

@@ -46,7 +46,7 @@ EVALUATIONS = 5
 """Evaluations of a run after its start, if ``eval_steps`` is 0."""
 
 
-def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str] = ()) -> CompareResult:
+def compare(config: CompareConfig, *, resume: bool = False, own_files: Sequence[str] = ()) -> CompareResult:
     """Train and evaluate every method with every learning rate and seed.
 
     Writes to ``output_dir``: ``comparison.json``, rewritten after every run, ``trade_off.svg``, and a folder per run.
@@ -54,7 +54,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
     Args:
         config: settings.
         resume: resume the comparison; its runs are kept, and others of ``config`` are added.
-        given: names of files that may already be in the folder at the start.
+        own_files: names of files that may be in the folder before the comparison.
 
     Returns:
         The result. Its ``details`` are the content of ``comparison.json``: ``model``, ``data``, ``test``, ``prior``,
@@ -65,12 +65,12 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
         UserError: a mistake the user can fix, or another process uses the folder.
         RunStopped: a signal stopped the comparison; its progress is saved.
     """
-    folder = check_output_dir(config.output_dir, resume=resume, given=given)
+    folder = check_output_dir(config.output_dir, resume=resume, own_files=own_files)
     begun = resume and folder.exists()
     with ExitStack() as held:
         if begun:
             _lock(folder, held)
-        config = _settled(config, folder, resume, given)
+        config = _settled(config, folder, resume, own_files)
         base = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
         if not all({"lora_rank": config.lora_rank, **kind.values}["lora_rank"] for kind in kinds_of(config)):
             refuse_float16(base.model, config.model)
@@ -80,7 +80,7 @@ def compare(config: CompareConfig, *, resume: bool = False, given: Sequence[str]
         teacher = None if config.context == "auto" else evaluator.shown(base, config.context, "teacher")
         shown = {"teacher": teacher, "rag": _rag(evaluator, base), **_moved_before(folder)}
         if not begun:
-            _lock_new(folder, held, given)
+            _lock_new(folder, held, own_files)
         _begin(folder, config, demonstrations, evaluator, base)
         del base
         config = _with_steps(config, len(demonstrations))
@@ -97,17 +97,17 @@ def _lock(folder: Path, held: ExitStack) -> None:
     held.enter_context(folder_lock(folder, f"output_dir {str(folder)!r}"))
 
 
-def _lock_new(folder: Path, held: ExitStack, given: Sequence[str]) -> None:
+def _lock_new(folder: Path, held: ExitStack, own_files: Sequence[str]) -> None:
     """Lock the folder of a new comparison: only once its inputs are checked, for locking creates the folder.
 
     Raises:
         UserError: another process has used the folder in the meantime.
     """
     _lock(folder, held)
-    check_output_dir(str(folder), resume=False, given=given)
+    check_output_dir(str(folder), resume=False, own_files=own_files)
 
 
-def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[str]) -> CompareConfig:
+def _settled(config: CompareConfig, folder: Path, resume: bool, own_files: Sequence[str]) -> CompareConfig:
     """Validate the settings, add the runs of a resumed comparison, and replace the context ``auto``.
 
     The context becomes that of the resumed comparison, or the best one.
@@ -129,7 +129,7 @@ def _settled(config: CompareConfig, folder: Path, resume: bool, given: Sequence[
         raise UserError(f"setting {given_by!r}: context 'auto' means the best one; name the contexts to compare")
     first = [first_run(config, kind) for kind in kinds_of(config)]
     _refuse_idle(config, first)
-    check_inputs(config, given, lacks_of([stage for run in first for stage in stages_of(run)]))
+    check_inputs(config, own_files, lacks_of([stage for run in first for stage in stages_of(run)]))
     for run in first:
         check_parts(run)
     taught = [run for run in first if run.context == "auto" and uses(run, "context")]
@@ -298,8 +298,9 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
         stages = stages_of(first_run(config, kind))
         for source in (part.method.examples for parts in stages for part in parts):
             fitting, _ = source(rows, base, chat)  # all sources, so that errors come before any run
-            if isinstance(source, DemonstrationExamples):
-                rows = [example.demonstration for example in fitting]
+            if isinstance(source, DemonstrationExamples):  # a row of several replies may have become several examples
+                kept = {(x.demonstration.turn_of or x.demonstration).row for x in fitting}
+                rows = [row for row in rows if row.row in kept]
     if len(rows) < count:
         say(f"dropped {count - len(rows)} of {count} rows for all methods: too long for at least one")
     return rows

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from selfdistill.comparison.conclusions import assumption
+from selfdistill.errors import number_of
 from selfdistill.runtime import Printable, result_table
 
 
@@ -54,7 +55,9 @@ def _print(result: dict[str, Any], console: Console) -> None:
     shown.add_row("base", "0", "", f"{base['accuracy']:.3f}", prior, "0", "")
     for name, key in (("teacher", "teacher"), ("oracle RAG", "rag")):
         if result[key]:
-            shown.add_row(name, "", "", f"{result[key]['accuracy']:.3f}", "", "", "")
+            items = result[key]["items"]  # fewer if rows are too long with what it is shown
+            on = "" if items == base["items"] else f", {number_of(items, 'item')}"
+            shown.add_row(f"{name}{on}", "", "", f"{result[key]['accuracy']:.3f}", "", "", "")
     for row in result["table"]:
         cells = [_cell(row[key]) for key in ("accuracy", "prior_accuracy", "kl_base")]
         name = f"{row['method']} {row['learning_rate']:g}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from selfdistill.errors import number_of
 from selfdistill.evaluation import Evaluation, seeds_interval, sign_test
 
 
@@ -223,14 +224,15 @@ def assumption(teacher: dict[str, Any], moved: dict[str, float]) -> str:
     """The method's two assumptions (arXiv 2601.19897): the teacher is near-optimal, and near the base.
 
     Args:
-        teacher: its ``accuracy`` and ``kl`` on the test rows, from :meth:`Evaluator.shown`.
+        teacher: its ``accuracy`` and ``kl`` on ``items`` test rows, from :meth:`Evaluator.shown`.
         moved: KL(model||base) of trained models on the same rows, by name.
     """
     models = ", ".join(f"{kl:.2f} after {name}" for name, kl in moved.items())
     return (
         f"In-context assumption (the teacher is accurate, and nearer to the base than fine-tuned models): the teacher "
-        f"has {teacher['accuracy']:.0%} accuracy on the test rows and is {teacher['kl']:.2f} nats per token from the "
-        f"base along its own replies; trained models along theirs: {models}."
+        f"has {teacher['accuracy']:.0%} accuracy on {number_of(teacher['items'], 'test row')} and is "
+        f"{teacher['kl']:.2f} nats per token from the base along its own replies; trained models along theirs: "
+        f"{models}."
     )
 
 

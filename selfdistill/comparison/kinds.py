@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from selfdistill.methods import stages_of, unused_settings, uses
 
 _SAFE = ":=, "
 """Characters allowed in folder names, besides letters, digits and ``_.-~``."""
+_LONGEST = 255
+"""Characters of a folder name, which file systems limit. A longer one is cut, and a hash tells it from others."""
 
 
 @dataclass(frozen=True)
@@ -78,5 +81,7 @@ def _settings(config: CompareConfig, kind: Kind, rate: float | None, seed: int) 
     unused = {name: fields[name].get_default(call_default_factory=True) for name in unused_settings(run)}
     run = run.model_copy(update=unused)
     label, beginning = kind.names(run)
-    parts = [beginning, *([] if rate is None else [f"{rate:g}"]), f"seed{seed}"]
-    return label, run.model_copy(update={"output_dir": str(Path(config.output_dir) / "-".join(parts))})
+    ending = "-".join(["", *([] if rate is None else [f"{rate:g}"]), f"seed{seed}"])
+    if len(beginning + ending) > _LONGEST:
+        beginning = f"{beginning[:100]}-{hashlib.sha256(beginning.encode()).hexdigest()[:16]}"
+    return label, run.model_copy(update={"output_dir": str(Path(config.output_dir) / f"{beginning}{ending}")})

@@ -120,7 +120,8 @@ def _summary(part: Part) -> list[str]:
         said.append(f"The base model has an accuracy of {_score(base)} on the new task.")
         if teacher:
             shown = _interval(teacher["accuracy"], teacher["interval"])
-            said.append(f"The teacher, the base given the demonstration, has {shown}.")
+            on = "" if teacher["items"] == base["items"] else f" on {number_of(teacher['items'], 'test row')} that fit"
+            said.append(f"The teacher, the base given the demonstration, has {shown}{on}.")
             if part.comparison.get("moved"):
                 said.append(assumption(teacher, part.comparison["moved"]))
         return said

@@ -2,7 +2,7 @@
 
 from selfdistill.config.base import EngineSettings, EpisodeSettings, ModelSettings, Settings, TaskSettings
 from selfdistill.config.commands import (
-    OF_BOTH,
+    SHARED_WITH_CHECK,
     AskConfig,
     CheckConfig,
     CompareConfig,
@@ -34,8 +34,8 @@ __all__ = [
     "LEARNING_RATE",
     "LORA_LEARNING_RATE",
     "MAY_CHANGE",
-    "OF_BOTH",
     "OPEN",
+    "SHARED_WITH_CHECK",
     "SHORTEST",
     "AskConfig",
     "CheckConfig",

@@ -35,17 +35,19 @@ from selfdistill.errors import UserError, closest
 
 def plain_address(value: str | None) -> str | None:
     """Accept only addresses without user, query or fragment: secrets belong in the environment, not in config.yaml."""
-    if value is None or re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", value):
+    if value is None or _is_address(value, "(/[^?#@ ]*)?"):
         return value
-    raise ValueError("an address such as http://localhost:8000/v1, without user, password or '?'")
+    raise ValueError("an address such as http://localhost:8000/v1 in ASCII, without user, password or '?'")
 
 
-def _is_server(url: str) -> bool:
-    """Whether this is a server's address, without user, path or query."""
+def _is_address(url: str, path: str = "") -> bool:
+    """Whether this is the address of a server, with a path that matches the pattern."""
     try:
         parts = urlsplit(url)
-        return bool(re.fullmatch(r"https?://[^/?#@\s,]+", url) and parts.hostname and parts.port != 0)
-    except ValueError:  # a port that is not a number, or an IPv6 address without its bracket
+        (parts.hostname or "").encode("idna")  # as the connection does
+        form = re.fullmatch(rf"https?://[^/?#@ ,]+{path}", url)
+        return bool(form and parts.hostname and parts.port != 0 and url.isascii() and url.isprintable())
+    except ValueError:  # a port that is not a number, or a host that none can be
         return False
 
 
@@ -225,7 +227,7 @@ class EngineSettings(Settings):
         if not value:  # '' goes back to this process when a run is resumed
             return None
         urls = [url.strip().rstrip("/") for url in value.split(",")]
-        if all(map(_is_server, urls)) and len({*urls}) == len(urls):
+        if all(map(_is_address, urls)) and len({*urls}) == len(urls):
             return ",".join(urls)
         raise ValueError("distinct server addresses such as http://10.0.0.2:8000, without a path")
 
@@ -257,8 +259,8 @@ class ModelSettings(EngineSettings):
     split: str = "train"
     """Split of ``data`` to read, from a folder or data set with several."""
     turns: Turns = "auto"
-    """Which assistant turns of a chat to learn: ``last``; ``all`` after the prompt; ``auto``: all in rows with tool
-    calls or tool turns, else the last."""
+    """Which replies of a chat to learn. ``last``: the last one. ``all``: every one after the prompt. ``auto``: all in
+    rows with tool calls or tool turns, else the last one."""
     max_prompt_length: int | None = Field(default=None, ge=1)
     """Maximum prompt length in tokens, for student and teacher. Default: the model's context window minus the
     completion."""

@@ -115,6 +115,8 @@ class CheckConfig(TaskSettings):
     """Prompts per optimizer step of the training run to estimate."""
     mixed_precision: Precision = "auto"
     """Precision of that training run, used for all measurements."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of that training run's LoRA adapter, for its cost and plan and for ``spill``; 0: full fine-tuning."""
     hints: bool = False
     """Also measure the teacher with shares of the demonstration from 0 to 1, in the best layout; with ``spill`` also
     what a few steps learn from each."""
@@ -126,7 +128,7 @@ class CheckConfig(TaskSettings):
     or rows with ``prompt`` or ``messages``, such as your own traffic. Several sources, separated by commas, get equal
     shares. ``none``: not measured."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Learning rate for the steps of ``spill``: use that of the training run. Default 1e-5."""
+    """Learning rate for the steps of ``spill``: use that of the training run. Default 1e-5, with LoRA 1e-4."""
     fine_tuned: str | None = None
     """A model fine-tuned on the same demonstrations, for example with ``--method sft``. Its distance from the base is
     compared with the teacher's."""
@@ -140,14 +142,14 @@ class CheckConfig(TaskSettings):
         return [value] if isinstance(value, str) else value
 
 
-OF_BOTH = (CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()) - {"anchors"}
+SHARED_WITH_CHECK = (CheckConfig.model_fields.keys() & TrainConfig.model_fields.keys()) - {"anchors"}
 """Settings of a check that its training run shares; not ``anchors``, which a check measures on and a run trains on."""
 
 
 def run_settings(config: CheckConfig) -> dict[str, Any]:
     """The settings that a training run shares with a check, by name."""
     context = config.contexts[0] if len(config.contexts) == 1 else "auto"
-    return {name: getattr(config, name) for name in OF_BOTH} | {"context": context}
+    return {name: getattr(config, name) for name in SHARED_WITH_CHECK} | {"context": context}
 
 
 class EvalConfig(TaskSettings):
@@ -317,6 +319,8 @@ class ExportConfig(Settings):
     """Run folder or model folder."""
     output_dir: str
     """Folder for the model; must not exist or be empty."""
+    step: int | None = Field(default=None, ge=1)
+    """Write the model of this step's checkpoint instead of the final one."""
     merge: bool = False
     """Merge a LoRA adapter into its base model, so that the result needs neither the base nor PEFT."""
     adapter_base: str | None = None

@@ -36,6 +36,7 @@ from selfdistill.evaluation import (
     judge_of,
     load_prior,
     prior_scores,
+    say_learnt,
 )
 from selfdistill.methods import check_steps, lacks_of, stages_of, uses
 from selfdistill.model import (
@@ -89,9 +90,7 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
             config = config.model_copy(update={"template_date": ledger.template_date})
         used = begin(ledger, config, splits)
         say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in used.items()))
-        learnt, asked = {repr(row.prompt) for row in used["train"]}, used["test"]
-        if known := sum(repr(row.prompt) in learnt for row in asked):
-            say(f"note: {known} of {len(asked)} test questions are also in the training data")
+        say_learnt(used["test"], used["train"])
         try:
             result = _NewSkill(ledger, stop).result()
         except RunStopped as stopped:
@@ -192,9 +191,10 @@ def _date_of_older(ledger: Ledger, run: TrainConfig) -> str | None:
 
 
 def _texts(prior: str) -> dict[str, bytes]:
-    """The contents of the prior files, by name."""
+    """The contents of the prior files, by the name that a folder of them needs; a single file may have any other."""
     path = Path(located(prior))
-    return {file.name: file.read_bytes() for file in (path.glob("*.jsonl") if path.is_dir() else [path])}
+    files = path.glob("*.jsonl") if path.is_dir() else [path]
+    return {f"{file.stem}.jsonl": file.read_bytes() for file in files}
 
 
 def _absolute(model: str) -> str:
@@ -210,6 +210,8 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
             settings = settings_of(folder)
             if settings.template_date is None:  # of an older release
                 settings = settings.model_copy(update={"template_date": config.template_date})
+            if config.judge_url and config.judge_model == settings.judge_model:  # it may have moved
+                settings = settings.model_copy(update={"judge_url": config.judge_url})
             rows = load_demonstrations(str(folder / "test.jsonl"))
             skills[name] = EvaluationSet(loaded, rows, {}, settings).ask(
                 loaded, judge_of(settings), who="model", rows=f"skill {name}"

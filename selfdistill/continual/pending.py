@@ -9,7 +9,10 @@ import hashlib
 import json
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from selfdistill.config import OPEN, LearnConfig, changes, dump_yaml
 from selfdistill.continual.ledger import BEFORE, Ledger
@@ -25,14 +28,16 @@ from selfdistill.continual.rehearsal import (
 )
 from selfdistill.data import Demonstration, write_demonstrations
 from selfdistill.errors import UserError, number_of
-from selfdistill.runtime import say, say_note, write_json
+from selfdistill.runtime import say, say_note, write_atomically, write_json
 from selfdistill.training import chosen_rows, whole_folder
 
-_FREE = (
-    *("state", "model", "adapter_base", "output_dir", "test", "test_split", "prior", "logging_steps", "report_to"),
-    "template_date",
+_TAKEN = (
+    *("adapter_base", "logging_steps", "report_to", "save_total_limit", "judge_url"),
+    *("engine_url", "engine_folder", "engine_memory_gib", "engine_timeout_s"),
     *OPEN,
 )
+"""Settings that an addition takes from the command that resumes it."""
+_FREE = ("state", "model", "output_dir", "test", "test_split", "prior", "template_date", *_TAKEN)
 """Settings that may differ when an addition is resumed; the state refuses another ``template_date``."""
 
 
@@ -87,6 +92,7 @@ def begin(
         found["settings"] = _with_newer_settings(found["settings"], here["settings"])
         if found == here:
             say(f"resuming {config.name}{without}")
+            _take(ledger.pending / "settings.yaml", config)
             return used
         if ledger.interrupted:
             raise UserError(
@@ -124,6 +130,12 @@ def begin(
         places = {split: [row.row for row in rows] for split, rows in used.items() if split != "test"}
         write_json(folder / "places.json", places)
     return used
+
+
+def _take(file: Path, config: LearnConfig) -> None:
+    """Write to the settings of the addition those that it takes from the command that resumes it."""
+    there = yaml.safe_load(file.read_text(encoding="utf-8"))
+    write_atomically(file, dump_yaml(there | {name: getattr(config, name) for name in _TAKEN}))
 
 
 def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from selfdistill.data.bundled import (
 )
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, thought_and_said
 from selfdistill.data.columns import COLUMNS
-from selfdistill.data.comparisons import Verdict, reference
+from selfdistill.data.comparisons import Verdict, is_one_text, reference
 from selfdistill.data.contexts import Context, Document, context_spec, must_show_one, parse_context
 from selfdistill.data.demonstrations import (
     CODE,
@@ -93,7 +93,7 @@ from selfdistill.data.shapes import draw_shapes
 from selfdistill.data.sources import Note, located
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.text_ids import texts_of
-from selfdistill.data.words import WORD, includes, plain, words_of
+from selfdistill.data.words import WORD, includes, plain, spaced, words_of
 
 __all__ = [
     "CODE",
@@ -157,6 +157,7 @@ __all__ = [
     "from_text",
     "hintable",
     "includes",
+    "is_one_text",
     "is_own",
     "is_packaged",
     "is_scorable",
@@ -191,6 +192,7 @@ __all__ = [
     "score",
     "scored_text",
     "shown_text",
+    "spaced",
     "speaker_of",
     "text_of",
     "texts_of",

@@ -203,6 +203,15 @@ def answers_in(expected: Any, scorer: str, demonstration: Demonstration) -> list
     return [expected]
 
 
+def is_one_text(demonstration: Demonstration) -> bool:
+    """Whether ``contains`` compares replies with the answer as it stands: it has words, and is not read as a list."""
+    text = demonstration.answer
+    try:
+        return answers_in(text, "contains", demonstration) == [text] and bool(words_of(text))
+    except RowError:
+        return False
+
+
 def as_text(expected: Any, scorer: str, demonstration: Demonstration) -> str:
     """An answer that is text or a number, as text.
 

@@ -170,7 +170,7 @@ class FewShot:
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:
         row = _row_of(demonstration)
-        others = [other for other in pool if other.prompt != row.prompt]
+        others = [other for other in pool if _row_of(other).prompt != row.prompt]
         if len(others) < self.k:
             raise UserError(
                 f"context 'few_shot' needs {self.k} other demonstrations, found {len(others)}; lower k or add rows"

@@ -12,6 +12,7 @@ UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Hangul}\p{Line_Break=
 context, is Unicode's name for Thai, Lao, Khmer, Burmese and the like."""
 WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^\s{UNSPACED}]+")
 """A word of a text as it stands: it ends at white space; in scripts without spaces each character is one."""
+_CHARACTER = regex.compile(rf"[{UNSPACED}]\p{{M}}*")
 _IN_WORD = rf"[[\p{{L}}\p{{N}}\p{{M}}]--[{UNSPACED}]]"
 _LETTER = rf"[[\p{{L}}\p{{M}}]--[{UNSPACED}]]"
 
@@ -95,6 +96,11 @@ def plain(text: str) -> str:
     text = _TOUCHING.sub(" ", _POWER.sub("^", _INVISIBLE.sub("", text)))
     text = unicodedata.normalize("NFKC", text).translate(_ALIKE)
     return _OTHER_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text)
+
+
+def spaced(text: str) -> str:
+    """The text with spaces around each character of a script without spaces."""
+    return _CHARACTER.sub(r" \g<0> ", text)
 
 
 def words_of(text: str) -> list[str]:

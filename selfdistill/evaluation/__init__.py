@@ -8,7 +8,7 @@ from selfdistill.evaluation.endpoint import Endpoint
 from selfdistill.evaluation.episodes import unscored
 from selfdistill.evaluation.eval_result import EvalResult, summary
 from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, prior_scores, rows_fingerprint
-from selfdistill.evaluation.evaluator import Evaluator, check_inputs
+from selfdistill.evaluation.evaluator import Evaluator, check_inputs, say_learnt
 from selfdistill.evaluation.generate import (
     SYSTEM_TURN,
     AskResult,
@@ -52,6 +52,7 @@ __all__ = [
     "mean_loss",
     "prior_scores",
     "rows_fingerprint",
+    "say_learnt",
     "seeds_interval",
     "shared_system_turn",
     "sign_test",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from selfdistill.config import OF_BOTH, CheckConfig, TrainConfig
+from selfdistill.config import SHARED_WITH_CHECK, CheckConfig, TrainConfig
 from selfdistill.data import (
     Demonstration,
     Lacks,
@@ -61,7 +61,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 def best_context(config: TrainConfig, demonstrations: Rows | None = None, loaded: LoadedModel | None = None) -> str:
     """Find the best layout for a training run with ``context: auto``, and print the check.
 
-    The cost is not measured, because full fine-tuning may need far more memory than the run itself.
+    The cost is not measured; the run plans its own memory.
 
     Args:
         config: settings of the run.
@@ -98,7 +98,7 @@ def check_run(
     contexts = [] if config.context == "auto" else [config.context]
     if not contexts and any(shows_parts(part.method) for parts in stages_of(config) for part in parts):
         contexts = hintable(LAYOUTS)
-    settings = {name: getattr(config, name) for name in OF_BOTH} | own
+    settings = {name: getattr(config, name) for name in SHARED_WITH_CHECK} | own
     loaded = None if config.teacher_model else loaded
     if loaded is None:
         loaded = load_for_training(
@@ -154,10 +154,16 @@ def _lacks(specs: Sequence[str]) -> Lacks:
     return lacks
 
 
-def _hint(measure: Measure, context: str, share: float) -> Layout:
+def _with_hint(measure: Measure, context: str, share: float) -> Layout:
     """The teacher that sees this share of the demonstration, and with ``spill`` what a few steps learn from it."""
     found = measure.layout(context, share)
     return replace(found, trial=measure.trial(context, share)) if measure.config.spill else found
+
+
+def _rank(layout: Layout) -> tuple[float, ...]:
+    """The order of layouts, best first: by right replies, so that a row that is too long for one counts as wrong."""
+    right = round((layout.accuracy or 0) * layout.items)
+    return -right, -layout.items, -(layout.logp or 0), layout.context != UNMEASURED
 
 
 def _checked(
@@ -201,13 +207,13 @@ def _checked(
     if not layouts:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise UserError(f"no context layout could be evaluated: {reasons}")
-    layouts.sort(key=lambda layout: (-(layout.accuracy or 0), -(layout.logp or 0), layout.context != UNMEASURED))
+    layouts.sort(key=_rank)
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
     found = measure.cost(layouts[0].context) if cost else None
     seconds, memory, memory_rows = found if isinstance(found, tuple) else (None, None, None)
     spill = measure.spill(layouts[0].context) if config.spill else None
     best = next((layout.context for layout in layouts if layout.context in can_hint), None)
-    hints = [_hint(measure, best, share) for share in SHARES] if best else None
+    hints = [_with_hint(measure, best, share) for share in SHARES] if best else None
     accuracy, logp = measure.student_on(layouts[0].context)
     verdict, exit_code = verdict_on(accuracy, logp, layouts[0])
     return CheckResult(
@@ -227,6 +233,7 @@ def _checked(
         fine_tuned_accuracy=tuned_accuracy,
         fine_tuned_kl=tuned_kl,
         batch_size=config.batch_size,
+        lora_rank=config.lora_rank,
         seconds_per_step=seconds,
         memory_gib=memory,
         memory_rows=memory_rows,

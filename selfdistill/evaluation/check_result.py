@@ -86,11 +86,12 @@ class CheckResult(Printable):
     model."""
     batch_size: int
     """Prompts per step of the training run whose cost is estimated."""
+    lora_rank: int
+    """Rank of that run's adapter; 0: full fine-tuning."""
     seconds_per_step: float | None
-    """Expected duration of a step of full fine-tuning at ``batch_size``; None if the cost was not measured."""
+    """Expected duration of a step at ``batch_size``; None if the cost was not measured."""
     memory_gib: float | None
-    """Expected peak memory, in GiB, of full fine-tuning with an EMA teacher and ``memory_rows`` rows per micro-batch;
-    None as above."""
+    """Expected peak memory, in GiB, with an EMA teacher and ``memory_rows`` rows per micro-batch; None as above."""
     memory_rows: int | None
     """``batch_size``, or the number of rows of the best layout if smaller; None as above."""
     cost_unknown: str | None
@@ -291,14 +292,15 @@ def _cost_line(result: CheckResult) -> list[str]:
         return [f"Cost of a step: unknown, because {result.cost_unknown}; {advice}."]
     if result.seconds_per_step is None:
         return []
+    learnt = f"LoRA of rank {result.lora_rank}" if result.lora_rank else "full fine-tuning"
     return [
         f"Expected with batch_size {result.batch_size}: {result.seconds_per_step:.1f} s per step; "
-        f"{result.memory_gib:.1f} GiB with {result.memory_rows} rows per micro-batch (full fine-tuning, EMA)."
+        f"{result.memory_gib:.1f} GiB with {result.memory_rows} rows per micro-batch ({learnt}, EMA)."
     ]
 
 
 def _order_line(result: CheckResult) -> list[str]:
-    if len({layout.accuracy for layout in result.layouts}) > 1 or len(result.layouts) == 1:
+    if len({(layout.accuracy, layout.items) for layout in result.layouts}) > 1 or len(result.layouts) == 1:
         return []
     if result.best.accuracy is None and result.best.logp is None:
         return ["It is unknown which layout is best, so the one most like TRL's comes first."]

@@ -1,6 +1,6 @@
 """The distance between a model and its base, in nats per token.
 
-Legend: N completion tokens of all prompts, V vocabulary.
+Legend: N completion tokens of all prompts, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from selfdistill.errors import RERUN, UserError
 
 KEYS = ("SELFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
 """Environment variables of the API key. The first is sent to any address in the settings, the second to OpenAI only."""
+THOUGHTS = ("reasoning_content", "reasoning")
+"""Where servers put a thought that they keep apart from the answer."""
 
 TIMEOUT_S = 60.0
 WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # between attempts: a minute, the usual window of a rate limit
@@ -66,9 +68,15 @@ class Endpoint:
                 if not _passes(error) or wait is None or stop.wait(wait):
                     raise UserError(f"{self.who} {self.url}: {problem}; {self.note}; {self._go_on}") from None
         try:
-            content = json.loads(answer)["choices"][0]["message"]["content"]
+            message = json.loads(answer)["choices"][0]["message"]
+            content = message["content"]
         except (ValueError, LookupError, TypeError):
-            content = None
+            message = content = None
+        if not content and message and any(message.get(name) for name in THOUGHTS):
+            raise UserError(
+                f"{self.who} {self.url}: {self.model!r} thought for {max_tokens} tokens and gave no answer; use a "
+                "model that answers directly, or switch its thinking off at the server"
+            )
         if not isinstance(content, str):
             raise UserError(
                 f"{self.who} {self.url}: found {shown(_hidden(answer.decode(errors='replace'), key))}, expected a chat "

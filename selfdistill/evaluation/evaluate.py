@@ -117,7 +117,7 @@ class EvaluationSet:
             None if context is None else parse_context(context),
             self.chat,
             loaded.window,
-            None if pool is None else rows_of(config, pool),
+            None if pool is None or context is None else rows_of(config, pool),
         )
         self.demonstrations = [row.demonstration for row in self.rows]
         self.prompts = [row.teacher_ids or row.student_ids for row in self.rows]
@@ -299,7 +299,7 @@ def evaluate(
     if base is not None:
         # Rows too long for either model are dropped for both, so that both answer the same items.
         for_base = EvaluationSet(base, questions.demonstrations, priors, config)
-        questions = EvaluationSet(loaded, for_base.demonstrations, priors, config, config.context)
+        questions = EvaluationSet(loaded, for_base.demonstrations, priors, config, config.context, demonstrations)
     with fast_products(loaded.device.type):
         result, answers = _measured(loaded, questions, config, judge, config.model)
         for note in notes_on_calls(answers.episodes):

@@ -31,12 +31,12 @@ from selfdistill.model import ForwardPass, LoadedModel, training_precision, use_
 from selfdistill.runtime import say, say_note
 
 
-def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lacks | None = None) -> None:
+def check_inputs(config: TrainingSettings, own_files: Sequence[str] = (), lacks: Lacks | None = None) -> None:
     """Validate data, evaluation files and the context before any long work, and print notes about them.
 
     Args:
         config: settings; ``data`` may be "" if its rows are yet to be generated from documents, or have been checked.
-        given: names of files with rows from memory, for which all notes have been printed.
+        own_files: names of files with rows from memory, for which all notes have been printed.
         lacks: says what a row of ``data`` lacks for the method; see :data:`Lacks`.
 
     Raises:
@@ -46,7 +46,7 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lac
         parse_context(config.context)
 
     def noted(path: str) -> Note | None:
-        return None if Path(path).name in given else say_note
+        return None if Path(path).name in own_files else say_note
 
     if config.data:
         load_demonstrations(config.data, split=config.split, turns=config.turns, note=noted(config.data), lacks=lacks)
@@ -62,6 +62,13 @@ def check_inputs(config: TrainingSettings, given: Sequence[str] = (), lacks: Lac
     for source in config.anchors:
         if not is_packaged(source):
             load_prompts(source, noted(source))
+
+
+def say_learnt(asked: Sequence[Demonstration], learnt: Sequence[Demonstration]) -> None:
+    """Print how many test questions are also prompts to learn, if any."""
+    prompts = {repr(row.prompt) for row in learnt}
+    if known := sum(repr(row.prompt) in prompts for row in asked):
+        say(f"note: {known} of {len(asked)} test questions are also in the training data")
 
 
 class Evaluator:
@@ -90,9 +97,7 @@ class Evaluator:
         if self.questions.dropped:
             say(f"dropped {self.questions.dropped} of {len(rows)} rows of {config.test}: too long")
         self._data = rows_of(config, load_demonstrations(config.data, split=config.split, turns=config.turns))
-        learnt = [row.prompt for row in self._data]
-        if known := sum(row.prompt in learnt for row in self.questions.demonstrations):
-            say(f"note: {known} of {len(self.questions.demonstrations)} test questions are also in the training data")
+        say_learnt(self.questions.demonstrations, self._data)
         self._judge = judge_of(config)
         with self._arithmetic(base):
             self._distance = Distance(base, ForwardPass(base), self.questions.chat, drift_prompts())
@@ -135,6 +140,9 @@ class Evaluator:
             context,
             self._data,
         )
+        if questions.dropped:
+            asked = len(bare.demonstrations)
+            say(f"dropped {questions.dropped} of {asked} rows of {self._test} for the {what}: too long with {context}")
         with self._arithmetic(base):
             answers = questions.answers(base, self._judge, what=f"{what} on {self._test}")
             prompts = [row.student_ids for row in questions.rows]

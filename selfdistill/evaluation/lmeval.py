@@ -21,6 +21,7 @@ import torch
 from selfdistill.data import one_line
 from selfdistill.errors import UserError, closest
 from selfdistill.model import LoadedModel
+from selfdistill.runtime import quiet_logger
 
 METRICS = ("acc", "exact_match", "em")
 """Metrics that are 0 or 1 per item; the first one that a task has is its accuracy."""
@@ -80,7 +81,7 @@ def lm_eval_abilities(
         torch.manual_seed(_OTHER_SEED)
         found = _load(tasks, include_path)
         tokenizer = copy.deepcopy(loaded.tokenizer)  # lm-eval temporarily changes its padding side
-        with _less_talk():
+        with quiet_logger("lm_eval", logging.ERROR):  # it warns that the model is already in memory, as intended
             language_model = HFLM(
                 pretrained=loaded.model,
                 tokenizer=tokenizer,
@@ -174,15 +175,3 @@ def _uncounted() -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
-
-
-@contextmanager
-def _less_talk() -> Iterator[None]:
-    """Silence lm-eval's warnings that the model is already in memory, which is intended here."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

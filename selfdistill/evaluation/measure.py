@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from selfdistill.config import LEARNING_RATE, CheckConfig
+from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, CheckConfig
 from selfdistill.data import (
     Demonstration,
     Example,
@@ -53,6 +53,7 @@ from selfdistill.model import (
     sample,
     sample_seed,
     tensor_bytes,
+    with_lora,
 )
 from selfdistill.runtime import clock, free_memory, is_out_of_memory, peak_memory, say_note
 
@@ -269,14 +270,19 @@ class Measure:
 
         Measured with one forward and backward pass, unless full fine-tuning in float32 (16 bytes per weight) cannot fit
         beside what is measured already.
+
+        Raises:
+            UserError: the model cannot be adapted, with ``lora_rank``.
         """
+        rank = self.config.lora_rank
         weights = sum(p.numel() for p in self.loaded.model.parameters()) * 4
         free = free_memory(self.loaded.device)
         has = None if free is None else free + tensor_bytes(self.loaded.model.parameters())
-        if has is not None and 4 * weights > has:
+        if not rank and has is not None and 4 * weights > has:
             return f"full fine-tuning needs more than {4 * weights / 2**30:.1f} GiB, and there are {has / 2**30:.1f}"
         try:
-            return self._measured_cost(context, weights)
+            with with_lora(self.loaded, rank, self.config.seed) if rank else nullcontext(self.loaded) as student:
+                return self._measured_cost(context, student.model)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -284,17 +290,18 @@ class Measure:
         finally:
             self.loaded.model.zero_grad(set_to_none=True)
 
-    def _measured_cost(self, context: str, weights: int) -> tuple[float, float, int]:
-        """The same, for weights of this size in float32; leaves their gradients."""
+    def _measured_cost(self, context: str, model: Any) -> tuple[float, float, int]:
+        """The same, for the model with the weights to be learnt; leaves their gradients."""
         rows = self._shown(context)[: self.config.batch_size]
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
-        model, device = self.loaded.model, self.loaded.device
+        device = self.loaded.device
         began = clock(device)
         task_loss(model, model, self.forward_pass, Divergence(), rows, ids, self._arithmetic).backward()
         scoring_s = clock(device) - began
         seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
-        # Plus AdamW's two moments and the teacher's average.
-        return seconds, (peak_memory(device) + 3 * weights) / 2**30, len(rows)
+        learnt = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # Plus AdamW's two moments and the teacher's average, in float32.
+        return seconds, (peak_memory(device) + 3 * learnt) / 2**30, len(rows)
 
     def spill(self, context: str) -> Spill:
         """How far a few steps of SFT, and of SDFT with this context, move the model on the anchors."""
@@ -329,7 +336,8 @@ class Measure:
         if not self._learnable(context):
             return "no row has a completion to measure the gain on"
         try:
-            refuse_float16(self.loaded.model, self.loaded.name)
+            if not self.config.lora_rank:
+                refuse_float16(self.loaded.model, self.loaded.name)
         except UserError as error:
             return str(error)
         return self.shortage
@@ -341,15 +349,16 @@ class Measure:
     @cached_property
     def shortage(self) -> str | None:
         """Why memory does not suffice for the steps of a trial; None if it does, as far as is known."""
-        needed, has = bytes_of_steps(self.loaded), free_memory(self.loaded.device)
+        needed, has = bytes_of_steps(self.loaded, self.config.lora_rank), free_memory(self.loaded.device)
         if has is None or needed <= has:
             return None
         return f"its steps need more than {needed / 2**30:.1f} GiB, and there are {has / 2**30:.1f}"
 
     @cached_property
     def _trials(self) -> Trials:
-        rate = self.config.learning_rate or LEARNING_RATE
-        settings = TrialSettings(rate, self._sampling(), self.config.seed, self._arithmetic)
+        rank = self.config.lora_rank
+        rate = self.config.learning_rate or (LORA_LEARNING_RATE if rank else LEARNING_RATE)
+        settings = TrialSettings(rate, self._sampling(), self.config.seed, rank, self._arithmetic)
         return Trials(self.loaded, self.forward_pass, self.general, self.chat, settings)
 
     def _sampling(self) -> Sampling:

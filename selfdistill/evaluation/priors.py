@@ -1,7 +1,11 @@
-"""Prior abilities: multiple choice and continuations by log-likelihood, or questions with scored replies."""
+"""Prior abilities: multiple choice and continuations by log-likelihood, or questions with scored replies.
+
+Legend: N completion tokens of all choices, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,14 +268,19 @@ def prior_abilities(
             if row.gold is None:
                 right.append(greedy[at])
             else:
-                right.append(values.index(max(values)) == row.gold)
+                right.append(_is_best(values, row.gold))
                 normed = [v / len(text.strip()) for v, (_, text) in zip(values, row.pairs, strict=True)]
-                right_norm += normed.index(max(normed)) == row.gold
+                right_norm += _is_best(normed, row.gold)
             at += len(row.pairs)
         norm = None if rows[0].gold is None else right_norm / len(rows)
         results.append(PriorResult(prior.name, len(rows), sum(right) / len(rows), norm, right))
     _note_truncated(results)
     return results
+
+
+def _is_best(values: Sequence[float], gold: int) -> bool:
+    """Whether the first of the highest values is the gold one; never if one is no number, as after an overflow."""
+    return not any(map(math.isnan, values)) and values.index(max(values)) == gold
 
 
 def _note_truncated(results: Sequence[PriorResult]) -> None:

@@ -40,6 +40,7 @@ from selfdistill.model import (
     ForwardPass,
     LoadedModel,
     Sampling,
+    add_lora,
     freeze_vision,
     make_optimizer,
     moment_bytes,
@@ -99,6 +100,8 @@ class TrialSettings:
     sampling: Sampling
     """How SDFT's student samples."""
     seed: int
+    lora_rank: int
+    """Rank of the adapter that learns; 0: all weights learn."""
     arithmetic: Callable[[], AbstractContextManager[Any]]
     """Context with the precision of training; the distance is measured in the precision of the weights."""
 
@@ -198,7 +201,9 @@ class Trials:
             rows: rows of the task, each with a completion; for SDFT also with the teacher's prompt.
         """
         student = replace(self._loaded, model=copy.deepcopy(self._loaded.model))
-        if student.pictures is not None:
+        if self._settings.lora_rank:
+            add_lora(student, self._settings.lora_rank, None, self._settings.seed)
+        elif student.pictures is not None:
             freeze_vision(student.model)  # as in a run
         _train(student, self._loaded, self._forward_pass, loss, rows, self._settings)
         prompts, demos = [row.student_ids for row in rows], [row.completion_ids for row in rows]
@@ -206,9 +211,14 @@ class Trials:
         return Trial(before - after, self._distance.of(student.model))
 
 
-def bytes_of_steps(loaded: LoadedModel) -> int:
-    """The least that a trial needs in addition to the model: a copy, its gradients, and AdamW's moments."""
+def bytes_of_steps(loaded: LoadedModel, lora_rank: int) -> int:
+    """The least that a trial needs in addition to the model: a copy, its gradients, and AdamW's moments.
+
+    With LoRA only the copy counts.
+    """
     weights = list(loaded.model.parameters())
+    if lora_rank:
+        return tensor_bytes(weights)
     frozen = set(map(id, vision_weights(loaded.model))) if loaded.pictures is not None else set()
     trained = [weight for weight in weights if weight.requires_grad and id(weight) not in frozen]
     return tensor_bytes(weights) + tensor_bytes(trained) + moment_bytes(trained, "adamw_torch")

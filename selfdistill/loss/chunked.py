@@ -1,6 +1,6 @@
 """The loss fused with the LM head: hidden states in, loss and gradients out, chunk by chunk.
 
-Dimension suffixes: N tokens, n tokens in one chunk, V vocabulary, D hidden size.
+Legend: N tokens, n tokens in one chunk, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations

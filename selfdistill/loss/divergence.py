@@ -1,8 +1,9 @@
 """Per-token divergence between the student's and the teacher's next-token distributions.
 
-Dimension suffixes: B batch, T completion tokens, N flattened tokens, n tokens in one chunk, V vocabulary, D hidden
-size, K top-k. p is the student, q the teacher; ``log_p`` is in nats. All computation is in float32 (float64 for float64
-logits), whatever the model's dtype.
+Legend: B batch, T completion tokens, N flattened tokens, V vocabulary, K top-k.
+
+p is the student, q the teacher; ``log_p`` is in nats. All computation is in float32 (float64 for float64 logits),
+whatever the model's dtype.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Log-probabilities over the vocabulary, and sums over it.
 
-Dimension suffixes: N tokens, V vocabulary.
+Legend: N tokens, V vocabulary.
 """
 
 from __future__ import annotations

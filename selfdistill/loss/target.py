@@ -1,6 +1,6 @@
 """The distribution that the student is trained towards, where it is not the teacher itself.
 
-Dimension suffixes: N tokens, V vocabulary. p is the student, q the teacher; ``log_p`` is in nats.
+Legend: N tokens, V vocabulary. p is the student, q the teacher; ``log_p`` is in nats.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Weights of the completion tokens in the loss.
 
-Dimension suffixes: B batch, T completion tokens, N flattened tokens, V vocabulary, K top-k.
+Legend: B batch, T completion tokens, N flattened tokens, V vocabulary, K top-k.
 """
 
 from __future__ import annotations

@@ -323,7 +323,7 @@ def with_environment(config: TrainConfig, stages: tuple[Method, ...]) -> tuple[M
 
 def _samples_task(method: Method) -> bool:
     """Whether it samples replies to the demonstrations' prompts."""
-    is_as_given = isinstance(method.sequence, DatasetCompletions) and method.fixed is None
+    is_as_given = isinstance(method.sequence, DatasetCompletions) and method.drawn is None
     return isinstance(method.examples, DemonstrationExamples) and not is_as_given
 
 
@@ -335,7 +335,7 @@ def rules_of(method: Method) -> EpisodeRules | None:
 
 def _in_environment(config: TrainConfig, method: Method, rules: EpisodeRules) -> Method:
     samples = method.sequence.samples if isinstance(method.sequence, ColdStart) else method.sequence
-    if type(samples) is not StudentSamples or method.fixed is not None:
+    if type(samples) is not StudentSamples or method.drawn is not None:
         raise UserError(
             f"setting 'environment': {config.method} does not learn from whole episodes of the student alone, found "
             f"{rules.environment!r}; use a method that does, such as sdft or grpo, or leave it out"

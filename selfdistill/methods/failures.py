@@ -138,7 +138,7 @@ class SuccessesInOrder(OthersSuccesses):
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], file: SamplesFile) -> list[Example]:
         kept = file.read()
         for found in self.later:  # now, because the first may draw for long
-            if found.lacks(kept, examples):
+            if found.is_missing_from(kept, examples):
                 check_matching(found.model, loaded)
         first = super().__call__(loaded, examples, file)
         drawn = [found(loaded, examples, file) for found in self.later]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from selfdistill.config import SHORTEST, TrainConfig
@@ -18,11 +19,13 @@ from selfdistill.data import (
     Verdict,
     first_words,
     parse_context,
+    pictures_in,
 )
 from selfdistill.errors import UserError, number_of
 from selfdistill.methods.checking import ScorerChecker, verdicts_on
 from selfdistill.methods.encoders import encoder_of
 from selfdistill.methods.examples import DemonstrationExamples, ScoredExamples
+from selfdistill.methods.samples_file import SamplesFile
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.methods.slots import Method, Schedule, State
 from selfdistill.model import LoadedModel, Sampling, sample
@@ -83,10 +86,26 @@ class ShortestHints(DrawnSamples):
     what = "shortest hints"
     replaces = "teacher_ids"
 
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], file: SamplesFile) -> list[Example]:
+        drawn, encode = super().__call__(loaded, examples, file), self._encoder(loaded)
+        seen = [self._with_pictures(x, self.prompt(own), encode) for x, own in zip(drawn, examples, strict=True)]
+        return [replace(x, teacher_ids=ids) for x, ids in zip(drawn, seen, strict=True)]
+
+    def _encoder(self, loaded: LoadedModel) -> ContextEncoder:
+        chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        return encoder_of(self.config, chat, loaded.window)
+
+    def _with_pictures(self, drawn: Example, whole: list[int], encode: ContextEncoder) -> list[int] | None:
+        """What the teacher sees; if it has pictures, encoded again, as the file of samples does not keep them."""
+        ids, row = drawn.teacher_ids, drawn.demonstration
+        if not pictures_in(whole) or pictures_in(ids or ()):
+            return ids
+        hints = (hint_of(self.config, tenths / 10) for tenths in range(10))
+        parts = (encode(row, hint.messages(row, ())) for hint in hints)
+        return next((seen for seen in chain([whole], parts) if seen == ids), ids)
+
     def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
-        config = self.config
-        chat = loaded.chat(config.chat_template_kwargs, config.template_date)
-        encode = encoder_of(config, chat, loaded.window)
+        config, encode = self.config, self._encoder(loaded)
         check = ScorerChecker(config.scorer)
         found = [self.prompt(example) for example in examples]
         open_ = list(range(len(examples)))
@@ -96,7 +115,7 @@ class ShortestHints(DrawnSamples):
             seen = {i: ids for i, row in rows.items() if (ids := encode(row, hint.messages(row, ()))) is not None}
             replies = sample(loaded, list(seen.values()), self.sampling) if seen else []
             made = [Completion(examples[i], r.ids, None, r.truncated) for i, r in zip(seen, replies, strict=True)]
-            verdicts = verdicts_on(check, made, chat)
+            verdicts = verdicts_on(check, made, encode.chat)
             right = [i for i, verdict in zip(seen, verdicts, strict=True) if verdict.reward == 1]
             for i in right:
                 found[i] = seen[i]
@@ -107,6 +126,7 @@ class ShortestHints(DrawnSamples):
         row = example.demonstration
         own = [row.row, example.student_ids, row.shown, row.answer, row.completion, self.config.context]
         own += [row.scorer] if row.scorer else []
+        own += [picture.digest for picture in row.images]
         return [*own, self.config.scorer, self.sampling.max_completion_length]
 
 
@@ -169,10 +189,10 @@ def _shortest(method: Method, config: TrainConfig) -> Method:
         raise UserError("setting 'hint': shortest needs single replies, not episodes: leave it or the environment out")
     hint_of(config, 0)  # refuses a context that cannot show a part
     search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)
-    return replace(method, examples=LastReplies(config, config.context, in_parts=True), fixed=search)
+    return replace(method, examples=LastReplies(config, config.context, in_parts=True), drawn=search)
 
 
 def shows_parts(method: Method) -> bool:
     """Whether the teacher may see a part of a demonstration, which not every context can show."""
     few = isinstance(method.examples, DemonstrationExamples) and method.examples.hint < 1
-    return few or isinstance(method.select, HintContexts) or isinstance(method.fixed, ShortestHints)
+    return few or isinstance(method.select, HintContexts) or isinstance(method.drawn, ShortestHints)

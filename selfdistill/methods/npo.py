@@ -46,6 +46,6 @@ def npo(config: TrainConfig) -> tuple[Method, ...]:
     how |= {"tries": own.tries, "config": config}
     method = replace(rewarded, select=RescuedAdvantages(rewarded.sequence.per_example))
     if not own.later:
-        return (replace(method, fixed=OthersSuccesses(model=first, **how)),)
+        return (replace(method, drawn=OthersSuccesses(model=first, **how)),)
     found = SuccessesInOrder(model=first, later=tuple(OthersSuccesses(model=x, **how) for x in own.later), **how)
-    return (replace(method, fixed=found, controller=ModelInTurn(1 + len(own.later))),)
+    return (replace(method, drawn=found, controller=ModelInTurn(1 + len(own.later))),)

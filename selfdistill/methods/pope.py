@@ -52,6 +52,6 @@ def pope(config: TrainConfig) -> tuple[Method, ...]:
             rewarded,
             examples=ScoredExamples(config, completion_must_fit=True),
             sequence=GuidedSamples(sampling, group, config.seed, own.longest, own.where, config=config),
-            fixed=search,
+            drawn=search,
         ),
     )

@@ -145,10 +145,10 @@ class MicroGroups:
         rewards: list[list[float]] = [[] for _ in examples]
         seeds = seeds_of(examples, self.per_example, self.seed, step)
         for size, ratio, threshold in zip(self.sizes, self.ratios, self.thresholds, strict=True):
-            guided = [number for number, own in enumerate(rewards) if fmean(own or [0]) < threshold]
-            alone = [number for number in range(len(examples)) if number not in guided]
+            helped = [number for number, own in enumerate(rewards) if fmean(own or [0]) < threshold]
+            alone = [number for number in range(len(examples)) if number not in helped]
             numbers = slice(len(made[0]), len(made[0]) + size)
-            for chosen, share in ((alone, 0.0), (guided, ratio)):
+            for chosen, share in ((alone, 0.0), (helped, ratio)):
                 expanded = [examples[number] for number in chosen for _ in range(size)]
                 own_seeds = [seed for number in chosen for seed in seeds[number][numbers]]
                 samples = self._after(loaded, expanded, share, own_seeds)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain
 from typing import Any, Protocol
 
-from selfdistill.data import Example, Message, Verdict, own_tokens, reply_spans
+from selfdistill.data import Example, Message, Verdict, own_tokens, pictures_in, reply_spans
 from selfdistill.errors import RESUME, EngineFailed, RunStopped
 from selfdistill.methods.samples_file import Sample, SamplesFile
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time, sample, sample_seed
@@ -182,11 +182,11 @@ class DrawnSamples:
             EngineFailed: the engine failed; the file keeps the earlier batches.
         """
         kept, keys = file.read(), [self._key(example) for example in examples]
-        if self.lacks(kept, examples):
+        if self.is_missing_from(kept, examples):
             self._complete(kept, loaded, examples, keys, file)
         return [self._with(x, kept[key]) for x, key in zip(examples, keys, strict=True)]
 
-    def lacks(self, kept: dict[str, list[int]], examples: Sequence[Example]) -> bool:
+    def is_missing_from(self, kept: dict[str, list[int]], examples: Sequence[Example]) -> bool:
         """Whether samples of these examples are missing in ``kept``."""
         return not kept.keys() >= {self._key(example) for example in examples}
 
@@ -278,7 +278,9 @@ class DrawnSamples:
 
     def depends_on(self, example: Example) -> list[Any]:
         """What an example's sample depends on, apart from the model."""
-        return [example.demonstration.row, self.prompt(example), asdict(self.sampling), self.seed]
+        prompt = self.prompt(example)
+        seen = [picture.digest for picture in pictures_in(prompt)]
+        return [example.demonstration.row, prompt, asdict(self.sampling), self.seed, *seen]
 
     def write(self, file: SamplesFile, examples: Sequence[Example]) -> None:
         """Save the samples, for a resumed run and for inspection."""

@@ -22,6 +22,6 @@ def sft_from_teacher(config: TrainConfig) -> tuple[Method, ...]:
             examples=DemonstrationExamples(config, config.context),
             sequence=DatasetCompletions(),
             loss=CrossEntropy(),
-            fixed=DrawnSamples(sampling_of(config), config.seed, config.batch_size),
+            drawn=DrawnSamples(sampling_of(config), config.seed, config.batch_size),
         ),
     )

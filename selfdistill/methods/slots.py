@@ -112,7 +112,7 @@ class Method:
     """Changes the method according to earlier steps; only the first part's controller is used."""
     teacher: TeacherRule | None = None
     """Whose weights score the tokens; None: no teacher."""
-    fixed: DrawnSamples | None = None
+    drawn: DrawnSamples | None = None
     """Replaces the examples' completions once, before the first step."""
     skip_first_tokens: int = 0
     """Leading tokens of each completion with zero weight."""
@@ -134,7 +134,7 @@ class Method:
     """Factor on the loss."""
     also: tuple[tuple[str, Method], ...] = ()
     """Further methods, by name, that learn from the same samples. Each is a part of the step, with its own weight.
-    Their ``fixed``, ``sequence`` and ``examples`` are not used."""
+    Their ``drawn``, ``sequence`` and ``examples`` are not used."""
 
     @property
     def needs_base(self) -> bool:

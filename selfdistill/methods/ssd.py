@@ -43,6 +43,6 @@ def ssd(config: TrainConfig) -> tuple[Method, ...]:
             examples=DemonstrationExamples(config),
             sequence=DatasetCompletions(),
             loss=CrossEntropy(),
-            fixed=DrawnSamples(sampling, config.seed, config.batch_size, own.drop_shortest),
+            drawn=DrawnSamples(sampling, config.seed, config.batch_size, own.drop_shortest),
         ),
     )

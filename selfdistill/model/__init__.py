@@ -38,7 +38,7 @@ from selfdistill.model.loading import (
     to_best_device,
     weights_fingerprint,
 )
-from selfdistill.model.lora import add_lora, check_base, describe_lora
+from selfdistill.model.lora import add_lora, check_base, describe_lora, with_lora
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import PictureInputs, freeze_vision, is_image_text, vision_weights
 from selfdistill.model.precision import (
@@ -50,11 +50,11 @@ from selfdistill.model.precision import (
     training_precision,
 )
 from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
-from selfdistill.model.sampled import Sampled
+from selfdistill.model.rollout_count import RolloutCount
 from selfdistill.model.sampling import Rollout, Sampling, check_room, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
 from selfdistill.model.stored_weights import StoredWeights, overwrite_tensor, stored_bytes, stored_weights
-from selfdistill.model.switches import checkpoint_activations, set_recomputing, switched_back
+from selfdistill.model.switches import can_checkpoint, checkpoint_activations, set_recomputing, switched_back
 from selfdistill.model.teacher import Teacher, TeacherRule, staging_bytes
 
 __all__ = [
@@ -71,7 +71,7 @@ __all__ = [
     "PictureInputs",
     "PrefixCache",
     "Rollout",
-    "Sampled",
+    "RolloutCount",
     "Sampling",
     "StoredWeights",
     "Teacher",
@@ -85,6 +85,7 @@ __all__ = [
     "cache_dir",
     "cached_casts",
     "can_be_in_4bit",
+    "can_checkpoint",
     "check_base",
     "check_matching",
     "check_room",
@@ -143,4 +144,5 @@ __all__ = [
     "vision_weights",
     "weight_tensors",
     "weights_fingerprint",
+    "with_lora",
 ]

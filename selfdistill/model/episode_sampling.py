@@ -1,6 +1,6 @@
 """Several replies per episode: the model continues from its cached states instead of reading everything again.
 
-Legend: B episodes, L positions of the cache, W new tokens, H key/value heads, C channels of a head.
+Legend: B episodes, L positions of the cache, W new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from selfdistill.model.fsdp import unsharded
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.precision import cached_casts
 from selfdistill.model.prefix_cache import States, can_continue_cache, fill, has_full_attention
-from selfdistill.model.sampled import counted
+from selfdistill.model.rollout_count import counting
 from selfdistill.model.sampling import Rollout, Sampling, decode, read, sample
 from selfdistill.runtime import all_gather, rank_slice
 
@@ -77,7 +77,7 @@ class TurnSampler:
             return sample(loaded, prompts, sampling, seeds)
         own = [place for place, number in enumerate(episodes) if self._own.start <= number < self._own.stop]
         mine = [prompts[place] for place in own]
-        with counted(loaded) as rollouts:
+        with counting(loaded) as rollouts:
             with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
                 drawn = self._turn(
                     [episodes[place] for place in own],

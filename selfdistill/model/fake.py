@@ -33,7 +33,7 @@ from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.files import local_folder, resolve
 from selfdistill.model.four_bits import add_scales, pack_weights, replace_layers, weight_tensors
 from selfdistill.model.head import unwrap
-from selfdistill.model.loading import LoadedModel, describe, load_tokenizer
+from selfdistill.model.loading import LoadedModel, load_tokenizer, with_special_tokens
 from selfdistill.model.lora import add_lora
 from selfdistill.model.pictures import PictureInputs, pictures_for
 from selfdistill.model.prefix_cache import in_attention_dtype
@@ -86,7 +86,7 @@ def fake_model(
         disable_dropout(model.eval())
         if load_in_4bit:
             replace_layers(model)
-        loaded = describe(model, tokenizer, name, pictures)
+        loaded = with_special_tokens(model, tokenizer, name, pictures)
         loaded.separate_head = True
         layers_of_cache = DynamicCache(config=model.config.get_text_config()).layers
         kept = all(isinstance(layer, DynamicLayer) for layer in layers_of_cache)

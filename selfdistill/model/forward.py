@@ -4,8 +4,8 @@ Sampled ids are scored as they are, without retokenisation. Sequences are right-
 looks, so no attention mask or position ids are needed; only cached contexts of different lengths need them. Up to
 rounding, a sequence's results do not depend on the batch.
 
-Legend: B sequences, L padded length of context plus completion, T completion tokens, N completion tokens of all
-sequences without padding, D hidden size, V vocabulary.
+Legend: B sequences, L padded length of context plus completion, N completion tokens of all sequences without padding, D
+hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ class ForwardPass:
             kept: cached states of the contexts, for a model with fixed weights; needs ``no_grad``.
         """
         assert all(contexts), "an empty context predicts no first token"
+        if self._pictures is not None:  # now, as a shared or cached beginning is read without pictures
+            self._pictures.check(contexts)
         device = next(model.parameters()).device
         parts = body_and_head(model) if self.fused else None
         config = model.config.get_text_config()
@@ -120,7 +122,7 @@ class ForwardPass:
             cache, filled_B = kept.cache(body, config, [contexts[row] for row in held])
             passes.append((held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B, self._window)))
         left = sorted(set(range(len(contexts))) - set(held))
-        # Train mode means gradient checkpointing (see Trainer).
+        # Train mode means gradient checkpointing (see set_recomputing).
         whole = self._sharded or (torch.is_grad_enabled() and (model.training or self._compiled is not None))
         alike = [contexts[row] for row in left]
         groups = (

@@ -24,7 +24,7 @@ from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
 from selfdistill.model.four_bits import plain, scales
 from selfdistill.model.pictures import PictureInputs, divided, has_own_positions, pictures_for
-from selfdistill.model.sampled import Sampled
+from selfdistill.model.rollout_count import RolloutCount
 from selfdistill.model.weights import (
     check_vocabulary,
     embedding_rows,
@@ -57,7 +57,7 @@ class LoadedModel:
     """Whether an adapter was merged; a new adapter would then not fit the base that ``name`` refers to."""
     engine: EngineSettings | None = None
     """The engine that samples from the model; None: PyTorch. See :func:`selfdistill.model.engine.use_engine`."""
-    sampled: Sampled = field(default_factory=Sampled)
+    rollout_count: RolloutCount = field(default_factory=RolloutCount)
     """Tokens sampled from it so far, by PyTorch or the engine, and the time."""
     continues_cache: bool | None = None
     """Result of :func:`selfdistill.model.prefix_cache.can_continue_cache`; None before its first call."""
@@ -121,8 +121,7 @@ def load_model(
                 if merge_adapter:
                     model = merged(model, name)
             else:
-                training, four = merge_adapter, load_in_4bit
-                model, notes = load_causal(path, name, torch_dtype, training=training, load_in_4bit=four)
+                model, notes = load_causal(path, name, torch_dtype, training=merge_adapter, load_in_4bit=load_in_4bit)
         except UserError:
             raise
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
@@ -132,7 +131,7 @@ def load_model(
     notes = [*notes, *check_vocabulary(model, tokenizer, name), *heard]
     model.eval()
     disable_dropout(model)
-    loaded = describe(model, tokenizer, name, pictures)
+    loaded = with_special_tokens(model, tokenizer, name, pictures)
     loaded.files = local_folder(base_path)
     loaded.notes += notes
     if adapter and merge_adapter:
@@ -216,7 +215,9 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     disable_dropout(model)
     name = name or model.name_or_path or "loaded-model"
     notes = check_vocabulary(model, tokenizer, name)
-    loaded = describe(model, tokenizer, name, None if processor is None else PictureInputs(processor, model, name))
+    loaded = with_special_tokens(
+        model, tokenizer, name, None if processor is None else PictureInputs(processor, model, name)
+    )
     loaded.files = local_folder(model.name_or_path) if model.name_or_path else None
     loaded.notes += notes
     return loaded
@@ -239,17 +240,36 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, -1)  # never
 
 
-def describe(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | None = None) -> LoadedModel:
+def with_special_tokens(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | None = None) -> LoadedModel:
     """The model with its end and pad tokens, its window, and notes on what was decided.
+
+    The tokenizer and the generation config, which saved models have, get the tokens that they lack.
 
     Raises:
         UserError: no end token.
     """
+    notes: list[str] = []
+    ends = _end_tokens(model, tokenizer, name, pictures, notes)
+    pad = _pad_token(model, tokenizer, ends[0], notes)
+    if not tokenizer.chat_template:
+        notes.append(
+            "the tokenizer has no chat template; using a plain-text layout (User:, Assistant:), where a reply ends at "
+            "the next turn"
+        )
+    window = _window(model, notes)
+    # The model remembers the positions of its last prompt with pictures; continuing another pass would use them.
+    never = False if pictures is not None and has_own_positions(model) else None
+    return LoadedModel(
+        model, tokenizer, name, tuple(ends), pad, window, notes, pictures=pictures, continues_cache=never
+    )
+
+
+def _end_tokens(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | None, notes: list[str]) -> list[int]:
+    """Ids of the tokens that end a reply; tells the generation config of one that only the chat template names."""
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
-    notes = []
     written = ChatFormat(tokenizer, (), {}, pictures=pictures).turn_end_id
     if tokenizer.chat_template and written is None and ends:
         names = " or ".join(map(repr, tokenizer.convert_ids_to_tokens(ends)))
@@ -265,25 +285,18 @@ def describe(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | No
             f"model {name!r}: neither the tokenizer nor generation_config.json names an end token, so replies would "
             "never stop; set eos_token in tokenizer_config.json"
         )
-    pad = tokenizer.pad_token_id
-    if pad is None or pad >= embedding_rows(model):
-        lacks = (
-            "no pad token" if pad is None else f"a pad token without a row in the embedding, {tokenizer.pad_token!r}"
-        )
-        pad = ends[0]
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-        notes.append(f"the tokenizer has {lacks}; using its end token {tokenizer.pad_token!r}")
-    if not tokenizer.chat_template:
-        notes.append(
-            "the tokenizer has no chat template; using a plain-text layout (User:, Assistant:), where a reply ends at "
-            "the next turn"
-        )
-    window = _window(model, notes)
-    # The model remembers the positions of its last prompt with pictures; continuing another pass would use them.
-    never = False if pictures is not None and has_own_positions(model) else None
-    return LoadedModel(
-        model, tokenizer, name, tuple(ends), pad, window, notes, pictures=pictures, continues_cache=never
-    )
+    return ends
+
+
+def _pad_token(model: Any, tokenizer: Any, end: int, notes: list[str]) -> int:
+    """Id of the pad token; the tokenizer gets ``end`` as its own if it has none that the model knows."""
+    pad: int | None = tokenizer.pad_token_id
+    if pad is not None and pad < embedding_rows(model):
+        return pad
+    lacks = "no pad token" if pad is None else f"a pad token without a row in the embedding, {tokenizer.pad_token!r}"
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
+    notes.append(f"the tokenizer has {lacks}; using its end token {tokenizer.pad_token!r}")
+    return end
 
 
 def _window(model: Any, notes: list[str]) -> int | None:

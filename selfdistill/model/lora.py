@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +66,24 @@ def add_lora(loaded: LoadedModel, rank: int, alpha: float | None, seed: int) -> 
                 "use another model"
             ) from None
     loaded.model.eval()
+
+
+@contextmanager
+def with_lora(loaded: LoadedModel, rank: int, seed: int) -> Iterator[LoadedModel]:
+    """The same model with a new adapter (:func:`add_lora`), which is taken off again at the end.
+
+    Raises:
+        UserError: PEFT finds no layer that it can adapt.
+    """
+    trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+    adapted = replace(loaded)
+    add_lora(adapted, rank, None, seed)
+    try:
+        yield adapted
+    finally:
+        adapted.model.unload()
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def check_base(loaded: LoadedModel) -> None:

@@ -1,6 +1,6 @@
 """Pictures for image-text models: the tokens that the processor writes in prompts, and the pixels that belong to them.
 
-Legend: B sequences, L padded length, P pictures.
+Legend: B sequences, L padded length, V vocabulary.
 """
 
 from __future__ import annotations
@@ -154,6 +154,15 @@ class PictureInputs:
                 self._process(picture, number)
         return [self._texts[picture.digest] for picture in pictures]
 
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Check that whole prompts with picture tokens have their pictures.
+
+        Raises:
+            UserError: the pictures of one were lost.
+        """
+        if any(self.token_id in prompt and not pictures_in(prompt) for prompt in prompts):
+            raise UserError(f"model {self._name!r}: rows with pictures do not work with this method; use sft or sdft")
+
     def inputs(
         self, prompts: Sequence[Sequence[int]], ids_BL: Tensor, starts: Sequence[int], dtype: torch.dtype
     ) -> dict[str, Tensor]:
@@ -168,9 +177,8 @@ class PictureInputs:
         Raises:
             UserError: a prompt has picture tokens, but its pictures were lost.
         """
+        self.check(prompts)
         pictures = [picture for prompt in prompts for picture in pictures_in(prompt)]
-        if any(self.token_id in prompt and not pictures_in(prompt) for prompt in prompts):
-            raise UserError(f"model {self._name!r}: rows with pictures do not work with this method; use sft or sdft")
         if not pictures:
             return {}
         parts = [self._pixels(picture) for picture in pictures]

@@ -1,6 +1,6 @@
 """Rollouts: batched sampling with a separate random generator per sample.
 
-Legend: B unfinished samples, L length so far, V vocabulary.
+Legend: B unfinished samples, L length so far, T completion tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from selfdistill.model.loading import LoadedModel
 from selfdistill.model.pictures import has_own_positions, position_shift
 from selfdistill.model.precision import cached_casts
 from selfdistill.model.prefix_cache import can_continue_cache, common_prefix_length
-from selfdistill.model.sampled import counted
+from selfdistill.model.rollout_count import counting
 from selfdistill.runtime import all_gather, rank_slice
 
 
@@ -70,7 +70,7 @@ def sample(
     Token t of a sample is the inverse of the policy's cumulative distribution at the t-th uniform number of the
     sample's own generator. So a sample depends only on its seed and prompt, not on its batch, padding or earlier
     samples. If ``loaded`` has an engine, it samples instead of PyTorch, from the same policy with other random numbers.
-    ``loaded.sampled`` counts the tokens and the time.
+    ``loaded.rollout_count`` counts the tokens and the time.
 
     Args:
         loaded: the model to sample from.
@@ -88,7 +88,7 @@ def sample(
     """
     if loaded.engine is not None and any(map(pictures_in, prompts)):
         raise UserError("setting 'engine': prompts with pictures can be sampled only by PyTorch; leave it out")
-    with counted(loaded) as rollouts:
+    with counting(loaded) as rollouts:
         if loaded.engine is not None:
             rollouts += engine_for(loaded).sample(loaded, prompts, sampling, seeds)
         else:

@@ -8,14 +8,28 @@ from typing import Any
 
 from torch import nn
 
+from selfdistill.errors import UserError
+from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
 
 _HANDLES = ("_require_grads_hooks", "_require_grads_hook")
 """Where transformers keeps the handles of :func:`_gradient_hooks`."""
 
 
+def can_checkpoint(model: Any) -> bool:
+    """Whether the model's layers can recompute their activations; a few of transformers' models do not support it."""
+    return bool(unwrap(model).supports_gradient_checkpointing)
+
+
 def checkpoint_activations(model: Any) -> None:
-    """Let the model's layers recompute their activations in the backward pass, after :func:`set_recomputing`."""
+    """Let the model's layers recompute their activations in the backward pass, after :func:`set_recomputing`.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if not can_checkpoint(model):
+        name = type(unwrap(model)).__name__
+        raise UserError(f"setting 'gradient_checkpointing': {name} does not support it; leave it out")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

@@ -127,6 +127,18 @@ def progress_shown(show: bool) -> Iterator[None]:
 
 
 @contextmanager
+def quiet_logger(name: str, level: int) -> Iterator[None]:
+    """Silence what a library logs below ``level``."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence progress bars and advice from transformers and PEFT; downloads keep their bars."""
     import transformers

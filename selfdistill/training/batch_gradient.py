@@ -1,8 +1,8 @@
 """The gradient of one optimizer batch: select the completions, weight their tokens, run student and teachers, run
 backward.
 
-Legend: B completions of a part of the batch, b completions in a micro-batch, T completion tokens, N completion tokens
-of a micro-batch without padding, n those with nonzero weight, D hidden size.
+Legend: b completions in a micro-batch, T completion tokens, N completion tokens of a micro-batch without padding, n
+those with nonzero weight, D hidden size.
 """
 
 from __future__ import annotations
@@ -74,10 +74,9 @@ class SamplerGap:
 class PartResult:
     """Results of one part of a batch, over all its micro-batches and ranks."""
 
-    part: BatchPart
     selected: Selected
     loss: float
-    """Mean over what is learnt, 0 if nothing is; the batch's loss is the sum over parts of share times loss."""
+    """Mean over what is learnt, 0 if nothing is; the batch's loss is the sum over parts of weight times loss."""
     statistics: dict[str, float]
     """Weighted means of per-token statistics over the completions with a gradient; empty if there are none."""
     importance: float
@@ -86,6 +85,11 @@ class PartResult:
     """Sources of the examples with a non-finite loss."""
     gap: SamplerGap | None
     """How far the sampler's log-probabilities were from the student's; None if the method has no importance weights."""
+
+    @property
+    def part(self) -> BatchPart:
+        """The part, with the completions of the step."""
+        return self.selected.part
 
     @property
     def reward(self) -> float | None:
@@ -208,7 +212,7 @@ class BatchGradient:
                     taught, base = self._score_teachers(part.method, micro)
                 with stopwatch("student"):
                     loss, per_token, importance_b, gap = self._score_student(part.method, micro, taught, base)
-                    self._backward(loss * part.share)
+                    self._backward(loss * part.weight)
             sums.add(micro, float(loss.detach()), per_token, importance_b)
             sums.gap += gap
         return sums
@@ -216,16 +220,17 @@ class BatchGradient:
     @staticmethod
     def _reduced(selected: Selected, sums: _Sums, kept: float) -> PartResult:
         """The part's result over all ranks; ``kept`` is the share of the weights that took passes."""
-        part = selected.part
         own = {"loss": sums.loss, "importance": sums.importance, "weighed": sums.weighed}
         total = all_reduce_sum(sums.statistics | own)
         loss, importance = total.pop("loss"), total.pop("importance") / max(1, total.pop("weighed"))
-        gap = None if part.method.importance_cap is None else sum(all_gather([sums.gap]), SamplerGap())
+        gap = None if selected.part.method.importance_cap is None else sum(all_gather([sums.gap]), SamplerGap())
         means = {name: value / kept for name, value in total.items()}
-        return PartResult(part, selected, loss, means, importance, all_gather(sums.non_finite), gap)
+        return PartResult(selected, loss, means, importance, all_gather(sums.non_finite), gap)
 
     def _networks(self) -> list[torch.nn.Module]:
-        """All networks that process a micro-batch."""
+        """All networks that process a micro-batch, once the last update of the teachers is done."""
+        for teacher in self.teachers.values():
+            teacher.wait()
         return [self.loaded.model, *(network for teacher in self.teachers.values() for network in teacher.networks)]
 
     def _score_teachers(self, method: Method, micro: Weighed) -> tuple[_Scored | None, _Scored | None]:

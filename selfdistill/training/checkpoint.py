@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from selfdistill.config import TrainConfig, load_saved
 from selfdistill.errors import RESUME, CannotResume, UserError
 from selfdistill.model import Optim, Teacher, distribute_like, full_tensors, moment_bytes
 from selfdistill.runtime import (
@@ -53,7 +54,7 @@ class Position:
     skipped: int = 0
     """Consecutive steps, up to this one, skipped because of a non-finite loss or gradient."""
     model: str = ""
-    """Fingerprint of the initial weights; see ``Trainer.began_as``."""
+    """Fingerprint of the initial weights; see ``Trainer.initial_weights``."""
     test: str = ""
     """Fingerprint of the evaluation data; see ``EvaluationSet.fingerprint``."""
     engine: str = ""
@@ -96,8 +97,8 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    final = checkpoint_at(output_dir, position.step)
-    temporary = output_dir / f".{final.name}.unfinished"
+    target = checkpoint_at(output_dir, position.step)
+    temporary = output_dir / f".{target.name}.unfinished"
     parameters = trained_parameters(model)
     moments: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in parameters.items():
@@ -111,7 +112,7 @@ def save_checkpoint(
     if not is_rank0():
         for tensors in parts.values():
             full_tensors(tensors)
-        return final
+        return target
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -121,20 +122,20 @@ def save_checkpoint(
         (temporary / "state.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
         (temporary / "config.yaml").write_text(settings, encoding="utf-8")
         write_manifest(temporary)
-        remove_folder(final)
-        os.replace(temporary, final)
+        remove_folder(target)
+        os.replace(temporary, target)
         fsync(output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{final}: cannot write the checkpoint ({error}); earlier checkpoints are intact. "
+            f"{target}: cannot write the checkpoint ({error}); earlier checkpoints are intact. "
             f"Free disk space, then {RESUME}"
         ) from None
     stay = {checkpoint_at(output_dir, step) for step in spared}
-    for old in [path for path in list_checkpoints(output_dir) if path.name <= final.name][: -max(AT_LEAST, keep)]:
+    for old in [path for path in list_checkpoints(output_dir) if path.name <= target.name][: -max(AT_LEAST, keep)]:
         if old not in stay:
             remove_checkpoint(old)
-    return final
+    return target
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
@@ -189,6 +190,22 @@ def saved_position(checkpoint: Path) -> Position:
         raise UserError(f"{checkpoint}: cannot read the checkpoint ({error})") from None
 
 
+def settings_of(checkpoint: Path) -> TrainConfig:
+    """The settings that a checkpoint was saved with."""
+    return TrainConfig(**load_saved(checkpoint / "config.yaml", TrainConfig))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Restore the trained weights alone.
+
+    Raises:
+        UserError: the file cannot be read, or belongs to another model.
+    """
+    parameters = trained_parameters(model)
+    (weights,) = _read(path, parameters, ("weights",))
+    _restore(parameters, weights)
+
+
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, teacher: Teacher | None
 ) -> Position:
@@ -203,10 +220,10 @@ def load_checkpoint(
         UserError: a file cannot be read, or belongs to another model or other settings, on any rank.
     """
     parameters = trained_parameters(model)
-    position, (weights, moments, average) = agreed(lambda: (saved_position(path), _read(path, parameters)))
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(distribute_like(weights[name], parameter))
+    position, (weights, moments, average) = agreed(
+        lambda: (saved_position(path), _read(path, parameters, ("weights", "optimizer", "teacher")))
+    )
+    _restore(parameters, weights)
     torch.set_rng_state(moments.pop("rng"))
     state: dict[Tensor, dict[str, Any]] = {}
     for key, value in moments.items():
@@ -224,10 +241,16 @@ def load_checkpoint(
     return position
 
 
-def _read(path: Path, parameters: dict[str, nn.Parameter]) -> list[dict[str, Tensor]]:
-    """The tensors of a checkpoint: weights, moments and the teacher's average."""
+@torch.no_grad()
+def _restore(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(distribute_like(weights[name], parameter))
+
+
+def _read(path: Path, parameters: dict[str, nn.Parameter], names: Sequence[str]) -> list[dict[str, Tensor]]:
+    """The tensors of a checkpoint's files of these names, the weights first."""
     try:
-        parts = [load_file(path / f"{part}.safetensors") for part in ("weights", "optimizer", "teacher")]
+        parts = [load_file(path / f"{name}.safetensors") for name in names]
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: cannot read the checkpoint ({error})") from None
     if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in parts[0].items()}:

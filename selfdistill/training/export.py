@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
@@ -15,9 +16,11 @@ from transformers import GenerationConfig
 
 from selfdistill.config import ExportConfig
 from selfdistill.errors import UserError
-from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, resolve
-from selfdistill.runtime import fsync, replace_folder, say
-from selfdistill.training.model_card import learnt_in_4bit, merged_card
+from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, merged, resolve
+from selfdistill.runtime import corruption, fsync, replace_folder, say
+from selfdistill.training.checkpoint import checkpoint_at, list_checkpoints, load_weights, saved_position, settings_of
+from selfdistill.training.model_card import learnt_in_4bit, merged_card, model_card
+from selfdistill.training.setup import choose_weights
 
 _MODEL_FILES = (
     *("*.safetensors", "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.md"),
@@ -112,16 +115,18 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the final model of a run to ``output_dir``, and return that folder.
+    """Write the final model of a run to ``output_dir``, or that of a checkpoint; returns that folder.
 
     Without ``merge`` the files are copied unchanged, except that ``adapter_base`` is written into the copy of an
     adapter's settings. With ``merge`` an adapter is merged into its base in float32, and
     the result is saved in the base's data type.
 
     Raises:
-        UserError: there is no model, ``output_dir`` is not empty or cannot be written, ``merge`` is set but there is no
-            adapter, or the adapter's base cannot be loaded.
+        UserError: there is no model or no such checkpoint, ``output_dir`` is not empty or cannot be written,
+            ``merge`` is set but there is no adapter, or the adapter's base cannot be loaded.
     """
+    if config.step is not None:
+        return _export_checkpoint(config, config.step)
     source, output_dir = _final_folder(config.run), unused_folder(config.output_dir)
     advice = "free disk space or choose another output_dir, then export again"
     if not config.merge:
@@ -146,6 +151,57 @@ def export(config: ExportConfig) -> Path:
     with whole_folder(output_dir, advice) as folder:
         write_model(folder, loaded.model, loaded, card)
     return output_dir
+
+
+def _export_checkpoint(config: ExportConfig, step: int) -> Path:
+    """:func:`export` of the model after ``step``, from the run's base and the checkpoint's weights."""
+    output_dir, checkpoint = unused_folder(config.output_dir), _checkpoint(config.run, step)
+    saved = settings_of(checkpoint)
+    if config.merge:
+        if not saved.lora_rank:
+            raise UserError(
+                f"run {config.run!r}: trained all weights, so there is no adapter to merge; leave merge out"
+            )
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=output_dir.parent, prefix=".export-") as temporary:
+            adapter = export(config.model_copy(update={"merge": False, "output_dir": f"{temporary}/adapter"}))
+            return export(config.model_copy(update={"step": None, "run": str(adapter)}))
+    loaded = load_model(saved.model, dtype=saved.dtype, merge_adapter=True, adapter_base=saved.adapter_base)
+    choose_weights(loaded, saved)
+    load_weights(checkpoint, loaded.model)
+    model = loaded.model
+    if saved.lora_rank and loaded.merged_adapter:
+        model = merged(model, saved.model)
+    card = model_card(
+        saved,
+        Path(config.run),
+        step,
+        demonstrations=None,
+        fingerprint=saved_position(checkpoint).data,
+        adapter=hasattr(model, "peft_config"),
+        pictures=loaded.pictures is not None,
+    )
+    with whole_folder(output_dir, "free disk space or choose another output_dir, then export again") as folder:
+        write_model(folder, model, loaded, card)
+        if config.adapter_base:
+            _name_base(folder, config.adapter_base, config.run)
+    return output_dir
+
+
+def _checkpoint(run: str, step: int) -> Path:
+    """The intact checkpoint of a run after a step.
+
+    Raises:
+        UserError: there is none; names those that there are.
+    """
+    checkpoint = checkpoint_at(Path(run), step)
+    if checkpoint.is_dir():
+        if wrong := corruption(checkpoint):
+            raise UserError(f"{checkpoint}: the checkpoint is corrupt ({wrong}); export another step")
+        return checkpoint
+    steps = [str(saved_position(path).step) for path in list_checkpoints(Path(run))]
+    there = f"there are checkpoints of the steps {', '.join(steps)}" if steps else "it has no checkpoints"
+    raise UserError(f"run {run!r}: no checkpoint of step {step}; {there} (save_steps, save_total_limit)")
 
 
 def _name_base(folder: Path, adapter_base: str, run: str) -> None:

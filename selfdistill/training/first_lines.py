@@ -31,7 +31,9 @@ def first_lines(trainer: Trainer, *, all_rows: bool = True) -> list[str]:
         f"learning rate {config.learning_rate:g}"
         for stage in trainer.stages
     ]
-    lines += [f"{part.name}: {part.counted}, {part.share:.1%} of every batch" for part in trainer.stages[0].sampled[1:]]
+    lines += [
+        f"{part.name}: {part.counted}, {part.share:.1%} of every batch" for part in trainer.stages[0].own_samples[1:]
+    ]
     lines += [
         f"{part.name}: on the same samples, with weight {part.method.weight:g}"
         for part in trainer.stages[0].parts
@@ -76,7 +78,7 @@ def _unfilled(trainer: Trainer) -> list[str]:
     """Notes on data of which every step needs more than there are."""
     config, lines = trainer.config, []
     for stage in trainer.stages:
-        shares = [part.share for part in stage.sampled]
+        shares = [part.share for part in stage.own_samples]
         fewest = fewest_of_first(shares, config.batch_size, batch_unit(config))
         if len(stage.task.examples) < fewest:
             part = f"their part ({fewest} or more) of " if len(shares) > 1 else ""
@@ -115,11 +117,11 @@ def _unused(config: TrainConfig) -> list[str]:
 def _never_drawn(trainer: Trainer) -> list[str]:
     """Notes on sources of anchors of which no step has a prompt, because their share is so small."""
     config, stage = trainer.config, trainer.stages[0]
-    shares = [part.share for part in stage.sampled]
+    shares = [part.share for part in stage.own_samples]
     after = positions_of(shares, stage.steps, config.batch_size, config.seed, batch_unit(config))
     return [
         f"note: {part.name} is in none of the {number_of(stage.steps, 'step')}; raise anchor_share or batch_size"
-        for part, positions in zip(stage.sampled, after, strict=True)
+        for part, positions in zip(stage.own_samples, after, strict=True)
         if positions.start == 0
     ]
 

@@ -18,8 +18,6 @@ from selfdistill.runtime import Printable, all_gather, free_memory, local_world_
 from selfdistill.training.memory import MemoryPlanner, has_moving_teacher
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.rates import Rates
-from selfdistill.training.schedule import has_room
-from selfdistill.training.setup import shares_of
 from selfdistill.training.step_time import TimePlan
 from selfdistill.training.traced_step import Device
 
@@ -140,7 +138,7 @@ def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
     return Fit(plan, limit, {}, nearest, full)
 
 
-def check_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:
+def plan_that_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:
     """A run's plan, with values for open settings, and lines about it for its start.
 
     The longest rows rarely share a batch, and samples are mostly shorter than ``max_completion_length``. So a run is
@@ -263,21 +261,15 @@ def _changes(planner: MemoryPlanner, config: TrainConfig, *, only_open: bool) ->
     moves = [moved for moved in _moves(config, planner) if not only_open or all(is_open.get(name) for name in moved)]
     if only_open and not is_open["gradient_accumulation_steps"]:
         return moves, []
-    shares, processes = shares_of(config), planner.device(config).processes
-
-    def is_possible(n: int) -> bool:
-        unit = n * processes if config.fsdp else 1  # as in batch_unit()
-        divides = config.batch_size % max(n, unit) == 0
-        return divides and all(has_room(own, config.batch_size, unit) for own in shares)
-
+    processes = planner.device(config).processes if config.fsdp else 1  # as in make_accelerator()
     more = range(config.micro_batches + 1, config.batch_size + 1)
-    return moves, [{"gradient_accumulation_steps": n} for n in more if is_possible(n)]
+    return moves, [{"gradient_accumulation_steps": n} for n in more if config.batch_size % (n * processes) == 0]
 
 
 def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:
     """Single changes of settings except micro-batches, ordered by how much they change the result."""
     device = planner.device(config)
-    if not config.gradient_checkpointing and not config.torch_compile:
+    if planner.can_checkpoint and not config.gradient_checkpointing and not config.torch_compile:
         yield {"gradient_checkpointing": True}
     if device.mixed_precision == "no" and device.kind == "cuda":
         yield {"mixed_precision": "bf16"}
@@ -300,7 +292,7 @@ def _smallest(
     if any(name in base for name in (WITHOUT_ADAPTER if adapter else IN_4BIT)):
         return None
     changed = config.model_copy(update=base)
-    if not steps or planner.fixed(changed).total() > limit:
+    if not steps or planner.permanent(changed).total() > limit:
         return None
 
     def planned(number: int) -> MemoryPlan:

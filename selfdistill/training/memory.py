@@ -30,8 +30,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +45,7 @@ from selfdistill.model import (
     LoadedModel,
     TeacherRule,
     alike_layers,
+    can_checkpoint,
     checkpoint_activations,
     fake_model,
     freeze_vision,
@@ -57,6 +57,7 @@ from selfdistill.model import (
     unwrap,
     weight_tensors,
 )
+from selfdistill.runtime import quiet_logger
 from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
 from selfdistill.training.planned_parts import characters, longest_lengths, planned_methods, planned_stages
 from selfdistill.training.rates import Rates
@@ -104,6 +105,8 @@ class MemoryPlanner:
         self._traces: dict[tuple[str, bool], _Trace] = {}
         self._sampled: dict[Hashable, Segments] = {}
         self._teachers: dict[str, LoadedModel] = {}
+        self.can_checkpoint = can_checkpoint(self._model(config).model)
+        """Whether the model can recompute activations."""
         self._others(config)
         planned_stages(config, self._rows, self._model(config), config.batch_size)
 
@@ -135,8 +138,8 @@ class MemoryPlanner:
         if key not in self._traces:
             self._traces[key] = self._trace(config, stages, others, cached, sharding)
         added, contexts, untraced = self._traces[key]
-        traced, fixed = dict(added), self.fixed(config)
-        fixed["contexts"] += contexts
+        traced, permanent = dict(added), self.permanent(config)
+        permanent["contexts"] += contexts
         if config.engine != "none" and device.kind == "cuda":
             traced["sampling"] = Bytes({"engine": _engine_bytes(config, device, loaded)})
             if sharding:  # sends one gathered weight at a time
@@ -147,8 +150,10 @@ class MemoryPlanner:
         elif "sampling" in traced:  # meanwhile a thread moves the average
             moved = Bytes({"teacher": 2 * staging_bytes(averaged, _shares(config, device))})
             traced["sampling"] = traced["sampling"] + moved
-        before = Bytes({name: fixed[name] for name in fixed if name not in ("moments", "contexts", "drift")})
-        phases = tuple(Phase(name, (before if name == "drawing" else fixed) + size) for name, size in traced.items())
+        before = Bytes({name: permanent[name] for name in permanent if name not in ("moments", "contexts", "drift")})
+        phases = tuple(
+            Phase(name, (before if name == "drawing" else permanent) + size) for name, size in traced.items()
+        )
         return MemoryPlan(config, device, phases, longest_lengths(stages), _dtype(loaded), untraced, host)
 
     def _trace(
@@ -161,7 +166,7 @@ class MemoryPlanner:
     ) -> _Trace:
         device = self.device(config)
         try:
-            with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
+            with quiet_logger("torch._subclasses.fake_tensor", logging.CRITICAL):  # the plan reports failures
                 models, sampled = self._traced_models(config), self._sampled
                 steps = [TracedStep(config, device, model, others, cached, sampled) for model in models]
                 layers, samplers = len(alike_layers(self._model(config))), self._samplers(config)
@@ -195,9 +200,9 @@ class MemoryPlanner:
             return self._device
         return replace(self._device, mixed_precision=config.mixed_precision)
 
-    def fixed(self, config: TrainConfig) -> Bytes:
+    def permanent(self, config: TrainConfig) -> Bytes:
         """Permanent memory, by component, without the contexts of a frozen teacher."""
-        return _fixed(config, self.device(config), self._model(config), self._others(config))
+        return _permanent(config, self.device(config), self._model(config), self._others(config))
 
     def _others(self, config: TrainConfig) -> dict[TeacherRule, LoadedModel]:
         """Separate teachers, by their rules."""
@@ -206,8 +211,8 @@ class MemoryPlanner:
 
     def _samplers(self, config: TrainConfig) -> dict[str, LoadedModel]:
         """Models other than the student that sample before the first step, by name."""
-        drawn = [method.fixed for method in planned_methods(config) if method.fixed]
-        return {name: self._other(name, config) for fixed in drawn for name in fixed.others}
+        drawn = [method.drawn for method in planned_methods(config) if method.drawn]
+        return {name: self._other(name, config) for samples in drawn for name in samples.others}
 
     def _other(self, name: str, config: TrainConfig) -> LoadedModel:
         if name not in self._teachers:
@@ -257,18 +262,7 @@ def memory_plan(
     return MemoryPlanner(config, demonstrations, device, loaded).plan(config)
 
 
-@contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    """Suppress logging; the plan reports failures."""
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _fixed(
+def _permanent(
     config: TrainConfig,
     device: Device,
     loaded: LoadedModel,
@@ -281,7 +275,7 @@ def _fixed(
     averaged = [] if _is_on_host(config, device) else _averaged(config, loaded)
     teachers = sum(_teacher_bytes(config, rule, loaded, others) for rule in rules) + _total_average(averaged)
     vocabulary = model.config.get_text_config().vocab_size
-    fixed = Bytes(
+    permanent = Bytes(
         {
             "weights": tensor_bytes(weight_tensors(model)) // shares,
             "moments": moment_bytes(trained, config.optim) // shares,
@@ -289,10 +283,10 @@ def _fixed(
         }
     )
     if config.drift_steps:
-        fixed["drift"] = DRIFT_PROMPTS * DRIFT_TOKENS * vocabulary * 4
+        permanent["drift"] = DRIFT_PROMPTS * DRIFT_TOKENS * vocabulary * 4
     if config.engine != "none" and device.kind == "cpu":  # on a GPU it sleeps while the model learns
-        fixed["engine"] = _engine_bytes(config, device, loaded)
-    return fixed
+        permanent["engine"] = _engine_bytes(config, device, loaded)
+    return permanent
 
 
 def _shares(config: TrainConfig, device: Device) -> int:
@@ -301,10 +295,7 @@ def _shares(config: TrainConfig, device: Device) -> int:
 
 
 def _teacher_bytes(
-    config: TrainConfig,
-    rule: TeacherRule,
-    loaded: LoadedModel,
-    others: dict[TeacherRule, LoadedModel],
+    config: TrainConfig, rule: TeacherRule, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]
 ) -> int:
     """Weights that a teacher scores with, beyond the student's; see :class:`selfdistill.model.Teacher`."""
     if rule in others:
@@ -378,7 +369,7 @@ def _phases(
             peaks = [step.learning(part, min(size, own), again=number > 0 or own > size) for step in steps]
             if config.engine == "none":
                 peaks = [step.sampling(part, own) | peak for step, peak in zip(steps, peaks, strict=True)]
-            if part.method.fixed and (config.engine == "none" or part.method.fixed.others):
+            if part.method.drawn and (config.engine == "none" or part.method.drawn.others):
                 peaks = [step.drawing(part, samplers) | peak for step, peak in zip(steps, peaks, strict=True)]
             for (phase, _), whole in _extrapolated(peaks, layers).items():
                 added = sharding(phase, whole) if sharding else whole

@@ -66,7 +66,7 @@ def model_card(
     run: Path,
     step: int,
     *,
-    demonstrations: int,
+    demonstrations: int | None,
     fingerprint: str,
     adapter: bool,
     pictures: bool = False,
@@ -81,7 +81,7 @@ def model_card(
         config: the run's resolved settings.
         run: its folder.
         step: the step after which the model was saved.
-        demonstrations: number of demonstrations trained on.
+        demonstrations: number of demonstrations trained on; None if it is unknown.
         fingerprint: fingerprint of the encoded examples; see ``Trainer.fingerprint``.
         adapter: whether the weights are an adapter rather than a full model.
         pictures: whether it is an image-text model.
@@ -96,7 +96,7 @@ def model_card(
         datasets=[data] if "/" in data else None,
     )
     results, measured = _results(run, step)
-    rows = number_of(demonstrations, "demonstration")
+    rows = "demonstrations" if demonstrations is None else number_of(demonstrations, "demonstration")
     early = f"- It ended early, after step {step} of {config.max_steps}\n" if step < (config.max_steps or 0) else ""
     parts = [
         f"---\n{metadata.to_yaml()}\n---",

@@ -35,7 +35,7 @@ from selfdistill.training.schedule import steps_of
 from selfdistill.training.setup import check_parts, make_accelerator, repeating
 from selfdistill.training.step_time import duration_text
 from selfdistill.training.traced_step import Device
-from selfdistill.training.train import check_memory, check_output_dir, with_context
+from selfdistill.training.train import check_output_dir, plan_memory, with_context
 from selfdistill.training.trainer import Trainer
 
 
@@ -88,14 +88,18 @@ class Plan(Printable):
 
 
 def plan(
-    config: TrainConfig, loaded: LoadedModel | None = None, *, given: Sequence[str] = (), temporary: str | None = None
+    config: TrainConfig,
+    loaded: LoadedModel | None = None,
+    *,
+    own_files: Sequence[str] = (),
+    temporary: str | None = None,
 ) -> Plan:
     """Prepare a run, take two steps in memory, and discard them.
 
     Args:
         config: settings of the run.
         loaded: the model, if already loaded; a copy of it is trained.
-        given: names of files that may be in the run folder.
+        own_files: names of files that may be in the run folder before the run.
         temporary: a folder that exists only for the plan.
 
     Raises:
@@ -103,20 +107,20 @@ def plan(
     """
     asked_for = config
     try:
-        check_output_dir(config.output_dir, resume=False, given=given)
+        check_output_dir(config.output_dir, resume=False, own_files=own_files)
         notes = []
     except UserError as error:  # nothing is written there
         notes = [f"note: {error}"]
     check_tracker(config.report_to)
     stages = stages_of(config)
-    rows = _checked_rows(config, given)
+    rows = _checked_rows(config, own_files)
     loaded = copy.deepcopy(loaded)
-    memory, lines = check_memory(config, rows, loaded, always=True)
+    memory, lines = plan_memory(config, rows, loaded, always=True)
     config = memory.config if memory else config
     config = with_context(config, rows, loaded)
     unmeasured: dict[str, Any] = {"drift_steps": 0, "test": None}
     all_rows = True
-    if any(part.method.fixed for parts in stages for part in parts):  # one batch of samples is enough to see
+    if any(part.method.drawn for parts in stages for part in parts):  # one batch of samples is enough to see
         count = min(len(rows), config.num_demonstrations or len(rows))
         steps = steps_of(config, count, share=stages[0][0].share)
         unmeasured |= {"num_demonstrations": min(count, config.batch_size), "max_steps": steps}
@@ -156,7 +160,7 @@ def plan_for(
     device: str | None,
     loaded: LoadedModel | None = None,
     *,
-    given: Sequence[str] = (),
+    own_files: Sequence[str] = (),
 ) -> Fit:
     """Plan a run's memory and time on a device, without reading weights or computing anything of the run.
 
@@ -165,12 +169,12 @@ def plan_for(
         memory: memory of the device in bytes; None: that of ``device``.
         device: a GPU of ``GPUS``, or ``this``; None: a GPU of unknown speed, without a plan of the time.
         loaded: the model, if already loaded.
-        given: names of files that may be in the run folder.
+        own_files: names of files that may be in the run folder before the run.
 
     Raises:
         UserError: settings, data, ``config.json`` or tokenizer are invalid, or neither device nor memory is given.
     """
-    rows = _checked_rows(config, given)
+    rows = _checked_rows(config, own_files)
     rates: Callable[[str], Rates] | None = None
     if device == THIS:
         accelerator = make_accelerator(config)
@@ -188,7 +192,7 @@ def plan_for(
     return fit(config, rows, own, int(limit), loaded, rates)
 
 
-def _checked_rows(config: TrainConfig, given: Sequence[str]) -> list[Demonstration]:
-    check_inputs(config, given, lacks_of(stages_of(config)))
+def _checked_rows(config: TrainConfig, own_files: Sequence[str]) -> list[Demonstration]:
+    check_inputs(config, own_files, lacks_of(stages_of(config)))
     check_parts(config)
     return load_demonstrations(config.data, split=config.split, turns=config.turns)

@@ -73,7 +73,7 @@ def _planned(
     method = part.method
     rules = rules_of(method)
     longest = 1 if least else (rules.max_length if rules else config.max_completion_length)
-    sampling = method.sequence.sampling or (method.fixed.sampling if method.fixed else None)
+    sampling = method.sequence.sampling or (method.drawn.sampling if method.drawn else None)
     if sampling is not None:
         sampling = replace(sampling, max_completion_length=longest)
     examples, _ = method.examples(rows, loaded, chat)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from selfdistill.config import TrainConfig, changes, load_saved, refuse_changes
 from selfdistill.errors import CannotResume, UserError, number_of
-from selfdistill.training.checkpoint import Position, saved_position
+from selfdistill.training.checkpoint import Position, saved_position, settings_of
 from selfdistill.training.setup import data_fingerprint, reward_fingerprint
 from selfdistill.training.trainer import Trainer
 
@@ -38,11 +38,6 @@ def refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Trainer
         )
 
 
-def settings_of(checkpoint: Path) -> TrainConfig:
-    """The settings that a checkpoint was saved with."""
-    return TrainConfig(**load_saved(checkpoint / "config.yaml", TrainConfig))
-
-
 def refuse_changed_rows(checkpoint: Path, trainer: Trainer) -> None:
     """Refuse to resume with different examples, before anything is drawn or evaluated.
 
@@ -51,7 +46,7 @@ def refuse_changed_rows(checkpoint: Path, trainer: Trainer) -> None:
     Raises:
         CannotResume: names what changed.
     """
-    if any(part.method.fixed for stage in trainer.stages for part in stage.parts):
+    if any(part.method.drawn for stage in trainer.stages for part in stage.parts):
         return
     data, rewards = data_fingerprint(trainer.stages, trainer.chat), reward_fingerprint(trainer.stages)
     found = Position(0, 0, data, rewards=rewards)

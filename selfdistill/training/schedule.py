@@ -15,18 +15,13 @@ from selfdistill.errors import UserError
 Row = TypeVar("Row")
 
 
-def has_room(shares: Sequence[float], batch_size: int, unit: int) -> bool:
-    """Whether every step has room for all of its parts; see :func:`positions_of`."""
-    return batch_size >= _room(shares, batch_size, unit)
-
-
 def check_shares(shares: Sequence[float], batch_size: int, unit: int = 1) -> None:
-    """Check :func:`has_room`.
+    """Check that every step has room for all of its parts; see :func:`positions_of`.
 
     Raises:
         UserError: the batch is too small.
     """
-    if has_room(shares, batch_size, unit):
+    if batch_size >= _room(shares, batch_size, unit):
         return
     enough = unit * math.floor(1 / shares[0])  # with less, the first part's share is not one example
     while enough < (room := _room(shares, max(enough, batch_size), unit)):

@@ -19,8 +19,8 @@ class BatchPart:
     method: Method
     completions: Sequence[Completion]
     """Samples, or what the method learns from instead of samples. Parts with the same samples share this object."""
-    share: float
-    """Weight of the part's loss: its share of the batch's examples, times the method's weight."""
+    weight: float
+    """Of the part's loss: its share of the batch's examples, times the method's weight."""
 
 
 @dataclass(frozen=True)

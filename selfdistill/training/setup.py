@@ -1,7 +1,4 @@
-"""Set up a run before its model: the processes, and the stages with their examples.
-
-Legend: see :mod:`selfdistill.training.trainer`.
-"""
+"""Set up a run: its processes, and its stages with their examples."""
 
 from __future__ import annotations
 
@@ -37,8 +34,10 @@ from selfdistill.methods import (
 from selfdistill.model import (
     LoadedModel,
     TeacherRule,
+    add_lora,
     check_room,
     deterministic,
+    freeze_vision,
     has_gpu,
     refuse_autocast,
     resolved_precision,
@@ -58,7 +57,7 @@ class EncodedPart:
     examples: list[Example]
     dropped: int
     """Number of rows dropped because they are too long."""
-    drawn: list[Example] = field(default_factory=list)
+    all_drawn: list[Example] = field(default_factory=list)
     """All samples that the method drew before the first step; it may learn some of them only."""
     same_samples: bool = False
     """Whether it learns from the samples of the first part, whose examples it has."""
@@ -86,7 +85,7 @@ class Stage:
         return self.parts[0]
 
     @property
-    def sampled(self) -> list[EncodedPart]:
+    def own_samples(self) -> list[EncodedPart]:
         """The parts with samples of their own; they divide a batch."""
         return [part for part in self.parts if not part.same_samples]
 
@@ -164,7 +163,7 @@ def check_engine(stages: Sequence[Stage], loaded: LoadedModel) -> None:
     Raises:
         UserError: it has not.
     """
-    for part in (part for stage in stages for part in stage.sampled):
+    for part in (part for stage in stages for part in stage.own_samples):
         prompts, sampling = [x.student_ids for x in part.examples], part.method.sequence.sampling
         if rules := rules_of(part.method):
             check_room(loaded, prompts, rules.max_length, "episode")
@@ -184,6 +183,18 @@ def chosen_rows(demonstrations: Sequence[Demonstration], config: TrainConfig | L
         return demonstrations
     chosen = set(random.Random(config.seed).sample(range(len(demonstrations)), count))
     return [demonstration for number, demonstration in enumerate(demonstrations) if number in chosen]
+
+
+def choose_weights(loaded: LoadedModel, config: TrainConfig) -> None:
+    """Add the adapter of the run, if it has one, and freeze the weights that it does not train.
+
+    Raises:
+        UserError: PEFT finds no layer that it can adapt.
+    """
+    if config.lora_rank:
+        add_lora(loaded, config.lora_rank, config.lora_alpha, config.seed)
+    if loaded.pictures is not None and not config.train_vision_tower:
+        freeze_vision(loaded.model)
 
 
 def make_stages(
@@ -216,17 +227,9 @@ def check_parts(config: TrainConfig) -> None:
     Raises:
         UserError: the batch is too small, or the method rejects the settings.
     """
-    for shares in shares_of(config):
+    for parts in stages_of(config):
+        shares = [part.share for part in parts if not part.same_samples]
         check_shares(shares, config.batch_size, batch_unit(config))
-
-
-def shares_of(config: TrainConfig) -> list[list[float]]:
-    """By stage, the shares of the batch that its parts with their own samples have.
-
-    Raises:
-        UserError: the method rejects the settings.
-    """
-    return [[part.share for part in parts if not part.same_samples] for parts in stages_of(config)]
 
 
 def _encoded(
@@ -247,7 +250,7 @@ def _encoded(
 
 def note_test_prompts(stage: Stage, questions: Sequence[Demonstration]) -> None:
     """Note prompts beside the task that are test questions, too: there, the model is held where it was."""
-    for part in stage.sampled[1:]:
+    for part in stage.own_samples[1:]:
         if repeated := repeated_prompts(part.examples, questions):
             say_note(
                 f"{len(repeated)} of {part.counted} are also test questions ({first_ten(repeated)}); on these, anchors "
@@ -276,8 +279,11 @@ def _digest(values: Sequence[Any]) -> str:
 
 
 def batch_unit(config: TrainConfig) -> int:
-    """How many examples a part's share of a batch is a multiple of: with ``fsdp``, all processes need equal parts."""
-    return world_size() * config.micro_batches if config.fsdp else 1
+    """How many examples a part's share of a batch is a multiple of: with ``fsdp``, all processes need equal parts.
+
+    Not of the number of micro-batches, which the memory plan may choose, and which must not change the batches.
+    """
+    return world_size() if config.fsdp else 1
 
 
 def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str) -> TrainConfig:
@@ -292,7 +298,7 @@ def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str) 
     )
 
 
-def share_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
+def divide_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
     """Divide ``max_steps`` among the stages as evenly as possible.
 
     Raises:
@@ -303,5 +309,5 @@ def share_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
     ends = [config.max_steps * number // len(stages) for number in range(len(stages) + 1)]
     for stage, start, end in zip(stages, ends[:-1], ends[1:], strict=True):
         stage.first_step, stage.steps = start, end - start
-        if stage.task.method.fixed:
-            stage.task.method.fixed.check_steps(stage.steps)
+        if stage.task.method.drawn:
+            stage.task.method.drawn.check_steps(stage.steps)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from selfdistill.model import Sampled
+from selfdistill.model import RolloutCount
 from selfdistill.training.batch_gradient import PartResult, SamplerGap
 
 _STATISTICS = {"entropy": "entropy", "kl/forward": "forward_kl", "kl/reverse": "reverse_kl"}
@@ -22,7 +22,7 @@ def step_metrics(
     grad_norm: float,
     drift: dict[str, float],
     seconds: dict[str, float],
-    sampled: Sampled,
+    rollout_count: RolloutCount,
     by_part: bool = False,
     control: float | None = None,
 ) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def step_metrics(
         grad_norm: global gradient norm before clipping.
         drift: distances from the base, if measured.
         seconds: duration of each part of the step; with ``sync`` if an engine samples.
-        sampled: from the student in this step.
+        rollout_count: what was sampled from the student in this step.
         by_part: whether to tell how the loss divides between the parts.
         control: the number of the method's controller, if it has one.
 
@@ -74,12 +74,12 @@ def step_metrics(
     if by_part:
         for result in results:
             metrics[f"loss/{result.part.name}"] = result.loss
-            metrics[f"share/{result.part.name}"] = result.part.share
+            metrics[f"share/{result.part.name}"] = result.part.weight
     metrics |= drift
     if "sync" in seconds:
         metrics |= _engine_gap(results)
-    if sampled.tokens:
-        metrics["rollout/tokens_per_second"] = sampled.tokens / (sampled.seconds - seconds.get("sync", 0.0))
+    if rollout_count.tokens:
+        metrics["rollout/tokens_per_second"] = rollout_count.tokens / (rollout_count.seconds - seconds.get("sync", 0.0))
     seconds = {"teacher": 0.0} | seconds
     for part in ("rollout", "sync", "teacher", "student", "update", "drift", "step"):
         if part in seconds:
@@ -118,7 +118,7 @@ def _engine_gap(results: Sequence[PartResult]) -> dict[str, float]:
 
 def total_loss(results: Sequence[PartResult]) -> float:
     """The batch's loss."""
-    return sum(result.part.share * result.loss for result in results)
+    return sum(result.part.weight * result.loss for result in results)
 
 
 def is_sound(results: Sequence[PartResult], grad_norm: float) -> bool:

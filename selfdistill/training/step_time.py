@@ -205,12 +205,12 @@ def _part_seconds(
 
 def _drawing_seconds(network: Network, part: PlannedPart, rates: Rates, examples: float) -> float:
     """Seconds to draw the samples of all examples before the first step."""
-    fixed, sampling = part.method.fixed, part.sampling
-    assert fixed is not None
+    drawn, sampling = part.method.drawn, part.sampling
+    assert drawn is not None
     assert sampling is not None
-    prompt = fmean(len(fixed.prompt(x)) for x in part.examples)
-    batch = network.sampling_seconds(rates, fixed.batch_size, prompt, sampling.max_completion_length)
-    return batch * examples / fixed.batch_size
+    prompt = fmean(len(drawn.prompt(x)) for x in part.examples)
+    batch = network.sampling_seconds(rates, drawn.batch_size, prompt, sampling.max_completion_length)
+    return batch * examples / drawn.batch_size
 
 
 def _update_seconds(

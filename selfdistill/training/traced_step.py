@@ -3,8 +3,7 @@
 The forward pass, loss and backward pass of training run over the longest rows that a micro-batch may have:
 see :meth:`selfdistill.training.batch_gradient.BatchGradient.add` for its division.
 
-Legend: B completions of a micro-batch, N their tokens without padding, T tokens of a completion, D hidden size, V
-vocabulary, H key/value heads, L tokens, C channels of a head.
+Legend: N tokens of a micro-batch's completions without padding, D hidden size.
 """
 
 from __future__ import annotations
@@ -146,16 +145,16 @@ class TracedStep:
             part: whose samples.
             others: models other than the student, by name.
         """
-        fixed = part.method.fixed
-        if fixed is None or part.sampling is None:
+        drawn = part.method.drawn
+        if drawn is None or part.sampling is None:
             return {}
-        count = math.ceil(fixed.batch_size * fixed.at_once / self._device.processes)
-        prompts = longest([fixed.prompt(x) for x in part.examples], count)
-        policy = replace(fixed.sampling, max_completion_length=part.sampling.max_completion_length)
-        if not fixed.others:
+        count = math.ceil(drawn.batch_size * drawn.at_once / self._device.processes)
+        prompts = longest([drawn.prompt(x) for x in part.examples], count)
+        policy = replace(drawn.sampling, max_completion_length=part.sampling.max_completion_length)
+        if not drawn.others:
             return self._sampled(self.loaded, prompts, policy, "drawing")
         found: Segments = {}
-        for sampler in (others[name] for name in fixed.others):
+        for sampler in (others[name] for name in drawn.others):
             held = Bytes({"other model": tensor_bytes(weight_tensors(sampler.model))})
             for segment, peak in self._sampled(sampler, prompts, policy, "drawing").items():
                 found[segment] = max(found.get(segment, Bytes()), peak + held, key=Bytes.total)

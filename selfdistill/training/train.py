@@ -3,72 +3,65 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 
-from selfdistill.config import TrainConfig, dump_yaml, load_saved
+from selfdistill.config import TrainConfig, load_saved
 from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import RESUME, RunCollapsed, UserError
-from selfdistill.evaluation import SYSTEM_TURN, Evaluator, best_context, shared_system_turn
+from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
 from selfdistill.model import LoadedModel, full_tensors, merged, stored_bytes, tensor_bytes
 from selfdistill.runtime import (
-    agreed,
     all_gather,
     barrier,
     broadcast_from_rank0,
     check_tracker,
-    folder_lock,
     free_memory,
     is_rank0,
     own_share,
-    remove_unfinished,
     say,
     say_note,
     world_size,
-    write_atomically,
-    write_json,
 )
 from selfdistill.training.checkpoint import (
     Position,
     list_checkpoints,
     load_checkpoint,
     newest_whole,
+    settings_of,
     trained_parameters,
 )
-from selfdistill.training.disk import check_disk
 from selfdistill.training.export import whole_folder, write_model
 from selfdistill.training.first_lines import first_lines
-from selfdistill.training.fitting import check_fits
+from selfdistill.training.fitting import plan_that_fits
 from selfdistill.training.loop import Loop, OnStep, say_signs
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.model_card import model_card
 from selfdistill.training.resume import (
     check_unchanged,
-    refuse_changed_rows,
-    refuse_changed_settings,
-    settings_of,
     where,
 )
 from selfdistill.training.setup import data_fingerprint, make_accelerator, repeating, reward_fingerprint
+from selfdistill.training.start import Start
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
 
-def check_output_dir(name: str, *, resume: bool, given: Sequence[str] = ()) -> Path:
+def check_output_dir(name: str, *, resume: bool, own_files: Sequence[str] = ()) -> Path:
     """Check that a run can use the folder, and return its path.
 
     Raises:
-        UserError: it is a file; it is not empty and ``resume`` is False; or its run is finished and kept no checkpoint.
+        UserError: it is a file; it holds files other than ``own_files`` and ``resume`` is False; or its run is finished
+            and kept no checkpoint.
     """
     folder = Path(name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {name!r} is a file: choose another name")
-    if not resume and folder.exists() and any(file.name not in given for file in folder.iterdir()):
+    if not resume and folder.exists() and any(file.name not in own_files for file in folder.iterdir()):
         raise UserError(f"output_dir {name!r} exists and is not empty: choose another, or continue it with resume=True")
     if resume and (folder / "final").exists() and not list_checkpoints(folder):
         raise UserError(f"output_dir {name!r}: this run is finished and has no checkpoint, so it cannot be resumed")
@@ -83,7 +76,7 @@ def train(
     evaluator: Evaluator | None = None,
     loaded: LoadedModel | None = None,
     on_step: OnStep | None = None,
-    given: Sequence[str] = (),
+    own_files: Sequence[str] = (),
 ) -> Path:
     """Train a model.
 
@@ -99,6 +92,7 @@ def train(
         loaded: the model, if already loaded; its weights are trained in place.
         on_step: called with the step number, the model and the step's metrics: before the first step with 0 and no
             metrics, then after every step. If it returns True after a step, training ends there.
+        own_files: names of files that may be in ``output_dir`` before the run, such as rows from memory.
 
     Returns:
         The folder of the final model.
@@ -109,35 +103,30 @@ def train(
         RunFailed: loss or gradient were non-finite for ``max_skipped_steps`` consecutive steps; or, with
             ``stop_on_collapse``, the run collapsed.
     """
-    output_dir = check_output_dir(config.output_dir, resume=resume, given=given)
+    output_dir = check_output_dir(config.output_dir, resume=resume, own_files=own_files)
     check_tracker(config.report_to)
-    begun = resume and output_dir.exists()
     resumes = resume and (output_dir / "config.yaml").exists()
     if resume and not resumes:
         say(f"note: {output_dir} holds no run to resume, so a new one begins there")
     with ExitStack() as held:
         held.enter_context(repeating(config))
-        lock = cache(partial(_lock, output_dir, held))  # once
-        if begun:
-            lock()
+        start = Start(output_dir, held)
+        if resume and output_dir.exists():
+            start.lock()
         demonstrations = demonstrations or load_demonstrations(config.data, split=config.split, turns=config.turns)
-        _needs_best_context(config)  # or refuses
-        plan, memory = check_memory(config, demonstrations, loaded)  # the processes have met from here on
-        checkpoint = broadcast_from_rank0(lambda: newest_whole(output_dir) if resume else None)
+        _refuse_auto_context(config)
+        plan, start.lines = plan_memory(config, demonstrations, loaded)  # the processes have met from here on
+        start.checkpoint = broadcast_from_rank0(lambda: newest_whole(output_dir) if resume else None)
         config = plan.config if plan else config
-        config = with_context(_on_its_day(config) if begun else config, demonstrations, loaded)
-        begins = partial(_begin, output_dir, lock, demonstrations)
-        begin = None if checkpoint else begins  # nothing may change if it is refused
-        sizes = list(memory)
-        check = partial(_check, output_dir, checkpoint, sizes)
-        trainer = Trainer(config, demonstrations, evaluator, loaded, begin, check)
-        position = _start(trainer, checkpoint)  # before anything is written: a refused resume changes nothing
-        begins(trainer.config)
-        _write_samples(trainer, output_dir)
-        for line in (*first_lines(trainer), *sizes):
+        config = with_context(_on_its_day(config) if resumes else config, demonstrations, loaded)
+        trainer = Trainer(config, demonstrations, evaluator, loaded, start)
+        position = _start_position(trainer, start.checkpoint)  # a refused resume changes nothing in the folder
+        start.begin(trainer.config, demonstrations)
+        start.write_samples(trainer)
+        for line in (*first_lines(trainer), *start.lines):
             say(line)
         if resumes:
-            say(where(output_dir, checkpoint, position, trainer.config))
+            say(where(output_dir, start.checkpoint, position, trainer.config))
         loop = Loop(trainer, output_dir, position)
         try:
             loop.go_on(on_step)
@@ -156,60 +145,45 @@ def with_context(
     Raises:
         UserError: there are several processes; only a single one can compare contexts.
     """
+    _refuse_auto_context(config)
     if not _needs_best_context(config):
         return config
     return config.model_copy(update={"context": best_context(config, demonstrations, loaded)})
 
 
 def _needs_best_context(config: TrainConfig) -> bool:
-    """Whether contexts have to be compared.
+    """Whether contexts have to be compared."""
+    return config.context == "auto" and uses(config, "context")
+
+
+def _refuse_auto_context(config: TrainConfig) -> None:
+    """Refuse to compare contexts in several processes.
 
     Raises:
         UserError: there are several processes; only a single one can compare contexts.
     """
-    if config.context != "auto" or not uses(config, "context"):
-        return False
-    if world_size() > 1:
+    if _needs_best_context(config) and world_size() > 1:
         raise UserError(
             "setting 'context': 'auto' needs a single process; find the best with selfdistill check and name it"
         )
-    return True
 
 
 def _on_its_day(config: TrainConfig) -> TrainConfig:
     """The settings with the day on which the run began, for templates with the date in them."""
-    written = Path(config.output_dir) / "config.yaml"
-    if config.template_date is not None or not written.exists():
+    if config.template_date is not None:
         return config
-    return config.model_copy(update={"template_date": load_saved(written, TrainConfig).get("template_date")})
-
-
-def _lock(output_dir: Path, held: ExitStack) -> None:
-    """Lock the run folder while ``held`` is open."""
-    if is_rank0():
-        held.enter_context(folder_lock(output_dir, f"output_dir {str(output_dir)!r}"))
-
-
-def _check(output_dir: Path, checkpoint: Path | None, sizes: list[str], trainer: Trainer) -> None:
-    """Check what needs no samples, before hours may be spent on drawing them; adds lines about the disk to ``sizes``.
-
-    Raises:
-        UserError: the run cannot be resumed with these settings, or there is not enough disk space.
-    """
-    if checkpoint:
-        agreed(partial(refuse_changed_settings, output_dir, checkpoint, trainer))
-        agreed(partial(refuse_changed_rows, checkpoint, trainer))
-    sizes += broadcast_from_rank0(partial(check_disk, trainer, output_dir, checkpoint))
+    written = load_saved(Path(config.output_dir) / "config.yaml", TrainConfig)
+    return config.model_copy(update={"template_date": written.get("template_date")})
 
 
 AMPLE = 2000
 """Where as many times the weights of student and teacher are free, as with tiny models, a run starts without a plan."""
 
 
-def check_memory(
+def plan_memory(
     config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel | None, *, always: bool = False
 ) -> tuple[MemoryPlan | None, list[str]]:
-    """Check before the model is loaded that there is enough memory; returns the plan, and lines that describe it.
+    """Plan the run's memory before the model is loaded; returns the plan, and lines that describe it.
 
     The plan's settings are the given ones, with those chosen that were left open. A model or row that cannot be used is
     not reported here, but where it is used. There is no plan where far more memory is free than a run can need
@@ -230,7 +204,7 @@ def check_memory(
         planner = MemoryPlanner(config, demonstrations, Device.of(accelerator), loaded)
     except UserError:
         return None, []
-    return check_fits(planner, config, limit)
+    return plan_that_fits(planner, config, limit)
 
 
 def _weights(config: TrainConfig, loaded: LoadedModel | None) -> float:
@@ -242,44 +216,7 @@ def _weights(config: TrainConfig, loaded: LoadedModel | None) -> float:
     return student + teacher if student and teacher else math.inf
 
 
-def _begin(
-    output_dir: Path, lock: Callable[[], object], demonstrations: Sequence[Demonstration], config: TrainConfig
-) -> None:
-    """Lock the run folder and write the settings, without which it cannot be resumed, and the rows' system turn.
-
-    Raises:
-        UserError: the folder is in use or not writable.
-    """
-    lock()
-    with _writing(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if is_rank0():
-            remove_unfinished(output_dir)
-            write_atomically(output_dir / "config.yaml", dump_yaml(config))
-            write_json(output_dir / SYSTEM_TURN, shared_system_turn(demonstrations))
-
-
-def _write_samples(trainer: Trainer, output_dir: Path) -> None:
-    """Write the samples that a method drew before the first step.
-
-    Raises:
-        UserError: the folder is not writable.
-    """
-    with _writing(output_dir):
-        for part in [part for stage in trainer.stages for part in stage.sampled]:
-            if part.method.fixed:
-                part.method.fixed.write(trainer.samples_file, part.drawn)
-
-
-@contextmanager
-def _writing(output_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"output_dir {str(output_dir)!r}: cannot be written ({error.strerror})") from None
-
-
-def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
+def _start_position(trainer: Trainer, checkpoint: Path | None) -> Position:
     """Load the checkpoint, if any; returns the position at which the run starts.
 
     Raises:
@@ -288,7 +225,7 @@ def _start(trainer: Trainer, checkpoint: Path | None) -> Position:
     asked = trainer.evaluator.questions.fingerprint() if trainer.evaluator else ""
     name = engine.name if (engine := trainer.engine()) else ""
     data, rewards = data_fingerprint(trainer.stages, trainer.chat), reward_fingerprint(trainer.stages)
-    position = Position(0, 0, data, model=trainer.began_as, test=asked, engine=name, rewards=rewards)
+    position = Position(0, 0, data, model=trainer.initial_weights, test=asked, engine=name, rewards=rewards)
     if checkpoint is None:
         return position
     saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)

@@ -1,16 +1,14 @@
 """The trainer: one optimizer step samples completions, computes the gradient, and updates student and teacher.
 
 The method fills the slots; nothing here depends on its name.
-
-Legend: B completions of a batch, T completion tokens, N completion tokens of a part without padding, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,11 +25,9 @@ from selfdistill.model import (
     PrefixCache,
     Teacher,
     TeacherRule,
-    add_lora,
     cached_casts,
     checkpoint_activations,
     engine_for,
-    freeze_vision,
     full_tensor,
     is_in_4bit,
     layers_of,
@@ -57,17 +53,21 @@ from selfdistill.training.setup import (
     Stage,
     batch_unit,
     check_engine,
+    choose_weights,
     chosen_rows,
+    divide_steps,
     make_accelerator,
     make_stages,
     note_test_prompts,
     refuse_with_pictures,
-    share_steps,
     teacher_rules,
     with_defaults,
 )
 from selfdistill.training.step_metrics import is_sound, step_metrics
 from selfdistill.training.stopwatch import Stopwatch
+
+if TYPE_CHECKING:  # that module checks a trainer
+    from selfdistill.training.start import Start
 
 
 class Trainer:
@@ -78,9 +78,8 @@ class Trainer:
         demonstrations: the training data, if already loaded; else ``config.data`` is read.
         evaluator: evaluates the model, if shared by several runs; else created if ``config.test`` is set.
         loaded: the model, if already loaded; else ``config.model`` is loaded.
-        begin: creates the run folder with the resolved settings, to keep what is drawn before the first step as it is
-            drawn; None: nothing is written.
-        check: may refuse the run, given the trainer as it is before anything is drawn.
+        start: may refuse the run before anything is drawn, and begins its folder to keep what is drawn; None: nothing
+            is refused or written.
     """
 
     def __init__(
@@ -89,8 +88,7 @@ class Trainer:
         demonstrations: Sequence[Demonstration] | None = None,
         evaluator: Evaluator | None = None,
         loaded: LoadedModel | None = None,
-        begin: Callable[[TrainConfig], object] | None = None,
-        check: Callable[[Trainer], object] | None = None,
+        start: Start | None = None,
     ) -> None:
         self.accelerator = make_accelerator(config)
         if demonstrations is None:
@@ -108,7 +106,7 @@ class Trainer:
                 "folder or name, or leave the setting out"
             )
         use_engine(self.loaded, config)
-        self.began_as = start_fingerprint(self.loaded)
+        self.initial_weights = start_fingerprint(self.loaded)
         """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
         for note in self.loaded.notes:
             say_note(note)
@@ -121,16 +119,18 @@ class Trainer:
         self.control: State = {}
         """What the task's controller remembers."""
         self.config = with_defaults(config, self.stage.task, self.accelerator.mixed_precision)
-        share_steps(self.config, self.stages)
-        weights = self.began_as or config.model  # with a merged adapter they are known by their place
-        folder, opens = Path(config.output_dir), None if begin is None else partial(begin, self.config)
-        self.samples_file = SamplesFile(folder, self.chat, weights, opens)
-        self._prepare(check)
+        divide_steps(self.config, self.stages)
+        weights = self.initial_weights or config.model  # with a merged adapter they are known by their place
+        begin = None  # a resumed run's folder has its samples, and may not change if the run is refused
+        if start is not None and start.checkpoint is None:
+            begin = partial(start.begin, self.config, demonstrations)
+        self.samples_file = SamplesFile(Path(config.output_dir), self.chat, weights, begin)
+        self._prepare(start)
         self.evaluator = evaluator or (Evaluator(self.config, self.loaded) if config.test is not None else None)
         if self.evaluator:
             note_test_prompts(self.stages[0], self.evaluator.questions.demonstrations)
 
-    def _prepare(self, check: Callable[[Trainer], object] | None) -> None:
+    def _prepare(self, start: Start | None) -> None:
         config, model = self.config, self.loaded.model
         if not config.fsdp:  # the whole model may exceed the device's memory
             model.to(self.accelerator.device)
@@ -138,11 +138,8 @@ class Trainer:
             raise UserError("setting 'fsdp' with lora_rank: the model already has an adapter; export it merged first")
         if config.load_in_4bit and self.accelerator.mixed_precision == "bf16":
             set_compute_dtype(model, torch.bfloat16)
-        if config.lora_rank:
-            add_lora(self.loaded, config.lora_rank, config.lora_alpha, config.seed)
-            model = self.loaded.model
-        if self.loaded.pictures is not None and not config.train_vision_tower:
-            freeze_vision(model)
+        choose_weights(self.loaded, config)
+        model = self.loaded.model
         refuse_float16(model, config.model)
         self._make_teachers()
         if config.gradient_checkpointing:
@@ -155,8 +152,8 @@ class Trainer:
         self.engine()  # before any long work
         with self.accelerator.autocast():
             check_engine(self.stages, self.loaded)
-        if check is not None:
-            check(self)
+        if start is not None:
+            start.check(self)
         for stage in self.stages:
             self._draw(stage)
         self.prefix_caches = {} if config.fsdp else self._make_caches()
@@ -175,11 +172,11 @@ class Trainer:
 
     def _draw(self, stage: Stage) -> None:
         """Draw what the methods of a stage draw before the first step; parts with the same samples share it."""
-        for part in stage.sampled:
-            if part.method.fixed:
+        for part in stage.own_samples:
+            if part.method.drawn:
                 with self.accelerator.autocast():
-                    part.drawn = part.method.fixed(self.loaded, part.examples, self.samples_file)
-                part.examples = part.method.fixed.learnt(part.drawn)
+                    part.all_drawn = part.method.drawn(self.loaded, part.examples, self.samples_file)
+                part.examples = part.method.drawn.learnt(part.all_drawn)
         for part in stage.parts:
             if part.same_samples:
                 part.examples = stage.task.examples
@@ -215,7 +212,7 @@ class Trainer:
     def _other_teacher(self, name: str) -> LoadedModel:
         """Load a separate teacher; it must have the student's architecture."""
         other = load_matching(name, self.loaded, dtype=self.config.dtype)
-        self.began_as += "+" + weights_fingerprint(other.model) if self.began_as else ""
+        self.initial_weights += "+" + weights_fingerprint(other.model) if self.initial_weights else ""
         own, others = (unwrap(model).config.model_type for model in (self.loaded.model, other.model))
         if own != others:
             raise UserError(
@@ -263,13 +260,13 @@ class Trainer:
         If loss or gradient are non-finite, weights and optimizer stay unchanged, and the metrics have ``skipped``. They
         stay so, too, if nothing is learnt. Then an average of the student stays as well.
         """
-        stopwatch, sampled = Stopwatch(self.loaded.device), self.loaded.sampled
+        stopwatch, counted_before = Stopwatch(self.loaded.device), self.loaded.rollout_count
         self.stage = stage = self.stage_of(step)[1]
         stage_step = step - stage.first_step
         positions = self._positions(stage, stage_step)
         control = self._control(stage, stage_step)
 
-        parts = self._sampled(stage, positions, step, control, stopwatch)
+        parts = self._rolled_out(stage, positions, step, control, stopwatch)
         results = self.gradient.add(parts, stopwatch)
         with stopwatch("update"):
             rate = self._set_learning_rate(stage, stage_step)
@@ -287,7 +284,7 @@ class Trainer:
             grad_norm=norm,
             drift=drift,
             seconds=stopwatch.seconds(),
-            sampled=self.loaded.sampled - sampled,
+            rollout_count=self.loaded.rollout_count - counted_before,
             by_part=len(stage.parts) > 1,
             control=control,
         )
@@ -311,40 +308,40 @@ class Trainer:
 
     def _positions(self, stage: Stage, stage_step: int) -> list[range]:
         """Positions of the step's examples, by part with its own samples."""
-        config, shares = self.config, [part.share for part in stage.sampled]
+        config, shares = self.config, [part.share for part in stage.own_samples]
         return positions_of(shares, stage_step, config.batch_size, config.seed, batch_unit(config))
 
-    def _sampled(
+    def _rolled_out(
         self, stage: Stage, positions: Sequence[range], step: int, control: float | None, stopwatch: Stopwatch
     ) -> list[BatchPart]:
         """The parts of the step with their completions; an engine then frees its memory for the gradient."""
         engine = self.engine()
         synced_s = engine.sync_s if engine else 0.0
         with stopwatch("rollout"), self.accelerator.autocast():
-            parts = self._completed(stage, positions, step, control)
+            parts = self._batch(stage, positions, step, control)
             if engine:
                 engine.rest()
         if engine:
             stopwatch.add("sync", engine.sync_s - synced_s)
         return parts
 
-    def _completed(self, stage: Stage, positions: Sequence[range], step: int, control: float | None) -> list[BatchPart]:
+    def _batch(self, stage: Stage, positions: Sequence[range], step: int, control: float | None) -> list[BatchPart]:
         """The parts of the step that have examples, with their completions."""
         examples = {
             part.name: examples_at(part.examples, places, self.config.seed)
-            for part, places in zip(stage.sampled, positions, strict=True)
+            for part, places in zip(stage.own_samples, positions, strict=True)
         }
-        completions = self._sample_alike(stage.sampled, examples, step)
+        completions = self._completions(stage.own_samples, examples, step)
         batch_parts = []
         for part in stage.parts:
             source = stage.task.name if part.same_samples else part.name
             method = part.method.at(step - stage.first_step, stage.steps, control if part is stage.task else None)
             if own := examples[source]:
-                share = len(own) / self.config.batch_size * method.weight
-                batch_parts.append(BatchPart(part.name, method, completions[source], share))
+                weight = len(own) / self.config.batch_size * method.weight
+                batch_parts.append(BatchPart(part.name, method, completions[source], weight))
         return batch_parts
 
-    def _sample_alike(
+    def _completions(
         self, parts: Sequence[EncodedPart], examples: Mapping[str, Sequence[Example]], step: int
     ) -> dict[str, list[Completion]]:
         """The completions of each part's examples, by name; parts that sample alike sample together."""

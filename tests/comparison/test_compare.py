@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from selfdistill.cli import main
 from selfdistill.comparison.compare import compare
 from selfdistill.comparison.compare_result import CompareResult
-from selfdistill.comparison.kinds import first_run, kinds_of
+from selfdistill.comparison.kinds import first_run, kinds_of, runs_of
 from selfdistill.comparison.report import report
 from selfdistill.config.commands import CompareConfig, EvalConfig, ReportConfig
 from selfdistill.config.files import continued, dump_yaml, load_yaml, with_runs_of
 from selfdistill.config.train import TrainConfig
+from selfdistill.data import load_demonstrations
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation.evaluate import evaluate
 from selfdistill.runtime.files import folder_lock
@@ -325,6 +326,31 @@ def test_names_of_arms_are_no_markup() -> None:
     assert [name for name in names if f" {name} 0.001 " in said] == names
 
 
+def test_the_teacher_has_its_number_of_items_where_it_is_another() -> None:
+    shown = {"accuracy": 0.5, "interval": [0.1, 0.9], "kl": 0.1}
+    details = {
+        "data": "d.jsonl",
+        "test": "t.jsonl",
+        "base": {"items": 2, "accuracy": 0.5},
+        "teacher": shown | {"items": 1},
+        "rag": shown | {"items": 2},
+        "table": [],
+        "sentence": "",
+    }
+    said = repr(CompareResult(Path("folder"), details))
+    assert " teacher, 1 item " in said
+    assert " oracle RAG " in said
+
+
+def test_folders_of_long_names_of_arms_are_cut(settings: Callable[..., CompareConfig]) -> None:
+    first, second = ("\u043f\u0440\u0438" * 30 + str(number) for number in (1, 2))
+    config = settings(arms={"short": {"method": "sft"}, first: {"method": "sft"}, second: {"method": "sdft"}})
+    folders = [Path(run.output_dir).name for _, run in runs_of(config)]
+    assert len(set(folders)) == 6
+    assert max(len(folder.encode()) for folder in folders) <= 255
+    assert "short-0.001-seed1" in folders
+
+
 def test_an_engine_that_fails_ends_no_run_for_good(
     settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -565,6 +591,28 @@ def test_rows_that_one_method_has_no_room_for_are_left_out_for_all(
     assert "dropped 1 of 5 rows for all methods: too long for at least one" in capsys.readouterr().err
     assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations."
     assert {run["evaluations"][-1]["step"] for run in result["runs"]} == {2}
+
+
+@pytest.mark.parametrize("methods", ["sdft,sft", "grpo,sft"])
+def test_rows_of_several_replies_are_those_that_train_would_get(
+    settings: Callable[..., CompareConfig],
+    write_rows: Callable[..., Path],
+    methods: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replies = [{"role": "assistant", "content": "ab"}, {"role": "user", "content": "and?"}]
+    replies += [{"role": "assistant", "content": "cd"}]
+    rows = [{"prompt": f"q{i}", "completion": replies, "answer": "cd"} for i in range(4)]
+    config = settings(data=str(write_rows(rows)), methods=methods, seeds="0", max_steps=1)
+    given, real = [], module.train
+
+    def recorded(run: TrainConfig, **options: Any) -> Path:
+        given.append(options["demonstrations"])
+        return real(run, **options)
+
+    monkeypatch.setattr(module, "train", recorded)
+    compare(config)
+    assert given == [load_demonstrations(config.data)] * 2
 
 
 def test_an_added_run_that_drops_further_rows_is_refused_with_that_reason(

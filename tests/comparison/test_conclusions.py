@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from selfdistill.comparison.conclusions import Compared, bases_of, matched, mean_points, points_of, sentences, table
+from selfdistill.comparison.conclusions import (
+    Compared,
+    assumption,
+    bases_of,
+    matched,
+    mean_points,
+    points_of,
+    sentences,
+    table,
+)
 from selfdistill.evaluation.evaluate import Evaluation
 
 
@@ -225,6 +234,11 @@ def test_the_table_has_means_over_seeds_of_every_step() -> None:
     assert last["prior_accuracy"][0] == pytest.approx(0.72)
     assert last["prior_accuracy"][1:] == pytest.approx((0.72 - 0.0497, 0.72 + 0.0497), abs=1e-3)
     assert last["seconds"] == 300
+
+
+def test_the_teachers_accuracy_is_that_of_its_rows() -> None:
+    said = assumption({"accuracy": 0.5, "kl": 1.0, "items": 4}, {"sft": 2.0})
+    assert "the teacher has 50% accuracy on 4 test rows and is 1.00 nats per token from the base" in said
 
 
 def test_points_are_prior_against_new_with_their_mean() -> None:

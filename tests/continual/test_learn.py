@@ -22,6 +22,7 @@ import pytest
 import tiny_worlds
 import torch
 import yaml
+from chat_server import Server
 from conftest import CHATML, ENDS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -508,6 +509,29 @@ def test_an_interrupted_addition_goes_on_to_the_same_model(
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_an_interrupted_addition_takes_the_settings_that_may_change(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, "train", 1)
+        with pytest.raises(KeyboardInterrupt):
+            add(make())
+    changed = {"gradient_accumulation_steps": 2, "logging_steps": 2, "save_total_limit": 4}
+    add(make(**changed, judge_url="http://localhost:9/v1"))
+    folder = tmp_path / "state/skills/0001-first"
+    run, kept = (yaml.safe_load((folder / name).read_text()) for name in ("run/config.yaml", "settings.yaml"))
+    assert {name: run[name] for name in changed} == changed
+    assert kept["judge_url"] == "http://localhost:9/v1"
+
+
+def test_earlier_skills_are_judged_at_the_address_of_the_addition(make: Settings, server: Server) -> None:
+    judged = {"scorer": "judge", "judge_model": "j", "max_steps": 1}
+    for skill in ("first", "second"):
+        assert add(make(skill, judge_url=f"{server.url}/{skill}", **judged))["accepted"]
+    paths = server.paths[server.paths.index("/v1/second/chat/completions") :]
+    assert set(paths) == {"/v1/second/chat/completions"}
+
+
 def interrupt(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
     real, calls = getattr(add_skill, name), [0]
 
@@ -851,6 +875,12 @@ def test_prior_questions_of_the_package_are_copied_by_name(make: Settings, tmp_p
     assert copied.read_bytes() == Path(packaged("prior/test/facts.jsonl")).read_bytes()
     with pytest.raises(UserError, match=r"setting 'prior': .* started with other questions"):
         add(make("second", prior="bundled:prior/test/code.jsonl"))
+
+
+def test_a_prior_file_may_have_any_name(make: Settings, tmp_path: Path) -> None:
+    prior = (tmp_path / "prior.jsonl").rename(tmp_path / "choices.json")
+    for skill in ("first", "second"):
+        assert add(make(skill, prior=str(prior), max_steps=1))["after"]["prior"].keys() == {"choices"}
 
 
 @pytest.mark.parametrize("action", ["status", "history", "rollback", "discard", "export"])

@@ -29,6 +29,7 @@ from selfdistill.data.contexts import (
 )
 from selfdistill.data.demonstrations import Demonstration, load_demonstrations
 from selfdistill.data.encoding import encode
+from selfdistill.data.episodes import turns_of
 from selfdistill.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -347,6 +348,14 @@ def test_few_shot_draws_the_same_others_every_time_and_never_the_row_itself() ->
         drawn.append(tuple(replies))
     assert len(set(drawn)) > 4  # not the same three for all
     assert FewShot(k=3, seed=1).messages(POOL[0], POOL) != FewShot(k=3, seed=0).messages(POOL[0], POOL)
+
+
+def test_few_shot_knows_a_row_also_among_turns() -> None:
+    reply = [assistant("first"), user("and?")]
+    rows = [row(i, f"question {i}", episode=(*reply, assistant(f"reply {i}"))) for i in range(4)]
+    turns = [turn for whole in rows for turn in turns_of(whole, "last")]
+    for turn in turns:
+        assert f"reply {turn.row}" not in str(FewShot(k=3).messages(turn, turns))
 
 
 def test_few_shot_shows_this_row_last_where_asked() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from selfdistill.evaluation import measure
 from selfdistill.evaluation.answers import answer
 from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.check_result import UNLIKELY, Layout, verdict_on
-from selfdistill.model.loading import LoadedModel
+from selfdistill.model.loading import LoadedModel, weights_fingerprint
 from selfdistill.model.sampling import Sampling, sample, sample_seed
 from selfdistill.runtime import result_console
 
@@ -175,6 +176,26 @@ def test_a_layout_whose_teacher_answers_right_comes_first_and_is_worth_trying(
     assert "training anyway" not in capsys.readouterr().err
 
 
+def test_the_cost_with_lora_is_that_of_its_adapter_which_is_gone_afterwards(
+    load: Callable[..., LoadedModel], model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    loaded, config = load(), config_of(model_folder(), write_rows(count=4), batch_size=2, lora_rank=4)
+    before, learnt = weights_fingerprint(loaded.model), []
+    backward = torch.Tensor.backward
+
+    def counted(loss: torch.Tensor) -> None:
+        backward(loss)
+        learnt.extend(name for name, p in loaded.model.named_parameters() if p.grad is not None)
+
+    with patch.object(torch.Tensor, "backward", counted):
+        result = check(config, loaded=loaded)
+    assert learnt
+    assert all("lora_" in name for name in learnt)
+    assert "GiB with 2 rows per micro-batch (LoRA of rank 4, EMA)." in " ".join(repr(result).split())
+    assert weights_fingerprint(loaded.model) == before
+    assert all(p.requires_grad and p.grad is None for p in loaded.model.parameters())
+
+
 def test_hopeless_data_is_called_unlikely(
     model_folder: Callable[..., Path], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +306,22 @@ def test_rows_that_do_not_fit_are_left_out_of_a_layout_or_of_all_and_counted(
     assert result.skipped["turns:repeats=3"].startswith(
         f"2 of 4 rows do not fit: {fitting}:3, 4: teacher's prompt has 688 tokens, limit 506; "
     )
+
+
+def test_a_row_that_is_too_long_for_a_layout_counts_as_wrong(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = measure.Measure.layout
+
+    def measured(self: measure.Measure, context: str, hint: float = 1) -> Layout:
+        return replace(real(self, context, hint), accuracy=1.0 if context.endswith("3") else 0.75)
+
+    monkeypatch.setattr(measure.Measure, "layout", measured)
+    data = write_rows([{"prompt": "q" * n, "completion": "ab"} for n in (5, 150, 150, 150)])
+    contexts = ["turns:repeats=3", "turns:repeats=1"]
+    result = check(config_of(model_folder(), data, on_long_prompt="drop", contexts=contexts))
+    found = [(layout.context, layout.items) for layout in result.layouts]
+    assert found == [("turns:repeats=1", 4), ("turns:repeats=3", 1)]
 
 
 def test_a_demonstration_beyond_the_window_is_named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from safetensors.torch import load_file
 
 from selfdistill.config.commands import EvalConfig
 from selfdistill.config.train import TrainConfig
+from selfdistill.data.demonstrations import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluate import evaluate
-from selfdistill.evaluation.evaluator import Evaluator, check_inputs
+from selfdistill.evaluation.evaluator import Evaluator, check_inputs, say_learnt
 from selfdistill.model.loading import load_model
 from selfdistill.training.token_views import PREFERRED, token_views
 from selfdistill.training.train import train
@@ -61,6 +63,26 @@ def test_test_questions_that_are_learnt_are_said(
     new = write_rows([{"prompt": "new", "completion": "x"}], name="new.jsonl")
     train(settings("b", test=str(new), max_steps=1))
     assert "among those" not in capsys.readouterr().err
+
+
+def test_questions_are_found_among_very_many_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Demonstration(({"role": "user", "content": f"question {i}"},), row=i) for i in range(6000)]
+    began = time.process_time()
+    say_learnt(rows[:4000], rows[2000:])
+    assert time.process_time() - began < 2
+    assert capsys.readouterr().err == "note: 2000 of 4000 test questions are also in the training data\n"
+
+
+def test_test_rows_that_are_too_long_with_what_is_shown_are_counted(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = write_rows([{"prompt": "q" * n, "completion": "x"} for n in (5, 5, 300)], name="long.jsonl")
+    config = settings("a", test=str(test), on_long_prompt="drop")
+    base = load_model(config.model)
+    found = Evaluator(config, base).shown(base, "turns", "teacher")
+    assert found is not None
+    assert found["items"] == 2
+    assert f"dropped 1 of 3 rows of {test} for the teacher: too long with turns" in capsys.readouterr().err
 
 
 def test_what_a_training_needs_is_read_first(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -168,6 +168,13 @@ def test_what_is_no_grade_is_asked_again_once(server: Server, tmp_path: Path) ->
         Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(1), ["z"])
 
 
+def test_a_judge_that_only_thinks_is_told_from_a_wrong_address(server: Server, tmp_path: Path) -> None:
+    message = {"role": "assistant", "content": None, "reasoning_content": "The reference says"}
+    server.reply = lambda _: (200, {"choices": [{"message": message, "finish_reason": "length"}]})
+    with pytest.raises(UserError, match=r"completions: 'j' thought for 8 tokens and gave no answer; use a model that"):
+        Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(1), ["x"])
+
+
 @pytest.mark.parametrize(
     "reply",
     [
@@ -269,7 +276,10 @@ def test_settings() -> None:
     for missing in ("judge_url", "judge_model"):
         with pytest.raises(UserError, match=r"'judge' needs an endpoint: give judge_url and judge_model$"):
             EvalConfig(**good | {missing: None})
-    for url in ("host:8000/v1", "file:///etc", "https://user:word@host/v1", "https://host/v1?key=1", "https:///v1"):
+    assert EvalConfig(**good | {"judge_url": "http://[::1]:8000/v1"}).judge_url == "http://[::1]:8000/v1"
+    unlike = ("http://[::1/v1", "http://\u4f8b\u3048/v1", "http://host/\u00e9", "http://host:abc/v1", "http://a..b/v1")
+    old = ("host:8000/v1", "file:///etc", "https://user:word@host/v1", "https://host/v1?key=1", "https:///v1")
+    for url in (*old, *unlike):
         with pytest.raises(
             UserError, match=r"^setting 'judge_url': found .*, expected: an address such as http://local"
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,16 @@ def test_truncated_replies_of_another_file_are_noted_later(
             abilities(load(), str(write_rows(rows, name=f"{name}.jsonl")))
     said = capsys.readouterr().err
     assert [said.count(f"of 3 in {name}; ") for name in ("asked", "other")] == [1, 1]
+
+
+@torch.no_grad()
+def test_a_model_that_overflows_is_never_right(
+    load: Callable[..., LoadedModel], write_rows: Callable[..., Path]
+) -> None:
+    loaded = load()
+    loaded.model.lm_head.weight.fill_(math.nan)
+    (result,) = abilities(loaded, str(write_rows(CHOICES)))
+    assert (result.accuracy, result.accuracy_norm) == (0, 0)
 
 
 @torch.no_grad()

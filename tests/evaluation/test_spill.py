@@ -28,6 +28,7 @@ from selfdistill.evaluation import measure, spill
 from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.spill import Spill, Trial
 from selfdistill.model.loading import LoadedModel, weights_fingerprint
+from selfdistill.model.lora import add_lora
 from selfdistill.model.sampling import Sampling, sample, sample_seed
 from selfdistill.runtime import result_console
 
@@ -54,7 +55,7 @@ def log_probabilities(model: torch.nn.Module, prompt: list[int], completion: lis
 
 
 def slow_trial(
-    loaded: LoadedModel, loss_at: Callable[[int], torch.Tensor], demos: Sequences, answers: Sequences
+    loaded: LoadedModel, loss_at: Callable[[int], torch.Tensor], demos: Sequences, answers: Sequences, rate: float
 ) -> Trial:
     """Steps of AdamW and what they do, in plain PyTorch."""
     model = loaded.model
@@ -65,7 +66,7 @@ def slow_trial(
 
     with torch.no_grad():
         before, gained = [log_probabilities(model, *pair) for pair in answers], -logp()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0)
     for step in range(spill.STEPS):
         optimizer.zero_grad()
         loss_at(step).backward()
@@ -77,15 +78,18 @@ def slow_trial(
     return Trial(gained, float(moved.mean()))
 
 
+@pytest.mark.parametrize(("lora_rank", "rate"), [(0, 1e-3), (2, 3e-2)])
 def test_the_trials_equal_plain_pytorch(
     model_folder: Callable[..., Path],
     load: Callable[..., LoadedModel],
     write_rows: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
+    lora_rank: int,
+    rate: float,
 ) -> None:
     monkeypatch.setattr(spill, "STEPS", 3)
     data = write_rows([{"prompt": f"q{i}", "completion": f"ab cd ef g{i}"} for i in range(4)])
-    result = check(config_of(model_folder(), data, learning_rate=1e-3, hints=True))
+    result = check(config_of(model_folder(), data, learning_rate=rate, hints=True, lora_rank=lora_rank))
     found, teacher = result.spill, load()
     assert found is not None
     assert result.hints is not None
@@ -126,7 +130,9 @@ def test_the_trials_equal_plain_pytorch(
     learnt = [(sdft(words), trial) for words, trial in enumerate(hints, 1)]
     for loss_at, trial in ((sft, found.sft), *learnt):
         student = load()
-        expected = slow_trial(student, loss_at, demos, answers)
+        if lora_rank:
+            add_lora(student, lora_rank, None, 0)
+        expected = slow_trial(student, loss_at, demos, answers, rate)
         assert trial is not None
         assert trial.gain == pytest.approx(expected.gain, rel=0.01)
         assert trial.moved == pytest.approx(expected.moved, rel=0.01)
@@ -184,9 +190,10 @@ def test_steps_that_need_too_much_memory_lose_nothing_that_was_measured(
 
 def test_a_trial_holds_a_copy_gradients_and_moments(load: Callable[..., LoadedModel]) -> None:
     loaded = load()
-    assert spill.bytes_of_steps(loaded) == 16 * sum(p.numel() for p in loaded.model.parameters())
+    assert spill.bytes_of_steps(loaded, 0) == 16 * sum(p.numel() for p in loaded.model.parameters())
     half = load(dtype="bfloat16")
-    assert spill.bytes_of_steps(half) == 12 * sum(p.numel() for p in half.model.parameters())
+    assert spill.bytes_of_steps(half, 0) == 12 * sum(p.numel() for p in half.model.parameters())
+    assert spill.bytes_of_steps(half, 8) == 2 * sum(p.numel() for p in half.model.parameters()), "a copy"
 
 
 def test_all_hints_learn_from_the_same_rows(

@@ -298,15 +298,15 @@ def test_ssd_learns_the_models_own_samples_but_the_shortest(all_of_them: Setting
     run, base = moved(config), base_of(config)
     (part,) = run.stage.parts
     assert part.method.teacher is None
-    assert len(part.drawn) == 6
-    lengths = sorted(len(row.completion_ids) for row in part.drawn)
-    assert [row for row in part.drawn if len(row.completion_ids) >= lengths[1]] == part.examples
+    assert len(part.all_drawn) == 6
+    lengths = sorted(len(row.completion_ids) for row in part.all_drawn)
+    assert [row for row in part.all_drawn if len(row.completion_ids) >= lengths[1]] == part.examples
     assert 0 < len(part.examples) < 6
-    for row in part.drawn:  # of the prompt alone, among the likeliest
+    for row in part.all_drawn:  # of the prompt alone, among the likeliest
         log_p_TV = row_log_probs(base, row.student_ids, row.completion_ids)
         rank_T = (log_p_TV > chosen(log_p_TV, row.completion_ids)[:, None]).sum(-1)
         assert (rank_T < 12).all()
-    assert [row.completion_ids for row in part.drawn] != [
+    assert [row.completion_ids for row in part.all_drawn] != [
         row.completion_ids for row in Trainer(all_of_them(method="sft")).stage.task.examples
     ]
     assert_gradient(
@@ -316,7 +316,7 @@ def test_ssd_learns_the_models_own_samples_but_the_shortest(all_of_them: Setting
     )
     train(config)
     kept = (Path(config.output_dir) / "teacher_samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["ids"] for line in kept] == [row.completion_ids for row in part.drawn]
+    assert [json.loads(line)["ids"] for line in kept] == [row.completion_ids for row in part.all_drawn]
 
 
 def test_ssd_without_truncation_is_sft_on_plain_samples(all_of_them: Settings) -> None:
@@ -364,11 +364,11 @@ def test_ssd_samples_as_its_authors_and_needs_prompts_only(
 ) -> None:
     rows = write_rows([{"prompt": f"q{i}"} for i in range(20)], name="prompts.jsonl")
     run = Trainer(all_of_them(method="ssd", data=str(rows)))
-    fixed = run.stage.task.method.fixed
-    assert fixed is not None
-    assert (fixed.sampling.temperature, fixed.sampling.top_k, fixed.sampling.top_p) == (1.5, 20, 0.8)
-    assert len(run.stage.task.drawn) == 20
-    lengths = sorted(len(row.completion_ids) for row in run.stage.task.drawn)
+    drawn = run.stage.task.method.drawn
+    assert drawn is not None
+    assert (drawn.sampling.temperature, drawn.sampling.top_k, drawn.sampling.top_p) == (1.5, 20, 0.8)
+    assert len(run.stage.task.all_drawn) == 20
+    lengths = sorted(len(row.completion_ids) for row in run.stage.task.all_drawn)
     assert len(run.stage.task.examples) == sum(length >= lengths[2] for length in lengths)
 
 

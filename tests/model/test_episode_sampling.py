@@ -60,8 +60,8 @@ def assert_alike(found: Rollout, wanted: Rollout) -> None:
 def test_replies_from_kept_states_are_those_of_sampling_anew(load: Loader) -> None:
     loaded = load(ends=MANY_ENDS)
     found = conversation(loaded, [0, 1, 2, 3])
-    assert loaded.sampled.tokens == sum(len(rollout.ids) for own in found.values() for _, rollout in own)
-    assert loaded.sampled.seconds > 0
+    assert loaded.rollout_count.tokens == sum(len(rollout.ids) for own in found.values() for _, rollout in own)
+    assert loaded.rollout_count.seconds > 0
     wanted = conversation(loaded, [0, 1, 2, 3], anew=True)
     assert len({len(rollout.ids) for own in found.values() for _, rollout in own}) > 3
     for number, own in found.items():

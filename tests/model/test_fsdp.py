@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,31 @@ def test_layers_are_gathered_in_the_data_type_of_the_arithmetic_and_let_go_again
 
     for child in started_together(work, tmp_path / "log"):
         assert child.wait() == 0, child.log.read_text()
+
+
+def test_weights_are_gathered_after_the_teachers_last_update(
+    settings: Callable[..., TrainConfig], bfloat16_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread makes that update while the next step samples."""
+    run, happened = Trainer(settings(**COMMON | {"model": bfloat16_folder, "drift_steps": 0})), list[str]()
+    assert run.teacher is not None
+    wait = run.teacher.wait
+
+    def waited() -> None:
+        wait()
+        happened.append("waited")
+
+    @contextmanager
+    def gathered(networks: Iterable[nn.Module]) -> Iterator[None]:
+        happened.append("gathered")
+        yield
+
+    monkeypatch.setattr(run.teacher, "wait", waited)
+    monkeypatch.setattr("selfdistill.training.batch_gradient.root_unsharded", gathered)
+    run.step(0)
+    del happened[:]
+    run.step(1)
+    assert happened[:2] == ["waited", "gathered"]
 
 
 def test_parts_that_a_model_names_beside_its_layers_are_no_layers() -> None:

@@ -315,6 +315,18 @@ def test_a_prompt_that_lost_its_pictures_is_refused(folder_of: Folder) -> None:
         sample(loaded, [prompt], Sampling(2, temperature=0.0))
 
 
+@pytest.mark.parametrize("copies", [1, 9])
+def test_a_context_that_lost_its_pictures_is_refused_though_its_beginning_is_kept_or_shared(
+    folder_of: Folder, copies: int
+) -> None:
+    loaded = load_model(str(folder_of(FAMILIES[0])))
+    contexts = [list(encoded(loaded)[0].student_ids)] * copies
+    forward_pass = ForwardPass(loaded)
+    kept = forward_pass.keep(contexts, 2**24) if copies == 1 else None
+    with torch.no_grad(), pytest.raises(UserError, match="do not work with this method"):
+        forward_pass(loaded.model, contexts, [[65]] * copies, kept)
+
+
 def test_rows_whose_pictures_the_processor_rejects_are_named(folder_of: Folder, tmp_path: Path) -> None:
     loaded = load_model(str(folder_of(FAMILIES[0])))
     assert loaded.pictures is not None

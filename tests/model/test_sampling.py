@@ -193,8 +193,8 @@ def test_a_token_with_which_no_sample_ends_waits_for_the_device_once(load: Loade
 def test_tokens_and_time_are_counted(load: Loader) -> None:
     loaded, began = load(ends=MANY_ENDS), time.monotonic()
     rollouts = [r for seeds in ([1, 2], [3, 4]) for r in sample(loaded, prompts(3, 9), Sampling(20), seeds)]
-    assert loaded.sampled.tokens == sum(len(r.ids) for r in rollouts)
-    assert 0 < loaded.sampled.seconds <= time.monotonic() - began
+    assert loaded.rollout_count.tokens == sum(len(r.ids) for r in rollouts)
+    assert 0 < loaded.rollout_count.seconds <= time.monotonic() - began
 
 
 def test_a_longer_limit_only_goes_on(load: Loader) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from selfdistill.cli import main
@@ -40,6 +43,10 @@ def trained(settings: Callable[..., TrainConfig], model_folder: Callable[..., Pa
         return train(settings(**(defaults | values))).parent
 
     return make
+
+
+def model_of(run: Path) -> str:
+    return str(yaml.safe_load((run / "config.yaml").read_text())["model"])
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -292,6 +299,59 @@ def test_refusals(
     assert not Path("out").exists()
     assert main(["export", "run", "--output_dir", "out"]) == 2
     assert capsys.readouterr().err.endswith(f"selfdistill: error: {message}\n")
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_checkpoint_gives_the_model_of_a_run_that_ends_there(
+    settings: Callable[..., TrainConfig], trained: Callable[..., Path], tmp_path: Path, lora_rank: int
+) -> None:
+    run = trained(lora_rank=lora_rank, max_steps=3, save_steps=1, lr_scheduler_type="constant", save_total_limit=9)
+    out, ended = tmp_path / "out", {"output_dir": str(tmp_path / "ended"), "model": model_of(run)}
+    assert export(ExportConfig(run=str(run), output_dir=str(out), step=2)) == out
+    own = {"method": "sft", "learning_rate": 1e-2, "lr_scheduler_type": "constant", "lora_rank": lora_rank}
+    final = train(settings(**own, **ended, max_steps=2))
+    name = "adapter_model.safetensors" if lora_rank else "model.safetensors"
+    found, expected, last = (load_file(folder / name) for folder in (out, final, run / "final"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert any(not torch.equal(found[key], last[key]) for key in expected)
+    assert {file.name for file in out.iterdir()} == {file.name for file in final.iterdir()}
+    card = (out / "README.md").read_text()
+    assert "- It ended early, after step 2 of 3" in card
+    of_final = (final / "README.md").read_text()
+    assert re.findall("fingerprint `.+?`", card) == re.findall("fingerprint `.+?`", of_final) != []
+
+
+def test_the_adapter_of_a_checkpoint_is_merged(trained: Callable[..., Path], tmp_path: Path) -> None:
+    run = trained(lora_rank=2, save_steps=1)
+    for merge in (False, True):
+        export(ExportConfig(run=str(run), output_dir=str(tmp_path / f"{merge}"), step=1, merge=merge))
+    base = model_of(run)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "True", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), adapter_logits(Path(base), tmp_path / "False"), rtol=1e-4, atol=1e-4)
+    assert sorted(file.name for file in tmp_path.glob(".export-*")) == []
+
+
+def test_checkpoints_that_cannot_be_exported(trained: Callable[..., Path], tmp_path: Path) -> None:
+    run, out = trained(save_steps=1), str(tmp_path / "out")
+    there = "there are checkpoints of the steps 1, 2 (save_steps, save_total_limit)"
+    refused(f"run '{run}': no checkpoint of step 7; {there}", run=str(run), output_dir=out, step=7)
+    refused(
+        f"run '{tmp_path}': no checkpoint of step 7; it has no checkpoints (save_steps, save_total_limit)",
+        run=str(tmp_path),
+        output_dir=out,
+        step=7,
+    )
+    message = f"run '{run}': trained all weights, so there is no adapter to merge; leave merge out"
+    refused(message, run=str(run), output_dir=out, step=1, merge=True)
+    checkpoint = run / "checkpoint-00000001"
+    (checkpoint / "state.json").unlink()
+    refused(
+        f"{checkpoint}: the checkpoint is corrupt (state.json is missing); export another step",
+        run=str(run),
+        output_dir=out,
+        step=1,
+    )
 
 
 def test_the_command(trained: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

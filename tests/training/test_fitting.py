@@ -24,11 +24,11 @@ from selfdistill.model import LoadedModel, tensor_bytes
 from selfdistill.model.teacher import PART_NUMBERS
 from selfdistill.runtime import size_in_bytes
 from selfdistill.training import memory, plan_for, train
-from selfdistill.training.fitting import check_fits, check_host_fits, fit, fitted
+from selfdistill.training.fitting import check_host_fits, fit, fitted, plan_that_fits
 from selfdistill.training.memory import MemoryPlanner, has_moving_teacher, memory_plan
 from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.traced_step import Device, TracedStep
-from selfdistill.training.train import AMPLE, check_memory
+from selfdistill.training.train import AMPLE, plan_memory
 
 Make = Callable[..., TrainConfig]
 CPU, GPU = Device("cpu", "no"), Device("cuda", "bf16")
@@ -103,7 +103,7 @@ def test_an_average_that_the_machine_cannot_hold_is_refused(
 def test_a_tiny_model_starts_without_a_plan(
     settings: Make, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(import_module("selfdistill.training.train"), "check_fits", lambda *_: (None, ["planned"]))
+    monkeypatch.setattr(import_module("selfdistill.training.train"), "plan_that_fits", lambda *_: (None, ["planned"]))
     config = settings()
     weights = sum(file.stat().st_size for file in Path(config.model).glob("*.safetensors"))
     assert weights > 0
@@ -113,7 +113,7 @@ def test_a_tiny_model_starts_without_a_plan(
     for values in ({}, {"model": str(tmp_path / "adapter"), "adapter_base": config.model}, teacher):
         for size, said in ((2 * AMPLE * weights, "planned"), (4 * AMPLE * weights, "memory free: ")):
             free(size)
-            _, (line,) = check_memory(settings(**values), load_demonstrations(config.data), None)
+            _, (line,) = plan_memory(settings(**values), load_demonstrations(config.data), None)
             assert line.startswith(said)
 
 
@@ -128,9 +128,11 @@ def test_processes_on_cpus_share_the_memory_of_their_machine(
     free(4004)
     message = r"^0\.0 MiB of memory are free for each of 4 processes, but the run needs"
     with pytest.raises(UserError, match=message):
-        check_memory(config, rows, None)
-    monkeypatch.setattr(import_module("selfdistill.training.train"), "check_fits", lambda *given: (None, [given[2]]))
-    assert check_memory(config, rows, loaded)[1] == [1001 + held], "this process holds the model itself"
+        plan_memory(config, rows, None)
+    monkeypatch.setattr(
+        import_module("selfdistill.training.train"), "plan_that_fits", lambda *given: (None, [given[2]])
+    )
+    assert plan_memory(config, rows, loaded)[1] == [1001 + held], "this process holds the model itself"
 
 
 @pytest.mark.slow
@@ -233,6 +235,20 @@ def test_the_nearest_settings_change_least(long: Make) -> None:
         assert f" MiB: gradient_accumulation_steps {parts}" in found.verdict()
 
 
+def test_a_model_that_cannot_recompute_activations_is_not_asked_to(long: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    config = long(**IN_ONE)
+    planner = MemoryPlanner(config, load_demonstrations(config.data), CPU)
+    found = fitted(planner, config, planner.plan(config).peak - 1)
+    assert found.nearest is not None
+    assert found.nearest[0] == {"gradient_accumulation_steps": 2}
+    _, lines = plan_that_fits(planner, long(), planner.plan(config, least=True).peak)
+    assert "gradient_checkpointing" not in lines[0]
+    refused = r"^setting 'gradient_checkpointing': LlamaForCausalLM does not support it; leave it out$"
+    with pytest.raises(UserError, match=refused):
+        train(long(gradient_checkpointing=True))
+
+
 def test_another_optimizer_is_planned_without_another_trace(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings()
     smaller = config.model_copy(update={"optim": "adamw_8bit"})
@@ -285,14 +301,14 @@ def test_micro_batches_and_checkpointing_are_chosen_where_they_are_not_given(lon
     assert not fitted(planner, in_one, peak(**least)).fits, "what is given is not changed"
 
 
-def test_parts_of_a_step_leave_room_for_no_more_micro_batches(settings: Make) -> None:
-    """With ``fsdp`` every part is a multiple of processes times micro-batches; two such parts need a batch of 8."""
+def test_processes_that_share_the_weights_have_equal_micro_batches(settings: Make) -> None:
+    """With ``fsdp`` a batch is a multiple of processes times micro-batches: 8 of two processes has at most 4."""
     few_moves: dict[str, Any] = {"lora_rank": 4, **BFLOAT16}
     config = settings(method="sft", fsdp=True, batch_size=8, anchors="package", **few_moves)
     planner = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no", 2))
-    saving = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    saving = {"gradient_accumulation_steps": 4, "gradient_checkpointing": True}
     limit = planner.plan(config.model_copy(update=saving), least=True).peak
-    plan, lines = check_fits(planner, config, limit)
+    plan, lines = plan_that_fits(planner, config, limit)
     assert {name: getattr(plan.config, name) for name in saving} == saving
     assert lines[-1].startswith("note: it does not fit if all rows of a batch are as long as the longest")
 
@@ -317,7 +333,7 @@ def test_where_the_weights_do_not_fit_an_adapter_is_proposed(
     config = settings(model=str(with_config(model_folder(layers=1), tmp_path / "wide", **wide)), batch_size=1)
     rows = load_demonstrations(config.data)
     planner = MemoryPlanner(config, rows, CPU)
-    live = planner.fixed(config.model_copy(update={"teacher": "live"})).total()
+    live = planner.permanent(config.model_copy(update={"teacher": "live"})).total()
     found = fitted(planner, config, live - 1)
     assert found.nearest is not None
     assert found.nearest[0] == {"lora_rank": 16}
@@ -430,7 +446,7 @@ def with_config(folder: Path, copy: Path, **values: Any) -> Path:
 
 
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_fixed_memory_is_that_of_the_shapes(
+def test_permanent_memory_is_that_of_the_shapes(
     settings: Make, model_folder: Callable[..., Path], tmp_path: Path, tied: bool
 ) -> None:
     """W weights: D V, once more for a head of its own, and by layer those of attention, feed-forward and two norms."""
@@ -452,7 +468,7 @@ def test_fixed_memory_is_that_of_the_shapes(
     planner = MemoryPlanner(config, load_demonstrations(config.data), GPU)
 
     def of(**values: Any) -> dict[str, float]:
-        return {k: v / weights for k, v in planner.fixed(config.model_copy(update=values)).items() if v}
+        return {k: v / weights for k, v in planner.permanent(config.model_copy(update=values)).items() if v}
 
     close = {"rel": 1e-6}
     assert of() == pytest.approx({"weights": 4, "moments": 8, "teacher": 4}, **close)
@@ -506,7 +522,7 @@ def test_anchors_hold_the_weights_of_before_the_run(settings: Make) -> None:
 def test_sharding_divides_what_stays(settings: Make) -> None:
     config = settings(fsdp=True)
     rows = load_demonstrations(config.data)
-    one, two = (MemoryPlanner(config, rows, Device("cpu", "no", n)).fixed(config) for n in (1, 2))
+    one, two = (MemoryPlanner(config, rows, Device("cpu", "no", n)).permanent(config) for n in (1, 2))
     assert {name: two[name] for name in ("weights", "moments", "teacher")} == {
         name: one[name] // 2 for name in ("weights", "moments", "teacher")
     }
@@ -521,10 +537,12 @@ def test_an_average_is_moved_in_parts_of_a_shard(
     part = 2 * 50 * 32
     config = settings(fsdp=processes > 1, **BFLOAT16)
     planner = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no", processes))
-    fixed, phases = planner.fixed(config), {x.name: x.bytes["teacher"] for x in planner.plan(config).phases}
-    assert fixed["teacher"] == pytest.approx(fixed["weights"] + fixed["moments"] / 2 + part, abs=processes)
-    assert phases["teacher"] == phases["student"] == fixed["teacher"]
-    assert phases["sampling"] == fixed["teacher"] + 2 * part, "a float32 copy of the part, while the next step samples"
+    permanent, phases = planner.permanent(config), {x.name: x.bytes["teacher"] for x in planner.plan(config).phases}
+    assert permanent["teacher"] == pytest.approx(permanent["weights"] + permanent["moments"] / 2 + part, abs=processes)
+    assert phases["teacher"] == phases["student"] == permanent["teacher"]
+    assert phases["sampling"] == permanent["teacher"] + 2 * part, (
+        "a float32 copy of the part, while the next step samples"
+    )
     again = planner.plan(config.model_copy(update={"gradient_accumulation_steps": 2})).phases
     assert next(x.bytes["teacher"] for x in again if x.name == "sampling") == phases["sampling"]
 

@@ -229,7 +229,7 @@ def test_the_plan_counts_what_is_drawn_before_the_first_step(
     if config.method == "npo":
         config = config.model_copy(update={"teacher_model": config.model})
     before, peaks = live_bytes(), []
-    kind = type(stages_of(config)[0][0].method.fixed)
+    kind = type(stages_of(config)[0][0].method.drawn)
     draw = kind.draw
 
     def measured(fixed: Any, *arguments: Any) -> Any:
@@ -244,6 +244,7 @@ def test_the_plan_counts_what_is_drawn_before_the_first_step(
 
 @pytest.mark.slow
 def test_the_plan_counts_the_guides_that_samples_see(make: Make, write_rows: Callable[..., Path]) -> None:
+    """No sample is right, so nothing is learnt in the first step, and there are no moments yet."""
     guide = "\n".join(["look there " * 15] * 2)
     rows = [{"prompt": f"{i}", "completion": "ab" * 30, "privileged_context": guide} for i in range(4)]
     data = str(write_rows(rows, name="guides.jsonl"))
@@ -253,7 +254,9 @@ def test_the_plan_counts_the_guides_that_samples_see(make: Make, write_rows: Cal
     run = Trainer(config)
     held, task = after_a_step(run) - before, run.stage.task
     measured = held + added_peak(lambda: task.method.sequence(run.loaded, task.examples[:4], 1))
-    assert phases_of(config)["sampling"] == pytest.approx(measured, rel=0.03)
+    plan = memory_plan(config, load_demonstrations(config.data), Device("cpu", "no"))
+    (sampling,) = (phase for phase in plan.phases if phase.name == "sampling")
+    assert sampling.total - sampling.bytes["moments"] == pytest.approx(measured, rel=0.03)
 
 
 def test_the_plan_counts_the_prefixes_in_prompts(make: Make, one_layer: str, write_rows: Callable[..., Path]) -> None:

@@ -42,6 +42,7 @@ from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.model.loading import load_model
 from selfdistill.training.schedule import check_shares, positions_of
 from selfdistill.training.selection import BatchPart
+from selfdistill.training.setup import batch_unit
 from selfdistill.training.stopwatch import Stopwatch
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
@@ -205,7 +206,7 @@ def test_a_steps_gradient_is_the_sum_of_its_parts_by_share(
     assert [part.name for part in parts] == ["task", "anchors:lines", "anchors:chats"]
     student = copy.deepcopy(run.loaded.model)
     losses = [plain(run, base, part, student) for part in parts]
-    sum(part.share * loss for part, loss in zip(parts, losses, strict=True)).backward()  # type: ignore[union-attr]
+    sum(part.weight * loss for part, loss in zip(parts, losses, strict=True)).backward()  # type: ignore[union-attr]
     results = run.gradient.add(parts, Stopwatch(run.loaded.device))
     for result, loss in zip(results, losses, strict=True):
         assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
@@ -399,7 +400,7 @@ def test_unknown_kinds_of_the_package_are_refused(settings: Settings) -> None:
 
 
 def test_anchors_of_some_kinds_are_a_part(anchored: Settings) -> None:
-    part = Trainer(anchored(anchors="package:list+code")).stages[0].sampled[1]
+    part = Trainer(anchored(anchors="package:list+code")).stages[0].own_samples[1]
     assert part.name == "anchors:package:list+code"
     assert part.counted == f"{len(anchor_prompts('package:code+list'))} bundled general prompts"
 
@@ -538,10 +539,22 @@ def test_micro_batches_change_nothing(anchored: Settings, tied: str) -> None:
     assert largest_difference(final_weights(one), final_weights(four)) < 1e-5
 
 
-@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_processes_give_what_one_gives(anchored: Settings, tied: str, tmp_path: Path, fsdp: bool) -> None:
+def test_micro_batches_of_processes_that_share_the_weights_change_no_batch(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfdistill.training.setup.world_size", lambda: 2)
+    for size in (1, 4):
+        assert batch_unit(settings(fsdp=True, batch_size=16, gradient_accumulation_steps=size)) == 2
+
+
+@pytest.mark.parametrize(
+    "values", [{}, pytest.param({"fsdp": True, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow)], ids=str
+)
+def test_two_processes_give_what_one_gives(
+    anchored: Settings, tied: str, tmp_path: Path, values: dict[str, Any]
+) -> None:
     common: dict[str, Any] = {"drift_steps": 0, "max_steps": 4, "model": tied}
-    one, two = anchored("one", **common), anchored("two", fsdp=fsdp, **common)
+    one, two = anchored("one", **common), anchored("two", **common, **values)
     train(one)
     train_together(two, tmp_path)
     assert largest_difference(final_weights(one), final_weights(two)) < 5e-5
@@ -572,7 +585,7 @@ def test_what_is_drawn_before_the_first_step_is_drawn_once_for_all_parts(
     run = Trainer(config)
     task, again = run.stage.parts
     assert again.examples == task.examples
-    assert len(drawn) == len(set(drawn)) == len(task.drawn)
+    assert len(drawn) == len(set(drawn)) == len(task.all_drawn)
     train(config)
-    assert (Path(config.output_dir) / SAMPLES_FILE).read_text(encoding="utf-8").count("\n") == len(task.drawn)
+    assert (Path(config.output_dir) / SAMPLES_FILE).read_text(encoding="utf-8").count("\n") == len(task.all_drawn)
     assert [line["loss/again"] for line in metrics_of(config)] == [line["loss/task"] for line in metrics_of(config)]

@@ -20,11 +20,20 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import selfdistill
 from selfdistill.config import ExportConfig, MergeConfig, TrainConfig
-from selfdistill.data import anchor_prompts, draw_shapes, encode, load_demonstrations, parse_context, pictures_in
+from selfdistill.data import (
+    Verdict,
+    anchor_prompts,
+    draw_shapes,
+    encode,
+    load_demonstrations,
+    parse_context,
+    pictures_in,
+)
 from selfdistill.data.shapes import COLOURS, draw_shape
 from selfdistill.errors import UserError
 from selfdistill.evaluation import spill
 from selfdistill.loss import CrossEntropy, Divergence
+from selfdistill.methods import hints
 from selfdistill.methods.prefixes import continued
 from selfdistill.model import ForwardPass, Sampling, fake_model, load_model, make_optimizer
 from selfdistill.training import export, merge, train
@@ -234,12 +243,43 @@ def test_a_run_that_crashed_goes_on_as_if_it_had_not(make: Make, values: dict[st
         assert_same_run(whole, cut)
 
 
+def test_the_shortest_hints_keep_their_pictures(
+    make: Make, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row i is made right with i tenths of its five words: without a hint, with one to three words, or never."""
+    monkeypatch.setattr(hints, "verdicts_on", lambda _, made, __: [Verdict(float(not n)) for n in range(len(made))])
+    rows = [{**row, "completion": "a b c d e", "answer": "a"} for row in rows_of(tmp_path, "h", 12)]
+    common: dict[str, Any] = {"data": write_rows(rows, name="h.jsonl"), "hint": "shortest", "teacher": "frozen"}
+    common |= {"save_steps": 1, "max_steps": 3, "batch_size": 12, "max_completion_length": 16}
+    whole, cut = (make(out=out, **common) for out in ("whole", "cut"))
+    train(whole)
+    with pytest.raises(Cut):
+        train(cut, on_step=crash_at(2))
+    train(cut, resume=True)
+    assert_same_run(whole, cut)
+
+
 def test_a_run_does_not_go_on_with_other_pictures(make: Make, tmp_path: Path) -> None:
     config = make(save_steps=2, max_steps=2)
     train(config)
     draw_shape("black", "square").save(tmp_path / "a0.png")
     with pytest.raises(UserError, match="the training examples have changed"):
         train(config.model_copy(update={"max_steps": 4}), resume=True)
+
+
+@pytest.mark.parametrize("values", [{"method": "ssd"}, {"hint": "shortest"}], ids=str)
+def test_what_was_drawn_from_another_picture_is_not_kept(
+    make: Make, write_rows: Callable[..., Path], tmp_path: Path, values: dict[str, Any]
+) -> None:
+    data = write_rows([{**row, "answer": "a"} for row in rows_of(tmp_path, "a", 4)], name="kept.jsonl")
+    keys = []
+    for name in ("black", "white"):
+        draw_shape(name, "square").save(tmp_path / "a0.png")
+        stage = Trainer(make(out=name, data=data, **values)).stage
+        drawn = stage.task.method.drawn
+        assert drawn is not None
+        keys.append([key for key, *_ in drawn.samples(stage.task.all_drawn)])
+    assert [a == b for a, b in zip(*keys, strict=True)] == [False, True, True, True]
 
 
 @family

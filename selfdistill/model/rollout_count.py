@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # these modules import this one
 
 
 @dataclass(frozen=True)
-class Sampled:
+class RolloutCount:
     """How much was sampled from a model, in total or between two readings."""
 
     tokens: int = 0
@@ -23,17 +23,17 @@ class Sampled:
     seconds: float = 0.0
     """Seconds on this rank; with an engine, including the time to load weights."""
 
-    def __add__(self, other: Sampled) -> Sampled:
-        return Sampled(self.tokens + other.tokens, self.seconds + other.seconds)
+    def __add__(self, other: RolloutCount) -> RolloutCount:
+        return RolloutCount(self.tokens + other.tokens, self.seconds + other.seconds)
 
-    def __sub__(self, earlier: Sampled) -> Sampled:
-        return Sampled(self.tokens - earlier.tokens, self.seconds - earlier.seconds)
+    def __sub__(self, earlier: RolloutCount) -> RolloutCount:
+        return RolloutCount(self.tokens - earlier.tokens, self.seconds - earlier.seconds)
 
 
 @contextmanager
-def counted(loaded: LoadedModel) -> Iterator[list[Rollout]]:
-    """Yield a list for rollouts; on exit, add their tokens and the time spent to ``loaded.sampled``."""
+def counting(loaded: LoadedModel) -> Iterator[list[Rollout]]:
+    """Yield a list for rollouts; on exit, add their tokens and the time spent to ``loaded.rollout_count``."""
     began = clock(loaded.device)
     rollouts: list[Rollout] = []
     yield rollouts
-    loaded.sampled += Sampled(sum(len(rollout.ids) for rollout in rollouts), clock(loaded.device) - began)
+    loaded.rollout_count += RolloutCount(sum(len(rollout.ids) for rollout in rollouts), clock(loaded.device) - began)
