@@ -167,23 +167,6 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@contextmanager
-def fast_products(kind: str) -> Iterator[None]:
-    """Let float32 matrix products on a GPU round their factors to 10 bits (TF32), which is much faster.
-
-    Sums and results stay float32. CPUs have no TF32, so nothing changes there.
-    """
-    if kind != "cuda":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def staging(count: int, place: torch.device, kind: str) -> Tensor:
     """``count`` bytes at ``place``, through which a tensor is copied to and from a device of this kind.
 

@@ -104,10 +104,11 @@ def test_measuring_leaves_the_final_weights_bitwise_as_they_would_have_been(
     assert not (Path(plain.output_dir) / "evaluations.jsonl").exists()
 
 
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_evaluations_are_those_of_eval_at_the_start_every_so_many_steps_and_at_the_end(
-    settings: Callable[..., TrainConfig],
+    settings: Callable[..., TrainConfig], mixed_precision: str
 ) -> None:
-    config = settings("run", max_steps=5)
+    config = settings("run", max_steps=5, mixed_precision=mixed_precision)
     train(config)
     found = lines(config, "evaluations.jsonl")
     assert [line["step"] for line in found] == [0, 2, 4, 5]
@@ -116,7 +117,8 @@ def test_evaluations_are_those_of_eval_at_the_start_every_so_many_steps_and_at_t
     assert config.test is not None
     for line, model in ((found[0], config.model), (found[3], config.output_dir)):
         same = {"data": config.test, "prior": config.prior, "max_completion_length": 10, "batch_size": 2}
-        alone = evaluate(EvalConfig(model=model, base=config.model, **same))
+        alone = evaluate(EvalConfig(model=model, base=config.model, mixed_precision=mixed_precision, **same))
+        assert alone["settings"]["mixed_precision"] == mixed_precision
         assert line["correct"] == alone["correct"]
         assert line["prior"] == alone["prior"]
         assert line["completion/length"] == alone["completion/length"]
