@@ -148,9 +148,8 @@ def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
 def _sharded(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Found | None:
     """The plan with sharded weights, if several devices can share them and it fits; this changes no result."""
     processes, sharded = planner.device(config).processes, config.model_copy(update={"fsdp": True})
-    unsuited = config.torch_compile or config.load_in_4bit or config.optim == "adamw_8bit" or planner.has_pictures
-    own_adapter = planner.has_model and config.lora_rank  # a loaded model must stay whole
-    if config.fsdp or processes == 1 or unsuited or own_adapter:
+    refused = config.torch_compile or config.load_in_4bit or config.optim == "adamw_8bit" or planner.has_pictures
+    if config.fsdp or processes == 1 or refused or planner.has_model:  # a loaded model would stay sharded
         return None
     try:
         check_parts_are_equal(sharded, processes)
