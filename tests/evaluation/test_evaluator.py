@@ -104,9 +104,9 @@ def test_measuring_leaves_the_final_weights_bitwise_as_they_would_have_been(
     assert not (Path(plain.output_dir) / "evaluations.jsonl").exists()
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize(("mixed_precision", "tolerance"), [("no", 1e-4), ("bf16", 2e-2)])
 def test_evaluations_are_those_of_eval_at_the_start_every_so_many_steps_and_at_the_end(
-    settings: Callable[..., TrainConfig], mixed_precision: str
+    settings: Callable[..., TrainConfig], mixed_precision: str, tolerance: float
 ) -> None:
     config = settings("run", max_steps=5, mixed_precision=mixed_precision)
     train(config)
@@ -122,7 +122,7 @@ def test_evaluations_are_those_of_eval_at_the_start_every_so_many_steps_and_at_t
         assert line["correct"] == alone["correct"]
         assert line["prior"] == alone["prior"]
         assert line["completion/length"] == alone["completion/length"]
-        assert line["kl_base"] == pytest.approx(alone["kl_base"], rel=1e-4, abs=1e-6)
+        assert line["kl_base"] == pytest.approx(alone["kl_base"], rel=tolerance, abs=1e-6)
 
 
 @pytest.mark.parametrize("save_steps", [2, 0])  # 0: nothing to go on from, so it begins anew
