@@ -55,7 +55,7 @@ from selfdistill.evaluation import evaluate as run_evaluation
 from selfdistill.model import switched_back
 from selfdistill.questions import QuestionsResult, with_questions
 from selfdistill.questions import make_questions as run_questions
-from selfdistill.runtime import check_device, size_in_bytes
+from selfdistill.runtime import planned_devices
 from selfdistill.training import Fit, Plan, Run
 from selfdistill.training import export as run_export
 from selfdistill.training import merge as run_merge
@@ -173,9 +173,9 @@ def memory_plan(
     Args:
         model: as for :func:`train`.
         data: as for :func:`train`.
-        memory: of the GPU, such as ``80GiB`` or ``24GB``; default: that of ``device``.
-        device: a GPU such as ``h100``, or ``this`` for the device here, which is measured for a second. Without it, no
-            time is planned.
+        memory: of the GPU, such as ``80GiB`` or ``24GB``; of several, ``8x80GiB``; default: that of ``device``.
+        device: a GPU such as ``h100``, several such as ``8xh100``, or ``this`` for the device here, which is measured
+            for a second. Without it, no time is planned.
         output_dir: as for :func:`train`; need not be given.
         tokenizer: of a loaded model.
         progress: show notes.
@@ -184,13 +184,11 @@ def memory_plan(
     Raises:
         UserError: settings, data or model are invalid, or neither ``memory`` nor ``device`` is given.
     """
-    size = None if memory is None else size_in_bytes(memory)
-    if device is not None:
-        check_device(device)
+    size, name, count = planned_devices(memory, device)
     with session(progress), tempfile.TemporaryDirectory() as folder:
         config, loaded, rows = run_to_plan(model, data, None, output_dir, tokenizer, settings, folder)
         with rows.kept(planned=True):
-            return run_plan_for(config, size, device, loaded, own_files=rows.names)
+            return run_plan_for(config, size, name, loaded, own_files=rows.names, count=count)
 
 
 def evaluate(

@@ -25,14 +25,13 @@ from selfdistill.config import CheckConfig, DemoConfig, run_settings
 from selfdistill.errors import RunFailed, UserError
 from selfdistill.runtime import (
     Printable,
-    check_device,
     check_writable,
     is_out_of_memory,
     is_rank0,
+    planned_devices,
     result_console,
     say,
     say_note,
-    size_in_bytes,
     world_size,
 )
 
@@ -124,10 +123,7 @@ def _check_settings(command: str, given: dict[str, Any]) -> None:
         if option in given and command == "train" and not given.get("dry_run"):
             uses = "; a run uses a GPU by itself if PyTorch finds one" if option == "device" else ""
             raise UserError(f"option --{option} only makes a plan: add --dry_run{uses}")
-    if "memory" in given:
-        size_in_bytes(given["memory"])
-    if "device" in given:
-        check_device(given["device"])
+    planned_devices(given.get("memory"), given.get("device"))
     if given.get("resume"):  # the folder has the other settings
         if given.get("dry_run"):
             raise UserError("option --dry_run: a dry run does not resume; leave --resume out")

@@ -1264,9 +1264,10 @@ def test_memory_is_planned_for_another_device_and_nothing_is_loaded(
         if "device" in option:
             refused += "; a run uses a GPU by itself if PyTorch finds one"
         fails(capsys, f"{SDFT} --{option}", refused)
-    fails(
-        capsys, f"{SDFT} --dry_run --memory 80", "setting 'memory': found '80', expected a size such as 80GiB or 80GB"
-    )
+    size = "expected a size such as 80GiB, 80GB or 8x80GiB"
+    fails(capsys, f"{SDFT} --dry_run --memory 80", f"setting 'memory': found '80', {size}")
+    trained(f"{SDFT} --dry_run --memory 2x80GiB --fsdp")
+    assert "\nfor each of 2 devices, which share the weights (fsdp)\n" in capsys.readouterr().out
 
 
 def test_a_named_device_has_memory_and_speed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1286,7 +1287,7 @@ def test_a_named_device_has_memory_and_speed(here: Path, capsys: pytest.CaptureF
 
 def test_a_check_also_plans(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checked = f"check {BASE} --sample 2 --contexts turns:repeats=2 --mixed_precision no"
-    assert main(shlex.split(f"{checked} --memory 0.01MB --device l4 --json result.json")) in (0, 4)
+    assert main(shlex.split(f"{checked} --memory 2x0.01MB --device l4 --json result.json")) in (0, 4)
     out = capsys.readouterr().out
     assert "batch 2 in " in out
     assert out.index("rough time, on l4") < out.index("it does not fit: ") < out.index(": turns:repeats=2 ")
@@ -1294,9 +1295,10 @@ def test_a_check_also_plans(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert result["best"] == "turns:repeats=2"
     plan = result["plan"]
     assert plan["peak"] == max(sum(phase.values()) for phase in plan["phases"].values())
-    assert (plan["memory"], plan["fits"], plan["nearest"]) == (10_000, False, None)
+    assert (plan["memory"], plan["devices"], plan["fits"], plan["nearest"]) == (10_000, 2, False, None)
     assert plan["time"]["seconds_per_step"]["total"] * plan["time"]["steps"] == pytest.approx(plan["time"]["seconds"])
-    fails(capsys, f"{checked} --memory 80", "setting 'memory': found '80', expected a size such as 80GiB or 80GB")
+    size = "expected a size such as 80GiB, 80GB or 8x80GiB"
+    fails(capsys, f"{checked} --memory 80", f"setting 'memory': found '80', {size}")
 
 
 def test_a_check_goes_on_without_a_plan(

@@ -1,6 +1,6 @@
 """Decoding captured as a CUDA graph against decoding without: the same samples, and the time of a token.
 
-On a CPU, passes have the same fixed shapes, but nothing is captured.
+On a CPU, passes have the same fixed shapes, but nothing is captured, and no number says so.
 """
 
 from __future__ import annotations
@@ -14,41 +14,56 @@ from unittest.mock import patch
 import torch
 from bench import Bench, Check, Found
 from models import WHOLE, endless, shape_model, small_model
-from speed import sampled, token_times
+from speed import TokenTimes, sampled, token_times
 
 from selfdistill.model import LoadedModel, Sampling, add_lora, decoding_steps, sample, sample_seed
+from selfdistill.model.device import has_graphs
 from selfdistill.model.loading import load_model
 from selfdistill.model.sampling import Rollout
 
 
 @contextmanager
 def decoding(graphs: bool) -> Iterator[None]:
-    """Decode with passes of fixed shapes, captured on a GPU, or with passes that grow."""
+    """Decode with passes of fixed shapes, captured on a GPU with any PyTorch, or with passes that grow."""
     with patch.object(decoding_steps, "has_graphs", lambda _kind: graphs):
         yield
 
 
 def check_graphs(bench: Bench, found: Found) -> None:
     """Samples of a small model in float32 that end at unlike lengths; then the time of a token of a large one."""
+    if bench.cuda:
+        found.add("runs with this PyTorch capture", "yes" if has_graphs("cuda") else "no, it is too old")
     loaded = load_model(small_model(bench))
     loaded.model.to(bench.device)
     vocabulary = loaded.model.config.vocab_size
     loaded = replace(loaded, end_token_ids=tuple(range(0, vocabulary, 32)))
     compare(bench, found, loaded, "samples")
-    found.add("captured passes that computed the same logits", float(loaded.captures is True), at_least=1.0)
+    fixed, growing = ("captured", "not captured") if bench.cuda else ("fixed shapes", "growing shapes")
+    require_captures(bench, loaded)
+    found.add(f"{fixed}: passes that computed the same logits", float(loaded.captures is True), at_least=1.0)
     with torch.no_grad():
         loaded.model.get_output_embeddings().weight.mul_(0.9)
     compare(bench, found, loaded, "after the weights changed")
     few, more = 2, 4
     for kind in ("full", "LoRA"):
-        costs = [captured_costs(bench, layers, adapter=kind == "LoRA") for layers in (few, more)]
-        for name in ("captured", "not captured"):
-            low, high = (cost[name] for cost in costs)
-            found.add(f"{kind}: a token, {name}, {few} layers", low, "ms")
-            found.add(
-                f"{kind}: a token, {name}, {WHOLE} layers", low + (WHOLE - few) * (high - low) / (more - few), "ms"
-            )
-        found.add(f"{kind}: a capture, {more} layers", costs[1]["capture"], "ms")
+        costs = [token_costs(bench, layers, adapter=kind == "LoRA") for layers in (few, more)]
+        for name, low, high in zip((fixed, growing), *costs, strict=True):
+            found.add(f"{kind}: a token, {name}, {few} layers", low.token, "ms")
+            whole = low.token + (WHOLE - few) * (high.token - low.token) / (more - few)
+            found.add(f"{kind}: a token, {name}, {WHOLE} layers", whole, "ms")
+        if bench.cuda:
+            captured, without = costs[1]
+            found.add(f"{kind}: a capture, {more} layers", captured.before - without.before, "ms")
+
+
+def require_captures(bench: Bench, loaded: LoadedModel) -> None:
+    """Fail the check on a GPU if decoding was not captured, because no number may say that it was.
+
+    It must fail by an error, which also ends the process: a failed capture can leave it damaged
+    (:data:`~selfdistill.model.device.GRAPHS_SINCE`).
+    """
+    if bench.cuda and loaded.captures is not True:
+        raise RuntimeError("decoding was not captured; a note on stderr has the reason")
 
 
 def compare(bench: Bench, found: Found, loaded: LoadedModel, name: str) -> None:
@@ -66,8 +81,8 @@ def compare(bench: Bench, found: Found, loaded: LoadedModel, name: str) -> None:
     found.add(f"{name}: largest gap of their log-probabilities", max(gaps, default=0.0), "nats", at_most=1e-3)
 
 
-def captured_costs(bench: Bench, layers: int, *, adapter: bool) -> dict[str, float]:
-    """Milliseconds of a new token of 16 samples, captured and not, and of a capture: what a rollout costs more."""
+def token_costs(bench: Bench, layers: int, *, adapter: bool) -> list[TokenTimes]:
+    """Times of 16 samples with graphs and without: the difference before the first token is what a capture costs."""
     loaded = endless(shape_model(bench, layers, torch.bfloat16))
     if adapter:
         add_lora(loaded, 16, None, 0)
@@ -77,9 +92,9 @@ def captured_costs(bench: Bench, layers: int, *, adapter: bool) -> dict[str, flo
         with decoding(graphs):
             return sampled(loaded, 16, tokens, 40)
 
-    times = token_times({"captured": partial(run, True), "not captured": partial(run, False)}, short, long)
-    tokens = {name: token for name, (token, _) in times.items()}
-    return tokens | {"capture": times["captured"][1] - times["not captured"][1]}
+    times = token_times({"fixed": partial(run, True), "growing": partial(run, False)}, short, long)
+    require_captures(bench, loaded)
+    return [times["fixed"], times["growing"]]
 
 
 CHECKS = (Check("graphs", "decoding captured as a CUDA graph against decoding without", 90, check_graphs),)

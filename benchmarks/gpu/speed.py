@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -105,25 +105,32 @@ def check_decode(bench: Bench, found: Found) -> None:
 
 def token_costs(bench: Bench, loaded: LoadedModel) -> dict[str, float]:
     """Costs of one new token of 16 samples."""
-    short, long = (16, 48) if bench.cuda else (2, 6)  # on a GPU both are captured
+    short, long = (16, 48) if bench.cuda else (2, 6)  # of like passes: on a GPU both captured, or neither
 
     def run(tokens: int) -> float:
         return sampled(loaded, 16, tokens, 40)
 
-    token, _ = token_times({"": run}, short, long)[""]
+    token = token_times({"": run}, short, long)[""].token
     few, more = (profiled(bench, partial(run, tokens)) for tokens in (short, long))
     return {"ms": token} | {name: (more[name] - few[name]) / (long - short) for name in COUNTED}
 
 
-def token_times(runs: Mapping[str, Callable[[int], object]], short: int, long: int) -> dict[str, tuple[float, float]]:
-    """Milliseconds of a new token, and of all before the first one, of runs that take a number of tokens."""
+class TokenTimes(NamedTuple):
+    """Milliseconds of a new token, and of all before the first one."""
+
+    token: float
+    before: float
+
+
+def token_times(runs: Mapping[str, Callable[[int], object]], short: int, long: int) -> dict[str, TokenTimes]:
+    """Times of runs that take a number of tokens."""
     both = {f"{name} {tokens}": partial(run, tokens) for name, run in runs.items() for tokens in (short, long)}
     times = alternate(both, 3)
     found = {}
     for name in runs:
         few, more = (1e3 * times[f"{name} {tokens}"] for tokens in (short, long))
         token = (more - few) / (long - short)
-        found[name] = token, few - short * token
+        found[name] = TokenTimes(token, few - short * token)
     return found
 
 

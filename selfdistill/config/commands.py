@@ -157,6 +157,9 @@ class EvalConfig(TaskSettings):
 
     batch_size: int = Field(default=32, ge=1)
     """Prompts per forward batch. It changes time and memory."""
+    mixed_precision: Precision = "auto"
+    """As in ``train``, so that scores agree with those of its evaluations. auto: bfloat16 arithmetic where it is fast
+    (most GPUs, CPUs with AMX or AVX512-BF16), float32 otherwise."""
     prior: str | None = None
     """File or folder of questions about the base model's prior abilities, e.g. ``bundled:prior/test``."""
     base: str | None = None

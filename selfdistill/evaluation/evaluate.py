@@ -44,19 +44,20 @@ from selfdistill.model import (
     ForwardPass,
     LoadedModel,
     Sampling,
-    fast_products,
     load_matching,
     load_model,
     matched,
+    resolved_precision,
     sample,
     sample_seed,
     to_best_device,
+    training_precision,
     use_engine,
 )
 from selfdistill.runtime import check_writable, say, say_note
 
 ASKED = ("model", "base", "data", "prior", "context", "max_completion_length", "num_samples", "temperature", "seed")
-"""Settings reported with a result."""
+"""Settings reported with a result, beside its precision."""
 Evaluation = dict[str, Any]
 """The results of one model, as they are written to JSON.
 
@@ -300,12 +301,11 @@ def evaluate(
         # Rows too long for either model are dropped for both, so that both answer the same items.
         for_base = EvaluationSet(base, questions.demonstrations, priors, config)
         questions = EvaluationSet(loaded, for_base.demonstrations, priors, config, config.context, demonstrations)
-    with fast_products(loaded.device.type):
+    with training_precision(loaded.model, config.mixed_precision, *([base.model] if base else [])):
         result, answers = _measured(loaded, questions, config, judge, config.model)
         for note in notes_on_calls(answers.episodes):
             say_note(note)
-        asked = ASKED if config.environment == "none" else (*ASKED, *EpisodeSettings.model_fields)
-        result["settings"] = {name: getattr(config, name) for name in asked}
+        result["settings"] = _reported(config)
         result["scorers"] = questions.scorers
         result["dropped"] = len(demonstrations) - len(questions.rows)
         if base is not None:
@@ -330,6 +330,13 @@ def evaluate(
     if config.replies:
         _write_replies(Path(config.replies), questions.demonstrations, answers)
     return result
+
+
+def _reported(config: EvalConfig) -> dict[str, Any]:
+    """The settings that are reported with a result."""
+    asked = ASKED if config.environment == "none" else (*ASKED, *EpisodeSettings.model_fields)
+    found = {name: getattr(config, name) for name in asked}
+    return found | {"mixed_precision": resolved_precision(config.mixed_precision)}
 
 
 def _measured(

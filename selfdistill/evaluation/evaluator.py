@@ -153,9 +153,9 @@ class Evaluator:
     def moved(self, base: LoadedModel, model: LoadedModel) -> float:
         """KL(model||base) along the model's own replies to the test rows, nats per token."""
         use_engine(model, self.questions.config)
-        with self._arithmetic(base), self._arithmetic(model):
+        with self._arithmetic(base, model):
             answers = self.questions.answers(model, self._judge, what=f"model on {self._test}")
             return kl_along(self.questions.prompts, answers.ids, model, base, own=answers.is_own)
 
-    def _arithmetic(self, loaded: LoadedModel) -> AbstractContextManager[None]:
-        return training_precision(loaded.model, self._mixed_precision)
+    def _arithmetic(self, loaded: LoadedModel, *others: LoadedModel) -> AbstractContextManager[None]:
+        return training_precision(loaded.model, self._mixed_precision, *(other.model for other in others))

@@ -2,7 +2,7 @@
 
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
-from selfdistill.model.device import deterministic, fast_products, has_gpu
+from selfdistill.model.device import deterministic, has_gpu
 from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, use_engine
 from selfdistill.model.episode_sampling import TurnSampler
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, check_matching, fake_model, tensor_bytes
@@ -98,7 +98,6 @@ __all__ = [
     "distribute_like",
     "engine_for",
     "fake_model",
-    "fast_products",
     "files_that_go_along",
     "freeze_vision",
     "full_tensor",

@@ -105,21 +105,27 @@ def tokens_per_check(kind: str) -> int:
 
 
 GRAPHS_SINCE = (2, 13)
-"""The first PyTorch whose memory is in order after a failed capture.
+"""The first PyTorch that is trusted with captures in a run, because a failed one leaves its allocators usable.
 
-Before, its allocator took the capture to be under way for the rest of the process: ``empty_cache`` failed, and nothing
-was freed before an out-of-memory error (https://github.com/pytorch/pytorch/pull/180395, of April 2026, after 2.12).
+Before, both allocators, of the GPU's memory and of pinned memory, took a failed capture to be under way for the rest of
+the process: ``empty_cache`` failed, and nothing was freed before an out-of-memory error
+(https://github.com/pytorch/pytorch/pull/180395, of April 2026, after 2.12). This cannot be repaired from outside.
+PyTorch has a private function that ends a capture for the first allocator, and none for the second, which keeps a
+reference to the deleted graph. This was read in PyTorch's source, not tried.
+
+From 2.13 on, the memory of a failed capture (what one pass needs) stays reserved until the process ends
+(https://github.com/pytorch/pytorch/pull/190348, of July 2026). Each model has at most one.
 """
 
 
 def has_graphs(kind: str) -> bool:
-    """Whether a device of this kind can replay captured work with a single launch, and a failed capture is harmless."""
+    """Whether runs on a device of this kind replay captured work with a single launch: a failed capture is harmless."""
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     return kind == "cuda" and release >= GRAPHS_SINCE
 
 
 def captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """``run`` as one launch of a CUDA graph where there are any; elsewhere ``run`` itself.
+    """``run`` as one launch of a CUDA graph on a GPU, with any PyTorch; elsewhere ``run`` itself.
 
     A replay does again what ``run`` does now, at the same addresses: shapes, Python numbers and branches are fixed, and
     its result is overwritten by the next. Meanwhile other threads may launch work on the device and wait for their own
@@ -136,7 +142,7 @@ def captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
         RuntimeError: it cannot be captured, for instance because it waits for the device or needs more memory than
             there is. All work that it began precedes what follows.
     """
-    if not has_graphs(device.type):
+    if device.type != "cuda":
         return run
     stream, graph = _capture_stream(device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -159,23 +165,6 @@ def captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all captures, because libraries keep memory for each stream."""
     return torch.cuda.Stream(device)
-
-
-@contextmanager
-def fast_products(kind: str) -> Iterator[None]:
-    """Let float32 matrix products on a GPU round their factors to 10 bits (TF32), which is much faster.
-
-    Sums and results stay float32. CPUs have no TF32, so nothing changes there.
-    """
-    if kind != "cuda":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def staging(count: int, place: torch.device, kind: str) -> Tensor:

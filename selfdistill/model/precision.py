@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -76,9 +76,13 @@ def cached_casts(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def training_precision(model: nn.Module, mixed_precision: str) -> Iterator[None]:
-    """Evaluate in the precision of training with this setting, unsharded and with cached casts."""
+def training_precision(model: nn.Module, mixed_precision: str, *others: nn.Module) -> Iterator[None]:
+    """Evaluate models in the precision of training with this setting, unsharded and with cached casts."""
     device = next(model.parameters()).device.type
     enabled = resolved_precision(mixed_precision) == "bf16"
-    with unsharded(model), cached_casts(model), torch.autocast(device, torch.bfloat16, enabled=enabled):
+    with ExitStack() as contexts:
+        for evaluated in (model, *others):
+            contexts.enter_context(unsharded(evaluated))
+            contexts.enter_context(cached_casts(evaluated))
+        contexts.enter_context(torch.autocast(device, torch.bfloat16, enabled=enabled))
         yield

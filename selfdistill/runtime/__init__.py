@@ -45,7 +45,7 @@ from selfdistill.runtime.files import (
     write_manifest,
     write_own,
 )
-from selfdistill.runtime.gpus import GPUS, THIS, Gpu, check_device
+from selfdistill.runtime.gpus import GPUS, THIS, Gpu, check_device, planned_devices
 from selfdistill.runtime.resources import (
     clock,
     free_bytes,
@@ -103,6 +103,7 @@ __all__ = [
     "local_world_size",
     "own_share",
     "peak_memory",
+    "planned_devices",
     "progress_shown",
     "public_name",
     "public_settings",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from selfdistill.errors import UserError, closest
+from selfdistill.runtime.resources import size_in_bytes
 
 THIS = "this"
 """Stands for the device of this machine, in place of a GPU's name."""
@@ -49,3 +51,27 @@ def check_device(name: str) -> None:
     known = [THIS, *GPUS]
     if name not in known:
         raise UserError(f"setting 'device': found {name!r}, expected {', '.join(known)}{closest(name, known)}")
+
+
+def planned_devices(memory: str | None, device: str | None) -> tuple[int | None, str | None, int | None]:
+    """Memory of each device in bytes, its name and the number of devices, as the options of a plan give them.
+
+    Either may begin with the number: ``8x80GiB``, ``8xh100``.
+
+    Raises:
+        UserError: one of them is invalid, or they have different numbers.
+    """
+    counts = set()
+    sizes_and_names = []
+    for text in (memory, device):
+        found = re.fullmatch(r"([1-9]\d*) ?x ?(.+)", text or "")
+        counts |= {int(found[1])} if found else set()
+        sizes_and_names.append(found[2] if found else text)
+    size, name = sizes_and_names
+    if len(counts) > 1:
+        raise UserError(f"settings 'memory' and 'device': found {memory!r} and {device!r}; give one number of devices")
+    if name is not None:
+        check_device(name)
+    if name == THIS and counts:
+        raise UserError(f"setting 'device': {THIS!r} is a single device; for several name a GPU, such as 8xh100")
+    return None if size is None else size_in_bytes(size), name, next(iter(counts), None)

@@ -130,4 +130,4 @@ def size_in_bytes(text: str) -> int:
         assert found is not None
         return int(float(found[1]) * (1024 if found[3] else 1000) ** (" MGT".index(found[2]) + 1))
     except (AssertionError, ValueError):
-        raise UserError(f"setting 'memory': found {text!r}, expected a size such as 80GiB or 80GB") from None
+        raise UserError(f"setting 'memory': found {text!r}, expected a size such as 80GiB, 80GB or 8x80GiB") from None

@@ -18,6 +18,7 @@ from selfdistill.runtime import Printable, all_gather, free_memory, local_world_
 from selfdistill.training.memory import MemoryPlanner, has_moving_teacher
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.rates import Rates
+from selfdistill.training.setup import check_parts, check_parts_are_equal
 from selfdistill.training.step_time import TimePlan
 from selfdistill.training.traced_step import Device
 
@@ -59,7 +60,9 @@ class Fit(Printable):
 
     def verdict(self) -> str:
         """Whether it fits, and otherwise what would."""
+        devices = self.plan.device.processes
         sizes = f"{size_text(self.plan.peak)} of {size_text(self.limit)}"
+        sizes += f" on each of {devices} devices" if devices > 1 else ""
         if not self.fits:
             return f"it does not fit: {sizes}; {self.advice()}"
         fits = "what stays between steps fits" if self.plan.untraced else "it fits"
@@ -86,6 +89,7 @@ class Fit(Printable):
         """For ``--json``; sizes in bytes."""
         return {
             "memory": self.limit,
+            "devices": self.plan.device.processes,
             "peak": self.plan.peak,
             "fits": self.fits,
             "chosen": self.chosen,
@@ -132,10 +136,30 @@ def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
     if found := _nearest(planner, config, limit, only_open=True):
         chosen, plan = found
         return Fit(plan, limit, chosen, None)
+    if sharded := _sharded(planner, config, limit):
+        return Fit(plan, limit, {}, sharded)
     nearest, full = _nearest(planner, config, limit), None
     if nearest and "lora_rank" in nearest[0]:
         full = _nearest(planner, config, limit, adapter=False)
     return Fit(plan, limit, {}, nearest, full)
+
+
+def _sharded(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Found | None:
+    """The plan with sharded weights, if several devices can share them and it fits; this changes no result."""
+    processes, sharded = planner.device(config).processes, config.model_copy(update={"fsdp": True})
+    refused = config.torch_compile or config.load_in_4bit or config.optim == "adamw_8bit" or planner.has_pictures
+    if config.fsdp or processes == 1 or refused or planner.has_model:  # a loaded model would stay sharded
+        return None
+    try:
+        check_parts_are_equal(sharded, processes)
+        check_parts(sharded, processes)
+        plan = planner.plan(sharded)
+    except UserError:  # the batch cannot be divided, or the model not sharded
+        return None
+    if plan.peak <= limit:
+        return {"fsdp": True}, plan
+    found = _nearest(planner, sharded, limit, only_open=True)
+    return found and ({"fsdp": True} | found[0], found[1])
 
 
 def plan_that_fits(planner: MemoryPlanner, config: TrainConfig, limit: int | None) -> tuple[MemoryPlan, list[str]]:

@@ -69,7 +69,8 @@ class MemoryPlan(Printable):
         return f"memory by plan: at most {size_text(self.peak)} ({parts}){beside}"
 
     def _host(self) -> str:
-        return f"{size_text(self.host)} of host memory in addition, for the teacher's average"
+        each = " for each device" if self.device.processes > 1 else ""
+        return f"{size_text(self.host)} of host memory in addition{each}, for the teacher's average"
 
     def print(self, console: Console) -> None:
         """Print a table of components by phase."""
@@ -82,6 +83,11 @@ class MemoryPlan(Printable):
             f"{config.model}: {kind}, {held} weights, {config.optim}, {products} arithmetic, {batch}; "
             f"longest rows {self.lengths[0]} tokens, teacher's {self.lengths[1]}"
         ]
+        if self.device.processes > 1:
+            held = "which share the weights (fsdp)" if config.fsdp else "which all hold all weights"
+            lines.append(f"for each of {self.device.processes} devices, {held}")
+        elif config.fsdp:
+            lines.append("for one device, on which fsdp shards nothing; for several, give memory 8x80GiB")
         if self.untraced:
             lines.append(f"not counted: {self.untraced}")
         for line in lines:

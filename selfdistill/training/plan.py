@@ -32,7 +32,7 @@ from selfdistill.training.fitting import Fit, fit
 from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.rates import Rates, measured_rates, named_rates
 from selfdistill.training.schedule import steps_of
-from selfdistill.training.setup import check_parts, make_accelerator, repeating
+from selfdistill.training.setup import check_parts, check_parts_are_equal, make_accelerator, repeating
 from selfdistill.training.step_time import duration_text
 from selfdistill.training.traced_step import Device
 from selfdistill.training.train import check_output_dir, plan_memory, with_context
@@ -161,20 +161,23 @@ def plan_for(
     loaded: LoadedModel | None = None,
     *,
     own_files: Sequence[str] = (),
+    count: int | None = None,
 ) -> Fit:
     """Plan a run's memory and time on a device, without reading weights or computing anything of the run.
 
     Args:
         config: settings of the run. Where ``mixed_precision`` is ``auto``, it is bf16 on a GPU.
-        memory: memory of the device in bytes; None: that of ``device``.
+        memory: memory of each device in bytes; None: that of ``device``.
         device: a GPU of ``GPUS``, or ``this``; None: a GPU of unknown speed, without a plan of the time.
         loaded: the model, if already loaded.
         own_files: names of files that may be in the run folder before the run.
+        count: number of devices, each with a process of its own; None: as many as there are processes now.
 
     Raises:
         UserError: settings, data, ``config.json`` or tokenizer are invalid, or neither device nor memory is given.
     """
-    rows = _checked_rows(config, own_files)
+    processes = count or world_size()
+    rows = _checked_rows(config, own_files, processes)
     rates: Callable[[str], Rates] | None = None
     if device == THIS:
         accelerator = make_accelerator(config)
@@ -182,7 +185,7 @@ def plan_for(
         has: float | None = own_share(free_memory(accelerator.device), accelerator.device)
         rates = partial(measured_rates, accelerator.device)
     else:
-        own, has = Device("cuda", "bf16", world_size()), None
+        own, has = Device("cuda", "bf16", processes), None
         if device is not None:
             has = GPUS[device].memory_gb * 1e9
             rates = partial(named_rates, device)
@@ -192,7 +195,8 @@ def plan_for(
     return fit(config, rows, own, int(limit), loaded, rates)
 
 
-def _checked_rows(config: TrainConfig, own_files: Sequence[str]) -> list[Demonstration]:
+def _checked_rows(config: TrainConfig, own_files: Sequence[str], processes: int | None = None) -> list[Demonstration]:
     check_inputs(config, own_files, lacks_of(stages_of(config)))
-    check_parts(config)
+    check_parts_are_equal(config, processes or world_size())
+    check_parts(config, processes)
     return load_demonstrations(config.data, split=config.split, turns=config.turns)

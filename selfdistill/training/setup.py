@@ -135,12 +135,21 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError(
             "setting 'fsdp' shards a model across processes, found only one; start several, or leave fsdp out"
         )
+    check_parts_are_equal(config, processes)
+    return accelerator
+
+
+def check_parts_are_equal(config: TrainConfig, processes: int) -> None:
+    """Check that all processes get equal parts of a batch, if they shard the model.
+
+    Raises:
+        UserError: they do not.
+    """
     if config.fsdp and config.batch_size % (processes * config.micro_batches):
         raise UserError(
             f"setting 'fsdp' needs parts of equal size: batch_size {config.batch_size} is not a multiple of "
             f"{processes} processes times gradient_accumulation_steps {config.micro_batches}"
         )
-    return accelerator
 
 
 def refuse_with_pictures(config: TrainConfig, stages: Sequence[Stage], loaded: LoadedModel) -> None:
@@ -221,15 +230,19 @@ def teacher_rules(methods: Iterable[Method]) -> list[TeacherRule]:
     return list(dict.fromkeys([*rules, *(FROZEN for method in methods if method.needs_base)]))
 
 
-def check_parts(config: TrainConfig) -> None:
+def check_parts(config: TrainConfig, processes: int | None = None) -> None:
     """Check that every step has room for all of its parts.
+
+    Args:
+        config: settings of the run.
+        processes: how many it will have; None: as many as there are now.
 
     Raises:
         UserError: the batch is too small, or the method rejects the settings.
     """
     for parts in stages_of(config):
         shares = [part.share for part in parts if not part.same_samples]
-        check_shares(shares, config.batch_size, batch_unit(config))
+        check_shares(shares, config.batch_size, batch_unit(config, processes))
 
 
 def _encoded(
@@ -278,12 +291,16 @@ def _digest(values: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def batch_unit(config: TrainConfig) -> int:
+def batch_unit(config: TrainConfig, processes: int | None = None) -> int:
     """How many examples a part's share of a batch is a multiple of: with ``fsdp``, all processes need equal parts.
 
     Not of the number of micro-batches, which the memory plan may choose, and which must not change the batches.
+
+    Args:
+        config: settings of the run.
+        processes: how many it will have; None: as many as there are now.
     """
-    return world_size() if config.fsdp else 1
+    return (processes or world_size()) if config.fsdp else 1
 
 
 def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str) -> TrainConfig:

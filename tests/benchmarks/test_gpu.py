@@ -8,12 +8,15 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
 CHECKS = """
@@ -161,9 +164,7 @@ def test_decoding_with_graphs_must_give_the_samples_of_decoding_without(
     monkeypatch.syspath_prepend(SCRIPT.parent)
     monkeypatch.syspath_prepend(SCRIPT)
     graphs, bench = import_module("graphs"), import_module("bench")
-    monkeypatch.setattr(
-        graphs, "captured_costs", lambda *_, **__: dict.fromkeys(("captured", "not captured", "capture"), 1)
-    )
+    monkeypatch.setattr(graphs, "token_costs", lambda *_, **__: [graphs.TokenTimes(1, 1)] * 2)
     if not right:
         steps = graphs.decoding_steps.FixedSteps
         monkeypatch.setattr(steps, "__call__", lambda self, token_B, call=steps.__call__: -call(self, token_B))
@@ -171,7 +172,34 @@ def test_decoding_with_graphs_must_give_the_samples_of_decoding_without(
     graphs.check_graphs(bench.Bench("cpu", tmp_path, tmp_path), bench.Found(numbers.append))
     assert [number.passes for number in numbers if "share" in number.name] == [right] * 2
     assert all(number.passes for number in numbers) is right
-    assert len(numbers) == 5 + 2 * 5
+    assert len(numbers) == 5 + 2 * 4
+    assert not [number.name for number in numbers if "captured" in number.name]  # a CPU captures nothing
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_no_time_is_said_to_be_of_a_capture_that_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, captures: bool
+) -> None:
+    """On a CPU that is taken for a GPU, with a PyTorch with which runs do not capture."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT)
+    graphs = import_module("graphs")
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    monkeypatch.setattr(graphs, "token_costs", lambda *_, **__: [graphs.TokenTimes(1, 1)] * 2)
+
+    def capture(run: Callable[[], Tensor], _device: torch.device) -> Callable[[], Tensor]:
+        if not captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return run
+
+    monkeypatch.setattr(graphs.decoding_steps, "captured", capture)
+    numbers: list[Any] = []
+    fake = SimpleNamespace(cuda=True, device="cpu", out=tmp_path, scratch=tmp_path)
+    with nullcontext() if captures else pytest.raises(RuntimeError, match="was not captured"):
+        graphs.check_graphs(fake, import_module("bench").Found(numbers.append))
+    assert numbers[0].text().startswith("no")
+    named = [number.name for number in numbers if ": a token, captured" in number.name]
+    assert len(named) == (4 if captures else 0)
 
 
 @pytest.mark.parametrize(

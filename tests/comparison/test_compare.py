@@ -91,6 +91,7 @@ def test_every_method_and_seed_is_run_measured_and_kept(
             data=config.test,
             max_completion_length=10,
             batch_size=2,
+            mixed_precision="no",
         )
     )
     assert kept["moved"]["sft 0.001 seed 0"] == pytest.approx(alone["distance"]["new_task"]["kl_model"], rel=1e-4)
@@ -125,7 +126,7 @@ def test_methods_are_compared_in_an_environment(
     folder = tmp_path / "comparison"
     assert [run["folder"] for run in result["runs"]] == ["sft-0.001-seed0", "sdft-0.001-seed0"]
     assert all(run["failed"] is None for run in result["runs"])
-    own = {key: getattr(config, key) for key in ("environment", "max_episode_length", "batch_size")}
+    own = {key: getattr(config, key) for key in ("environment", "max_episode_length", "batch_size", "mixed_precision")}
     for run in result["runs"]:
         alone = evaluate(
             EvalConfig(model=str(folder / run["folder"]), data=config.test, max_completion_length=10, **own)

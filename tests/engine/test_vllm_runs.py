@@ -229,7 +229,7 @@ def train_until_it_fails(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -
 
 def test_eval_check_and_pass_at_k_use_it(run: Settings, write_rows: Callable[..., Path], model: str) -> None:
     data = str(write_rows())
-    common: dict[str, Any] = {"model": model, "data": data, "max_completion_length": 10}
+    common: dict[str, Any] = {"model": model, "data": data, "max_completion_length": 10, "mixed_precision": "no"}
     sizes = {"num_samples": 2, "base": model}
     engine = evaluate(EvalConfig(**common, **sizes, **VLLM))
     ours = evaluate(EvalConfig(**common, **sizes))
@@ -241,7 +241,7 @@ def test_eval_check_and_pass_at_k_use_it(run: Settings, write_rows: Callable[...
     with pytest.MonkeyPatch.context() as patch:
         own = VllmEngine.sample
         patch.setattr(VllmEngine, "sample", lambda self, *rest: calls.append(1) or own(self, *rest))
-        check(CheckConfig(**common, contexts=["turns"], sample=4, mixed_precision="no", **VLLM), cost=False)
+        check(CheckConfig(**common, contexts=["turns"], sample=4, **VLLM), cost=False)
     assert len(calls) >= 3  # student, teacher, rollouts
 
 

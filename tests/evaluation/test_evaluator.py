@@ -126,10 +126,11 @@ def test_measuring_leaves_the_final_weights_bitwise_as_they_would_have_been(
     assert not (Path(plain.output_dir) / "evaluations.jsonl").exists()
 
 
+@pytest.mark.parametrize(("mixed_precision", "tolerance"), [("no", 1e-4), ("bf16", 2e-2)])
 def test_evaluations_are_those_of_eval_at_the_start_every_so_many_steps_and_at_the_end(
-    settings: Callable[..., TrainConfig],
+    settings: Callable[..., TrainConfig], mixed_precision: str, tolerance: float
 ) -> None:
-    config = settings("run", max_steps=5)
+    config = settings("run", max_steps=5, mixed_precision=mixed_precision)
     train(config)
     found = lines(config, "evaluations.jsonl")
     assert [line["step"] for line in found] == [0, 2, 4, 5]
@@ -138,11 +139,12 @@ def test_evaluations_are_those_of_eval_at_the_start_every_so_many_steps_and_at_t
     assert config.test is not None
     for line, model in ((found[0], config.model), (found[3], config.output_dir)):
         same = {"data": config.test, "prior": config.prior, "max_completion_length": 10, "batch_size": 2}
-        alone = evaluate(EvalConfig(model=model, base=config.model, **same))
+        alone = evaluate(EvalConfig(model=model, base=config.model, mixed_precision=mixed_precision, **same))
+        assert alone["settings"]["mixed_precision"] == mixed_precision
         assert line["correct"] == alone["correct"]
         assert line["prior"] == alone["prior"]
         assert line["completion/length"] == alone["completion/length"]
-        assert line["kl_base"] == pytest.approx(alone["kl_base"], rel=1e-4, abs=1e-6)
+        assert line["kl_base"] == pytest.approx(alone["kl_base"], rel=tolerance, abs=1e-6)
 
 
 @pytest.mark.parametrize("save_steps", [2, 0])  # 0: nothing to go on from, so it begins anew

@@ -660,7 +660,8 @@ def test_episodes_that_a_server_has_no_room_for_are_refused_before_any_is_played
     )
     with pytest.raises(UserError, match=refused):
         run_training(config)
-    served = {name: getattr(config, name) for name in ("model", "engine", "engine_url", "engine_folder")}
+    own = ("model", "mixed_precision", "engine", "engine_url", "engine_folder")
+    served = {name: getattr(config, name) for name in own}
     with pytest.raises(UserError, match=refused):
         evaluate(EvalConfig(**plays, **served, max_episode_length=60))
     assert paths(fake).count("/v1/completions") == 1  # what the server was checked with

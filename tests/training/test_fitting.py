@@ -22,7 +22,7 @@ from selfdistill.data import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel, tensor_bytes
 from selfdistill.model.teacher import PART_NUMBERS
-from selfdistill.runtime import size_in_bytes
+from selfdistill.runtime import planned_devices, size_in_bytes
 from selfdistill.training import memory, plan_for, train
 from selfdistill.training.fitting import check_host_fits, fit, fitted, plan_that_fits
 from selfdistill.training.memory import MemoryPlanner, has_moving_teacher, memory_plan
@@ -569,5 +569,74 @@ def test_sizes(text: str, size: float) -> None:
 
 @pytest.mark.parametrize("text", ["80", "80G", "GiB", "1.2.3GB", "-4GiB"])
 def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"^setting 'memory': found .*, expected a size such as 80GiB or 80GB"):
+    with pytest.raises(UserError, match=r"^setting 'memory': found .*, expected a size such as 80GiB, 80GB or 8x80GiB"):
         size_in_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("memory", "device", "found"),
+    [
+        ("8x80GiB", None, (80 * 2**30, None, 8)),
+        ("8 x 80 GB", None, (80 * 10**9, None, 8)),
+        (None, "2xrtx4090", (None, "rtx4090", 2)),
+        ("8x70GB", "8xh100", (70 * 10**9, "h100", 8)),
+        ("70GB", "8xh100", (70 * 10**9, "h100", 8)),
+        ("24GB", "this", (24 * 10**9, "this", None)),
+        (None, None, (None, None, None)),
+    ],
+)
+def test_a_number_of_devices_may_precede_size_and_name(
+    memory: str | None, device: str | None, found: tuple[Any, ...]
+) -> None:
+    assert planned_devices(memory, device) == found
+
+
+@pytest.mark.parametrize(
+    ("memory", "device", "message"),
+    [
+        ("8x80", None, "setting 'memory': found '80', expected a size"),
+        ("0x80GiB", None, "setting 'memory': found '0x80GiB', expected a size"),
+        (None, "8xh10", "setting 'device': found 'h10', expected"),
+        ("4x80GiB", "8xh100", "settings 'memory' and 'device': found '4x80GiB' and '8xh100'; give one number"),
+        ("2x80GiB", "this", "setting 'device': 'this' is a single device"),
+    ],
+)
+def test_other_numbers_of_devices_are_refused(memory: str | None, device: str | None, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        planned_devices(memory, device)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "held"), [(True, "which share the weights (fsdp)"), (False, "which all hold all weights")]
+)
+def test_a_plan_for_several_devices_is_that_of_each(settings: Make, fsdp: bool, held: str) -> None:
+    config = settings(method="sft", batch_size=8, fsdp=fsdp)
+    found = plan_for(config, 10**9, None, count=4)
+    one, four = (planned(config, Device("cuda", "bf16", n)) for n in (1, 4))
+    assert found.plan.peak == four.peak < one.peak
+    assert found.to_dict()["devices"] == 4
+    assert f"\nfor each of 4 devices, {held}\n" in str(found)
+    assert found.verdict().endswith(" MiB on each of 4 devices")
+
+
+def test_a_sharded_plan_says_for_how_many_devices_it_is_and_refuses_unequal_parts(settings: Make) -> None:
+    config = settings(method="sft", batch_size=8, fsdp=True)
+    assert "\nfor one device, on which fsdp shards nothing; for several, give memory 8x80GiB\n" in str(
+        plan_for(config, 10**9, None)
+    )
+    with pytest.raises(UserError, match=r"batch_size 8 is not a multiple of 3 processes times gradient_accumulation"):
+        plan_for(config, 10**9, None, count=3)
+
+
+def test_sharding_is_proposed_first_where_several_devices_can_share_the_weights(settings: Make) -> None:
+    config, device = settings(method="sft", batch_size=8, **IN_ONE), Device("cuda", "no", 8)
+    rows = load_demonstrations(config.data)
+    whole, sharded = (planned(config.model_copy(update={"fsdp": fsdp}), device) for fsdp in (False, True))
+    found = fit(config, rows, device, whole.peak - 1)
+    assert found.nearest is not None
+    assert found.nearest[0] == {"fsdp": True}
+    assert found.nearest[1].peak == sharded.peak
+    assert re.search(r"MiB on each of 8 devices; this would, with \d\.\d MiB: fsdp true$", found.verdict())
+    for values in ({"batch_size": 4}, {"optim": "adamw_8bit"}):
+        nearest = fit(config.model_copy(update=values), rows, device, whole.peak // 4).nearest
+        assert nearest is None or "fsdp" not in nearest[0]
