@@ -57,6 +57,7 @@ COMMANDS: dict[str, tuple[type[Settings], str]] = {
 MAIN = {
     "check": ("model", "data", "contexts", "max_completion_length", "sample", "batch_size"),
     "train": ("model", "data", "output_dir", "context", "max_steps", "learning_rate", "max_completion_length", "test"),
+    "ask": ("run", "question", "base", "system", "image", "max_completion_length", "temperature", "seed"),
     "eval": ("model", "data", "base", "prior", "max_completion_length", "replies"),
     "compare": ("model", "data", "test", "output_dir", "methods", "seeds", "max_steps", "prior"),
     "learn": ("action", "data", "state", "model", "name", "test", "prior", "max_steps"),
