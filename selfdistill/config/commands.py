@@ -211,9 +211,7 @@ class AskConfig(EpisodeSettings):
     @model_validator(mode="after")
     def _an_episode_is_text(self) -> AskConfig:
         if self.image is not None and self.environment != "none":
-            raise ValueError(
-                "setting 'image': episodes support only text; leave out the picture or the environment"
-            )
+            raise ValueError("setting 'image': episodes support only text; leave out the picture or the environment")
         return self
 
 

@@ -232,7 +232,7 @@ def test_functions_of_python_are_an_environment_that_gives_no_reward(
     model = str(model_folder(template=CHATML, room=8192))
     answered = sd.ask(model, "Where?", environment=tiny_worlds.FUNCTIONS, progress=False)
     assert answered.episode is not None
-    assert (answered.episode["reward"], answered.episode["feedback"], answered.episode["invalid_calls"]) == (None, "", 2)
+    assert [answered.episode[name] for name in ("reward", "feedback", "invalid_calls")] == [None, "", 2]
     assert unfolded("tool find: Error: unknown tool 'find'") in unfolded(repr(answered))
     assert "(3 turns)" in repr(answered)
 
@@ -271,7 +271,7 @@ def test_that_a_run_learnt_in_an_environment_is_noted_where_none_is_shown(
 ) -> None:
     saved = {"model": "m", "data": "data.jsonl", "output_dir": "run", "environment": TWICE}
     Path("run/config.yaml").write_text(yaml.safe_dump(saved))
-    note = f"run 'run' learnt in the environment {TWICE!r}, whose tools are not shown here; give it as environment of ask"
+    note = f"run 'run' learnt in the environment {TWICE!r}, whose tools are not shown here; give it as environment"
     sd.ask("run", "Where is Anna?")
     assert note in capsys.readouterr().err
     run = sd.Run("run")
