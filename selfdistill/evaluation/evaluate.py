@@ -36,7 +36,7 @@ from selfdistill.evaluation.episodes import (
 from selfdistill.evaluation.judge import Judge, judge_of
 from selfdistill.evaluation.lmeval import lm_eval_abilities
 from selfdistill.evaluation.priors import EncodedPrior, encode_priors, load_prior, prior_abilities
-from selfdistill.evaluation.replies import reply_lines
+from selfdistill.evaluation.replies import write_replies
 from selfdistill.evaluation.statistics import difference_interval, mean_interval, paired, pass_at_k, share_interval
 from selfdistill.methods import scorer_judges
 from selfdistill.model import (
@@ -327,9 +327,7 @@ def evaluate(
             }
             result["kl_base"] = result["distance"]["general"]["kl_base"]
     if config.replies:
-        lines = reply_lines(questions.demonstrations, answers)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        Path(config.replies).write_text(text, encoding="utf-8")
+        write_replies(Path(config.replies), questions.demonstrations, answers)
     return result
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from selfdistill.data import Demonstration, shown_text
@@ -15,7 +17,13 @@ KEPT_CHARACTERS = 4000
 """Maximum length of each text in them."""
 
 
-def reply_lines(rows: Sequence[Demonstration], answers: Answers) -> list[dict[str, Any]]:
+def write_replies(path: Path, rows: Sequence[Demonstration], answers: Answers) -> None:
+    """Write the replies to all rows, a line each."""
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(rows, answers))
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _lines(rows: Sequence[Demonstration], answers: Answers) -> list[dict[str, Any]]:
     """An object for each row: its source, prompt and answer, the model's reply, and whether that is correct.
 
     With an environment, also the episode: see :func:`told`.
@@ -39,7 +47,7 @@ def reply_lines(rows: Sequence[Demonstration], answers: Answers) -> list[dict[st
 def kept_replies(rows: Sequence[Demonstration], answers: Answers) -> list[dict[str, Any]]:
     """The objects of at most ``KEPT_ROWS`` rows, whose texts have at most ``KEPT_CHARACTERS``."""
     count = min(KEPT_ROWS, len(rows))
-    lines = reply_lines(rows, answers)
+    lines = _lines(rows, answers)
     return [_shortened(lines[number * len(lines) // count]) for number in range(count)]
 
 
