@@ -294,17 +294,17 @@ def ask(
     progress: bool = True,
     **settings: Any,
 ) -> AskResult:
-    """Ask a model one question, and optionally its base.
+    """Ask a model one question, and optionally its base. With ``environment``, each plays an episode.
 
     Args:
         run: run folder, model folder, hub id or ``smollm2-135m``.
         question: one user turn, or the chat messages of a conversation.
         base: a second model to ask the same.
         progress: show bars and notes.
-        settings: the options of ``selfdistill ask``, such as ``image``.
+        settings: the options of ``selfdistill ask``, such as ``image``. ``environment`` may also be functions.
 
     Raises:
-        UserError: a model cannot be loaded, or the picture cannot be used or read by it.
+        UserError: a model cannot be loaded, the picture cannot be used or read by it, or the environment fails.
     """
     with session(progress):
         conversation = question if isinstance(question, list | tuple) else None

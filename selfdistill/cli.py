@@ -18,10 +18,10 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from selfdistill.cli_parser import COMMANDS, SWITCHES, parse
-from selfdistill.config import CheckConfig, DemoConfig, run_settings
+from selfdistill.config import CheckConfig, DemoConfig, EpisodeSettings, run_settings
 from selfdistill.errors import RunFailed, UserError
 from selfdistill.runtime import (
     Printable,
@@ -34,6 +34,9 @@ from selfdistill.runtime import (
     say_note,
     world_size,
 )
+
+if TYPE_CHECKING:
+    from selfdistill.training import Run
 
 _OF_ANOTHER_PROCESS = {
     "connection (was )?(closed|reset)|remote process exit|broken pipe": "has ended",
@@ -180,8 +183,16 @@ def _train(given: dict[str, Any]) -> int:
     run = api.train(**given)
     if is_rank0():
         print(f"final model: {run.final}")
-        say(f'to try it: selfdistill ask {shlex.quote(str(run.output_dir))} "QUESTION"')
+        say(f"to try it: {_asking(run)}")
     return 0
+
+
+def _asking(run: Run) -> str:
+    """The command that asks the trained model, in the environment of its training."""
+    command, config = f'selfdistill ask {shlex.quote(str(run.output_dir))} "QUESTION"', run.config
+    given = {name: getattr(config, name) for name in EpisodeSettings.model_fields if config.environment != "none"}
+    others = {name: value for name, value in given.items() if value != EpisodeSettings.model_fields[name].default}
+    return command + "".join(f" --{name} {shlex.quote(str(value))}" for name, value in others.items())
 
 
 def _planned_for(given: dict[str, Any]) -> dict[str, Any]:
@@ -242,8 +253,7 @@ def _ask(given: dict[str, Any]) -> int:
 
     with _printed(given) as show:
         result = api.ask(**given)
-        details = {"question": result.question, "reply": result.reply, "base_reply": result.base_reply}
-        show(result, details)
+        show(result, result.details)
     return 0
 
 

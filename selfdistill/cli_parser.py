@@ -59,6 +59,7 @@ MAIN = {
         *("model", "data", "output_dir", "context", "anchors", "lora_rank", "max_steps", "learning_rate"),
         *("max_completion_length", "test", "prior", "method"),
     ),
+    "ask": ("run", "question", "base", "system", "image", "max_completion_length", "temperature", "seed"),
     "eval": ("model", "data", "base", "prior", "max_completion_length", "replies"),
     "compare": ("model", "data", "test", "output_dir", "methods", "seeds", "max_steps", "prior"),
     "learn": ("action", "data", "state", "model", "name", "test", "prior", "max_steps"),

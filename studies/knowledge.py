@@ -81,7 +81,9 @@ def asked(name: str, model: str, folder: Path, **more: Any) -> dict[str, Any]:
         replies = folder / f"{name}-{part}.jsonl"
         if not replies.exists():
             data = packaged(f"knowledge.{part}.jsonl")
-            config = EvalConfig(model=model, data=data, replies=str(replies), max_completion_length=32, **more)
+            config = EvalConfig(
+                model=model, data=data, replies=str(replies), max_completion_length=32, mixed_precision="no", **more
+            )
             evaluate(config)
         lines = read_lines(replies)
         result[f"{part}_strict"] = [line["correct"] for line in lines]
@@ -89,7 +91,9 @@ def asked(name: str, model: str, folder: Path, **more: Any) -> dict[str, Any]:
     kept = folder / f"{name}-prior.json"
     if not kept.exists():
         data, prior = packaged("knowledge.test.jsonl"), packaged("prior/test/facts.jsonl")
-        found = evaluate(EvalConfig(model=model, data=data, prior=prior, max_completion_length=32))["prior"]
+        found = evaluate(
+            EvalConfig(model=model, data=data, prior=prior, max_completion_length=32, mixed_precision="no")
+        )["prior"]
         kept.write_text(json.dumps(found["facts"]["correct"]) + "\n", encoding="utf-8")
     result["prior"] = json.loads(kept.read_text(encoding="utf-8"))
     return result

@@ -45,7 +45,7 @@ from selfdistill.runtime import StopRequests, drop_partial_line, peak_memory, qu
 from selfdistill.training import train
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "comparisons" / "studies"
-MEASURED = (*(name for name in ModelSettings.model_fields), "test", "test_split", "prior", "mixed_precision")
+MEASURED = (*ModelSettings.model_fields, "max_completion_length", "test", "test_split", "prior", "mixed_precision")
 """Settings on which the measurement of a model depends."""
 
 

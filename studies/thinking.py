@@ -80,7 +80,7 @@ def trained(folder: Path, **values: Any) -> str:
 
 def measured(file: Path, model: str, data: str) -> dict[str, Any]:
     if not file.exists():
-        found = evaluate(EvalConfig(model=model, data=data, max_completion_length=64))
+        found = evaluate(EvalConfig(model=model, data=data, max_completion_length=64, mixed_precision="no"))
         file.write_text(json.dumps({key: found[key] for key in SHOWN}), encoding="utf-8")
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return result

@@ -88,8 +88,9 @@ def uninterrupted(make: Make, shared: Path) -> Callable[[str], TrainConfig]:
 
 
 def measured(config: TrainConfig) -> list[dict[str, Any]]:
-    """Lines of evaluations.jsonl and token_views.jsonl, without what the clock says."""
-    files = [Path(config.output_dir) / name for name in ("evaluations.jsonl", "token_views.jsonl")]
+    """Lines of the files with evaluations, replies and token views, without what the clock says."""
+    names = ("evaluations.jsonl", "test_replies.jsonl", "token_views.jsonl")
+    files = [Path(config.output_dir) / name for name in names]
     lines = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 

@@ -75,6 +75,14 @@ class Asks(Talk):
         return [{"role": "user", "content": f"Go on, {row['answer']} times."}]
 
 
+class Twice(Talk):
+    """Needs nothing of a row but its prompt: asks once more, then ends."""
+
+    def reset(self, row: Mapping[str, Any]) -> list[Message]:
+        super().reset({"answer": 2})
+        return [{"role": "user", "content": "Go on."}]
+
+
 class Restless(Talk):
     """Says something else first in every episode."""
 

@@ -21,7 +21,8 @@ from selfdistill import __version__
 from selfdistill.comparison.conclusions import assumption
 from selfdistill.comparison.curves import NUMBERS_HEAD, SCORES, figures, number, numbers, series
 from selfdistill.comparison.plots import Curve, Point, over, pareto_front, trade_off
-from selfdistill.comparison.run_folders import EVALUATIONS, VIEWS, Json, Part, RunFolder, curve_name, read_folders
+from selfdistill.comparison.replies import first_of_each, shown_replies
+from selfdistill.comparison.run_folders import LACKS, Json, Part, RunFolder, curve_name, read_folders
 from selfdistill.config import ReportConfig, TrainConfig
 from selfdistill.errors import UserError, number_of
 from selfdistill.runtime import check_writable
@@ -88,9 +89,8 @@ def report(config: ReportConfig) -> Json:
 
 def _missing(runs: list[RunFolder]) -> list[str]:
     """What the page lacks because of missing files."""
-    lacks = {EVALUATIONS: "scores during training", VIEWS: "rollouts by token"}
-    without = {file: [run.name for run in runs if file in run.missing] for file in lacks}
-    return [f"{lacks[file]}: no {file} in {', '.join(names)}" for file, names in without.items() if names]
+    without = {file: [run.name for run in runs if file in run.missing] for file in LACKS}
+    return [f"{LACKS[file]}: no {file} in {', '.join(names)}" for file, names in without.items() if names]
 
 
 def _shown(part: Part) -> Json:
@@ -107,7 +107,8 @@ def _shown(part: Part) -> Json:
         "no_trade_off": reason,
         "figures": figures(part.runs),
         "numbers": Table("The curves as numbers", NUMBERS_HEAD, numbers(part.runs)),
-        "views": [_view(run) for run in _with_views(part)],
+        "replies": [shown_replies(run) for run in first_of_each(part, [run for run in part.runs if run.replies])],
+        "views": [_view(run) for run in first_of_each(part, [run for run in part.runs if run.views])],
     }
 
 
@@ -267,15 +268,6 @@ def _points(evaluations: Sequence[Json]) -> dict[int, Point]:
 
 
 # --- tokens ---
-
-
-def _with_views(part: Part) -> list[RunFolder]:
-    """The runs whose tokens are shown; in a comparison, the first of each method."""
-    runs = [run for run in part.runs if run.views]
-    if part.comparison is None:
-        return runs
-    method = {run["name"]: run["method"] for run in part.comparison["runs"]}
-    return list({method[run.name]: run for run in reversed(runs)}.values())[::-1]
 
 
 def _view(run: RunFolder) -> Json:

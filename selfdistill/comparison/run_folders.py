@@ -1,7 +1,8 @@
 """Read run folders for a report.
 
-Every run has ``config.yaml`` and ``metrics.jsonl``; ``evaluations.jsonl`` (scores at some steps) and
-``token_views.jsonl`` (rollouts, token by token) are optional. A folder with ``comparison.json`` holds several runs.
+Every run has ``config.yaml`` and ``metrics.jsonl``; ``evaluations.jsonl`` (scores at some steps),
+``test_replies.jsonl`` (replies to some test rows) and ``token_views.jsonl`` (rollouts, token by token) are optional. A
+folder with ``comparison.json`` holds several runs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from selfdistill.errors import UserError
 Json = dict[str, Any]
 
 METRICS, EVALUATIONS, VIEWS = "metrics.jsonl", "evaluations.jsonl", "token_views.jsonl"
+REPLIES = "test_replies.jsonl"
+LACKS = {EVALUATIONS: "scores during training", VIEWS: "rollouts by token", REPLIES: "replies to test rows"}
+"""What a page lacks without each of the optional files."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class RunFolder:
     metrics: list[Json]
     evaluations: list[Json]
     views: list[Json]
+    replies: list[Json]
     missing: list[str]
     """Names of missing files."""
 
@@ -100,6 +105,8 @@ def _read_run(folder: Path, name: str, curve: str, evaluations: list[Json] | Non
     if evaluations is None:
         wanted.insert(0, EVALUATIONS)
         evaluations = _lines(folder / EVALUATIONS, {"step", "accuracy", "items"})
+    if evaluations:
+        wanted.append(REPLIES)
     return RunFolder(
         name=name,
         curve=curve,
@@ -107,6 +114,7 @@ def _read_run(folder: Path, name: str, curve: str, evaluations: list[Json] | Non
         metrics=metrics,
         evaluations=evaluations,
         views=_lines(folder / VIEWS, {"step", "row", "prompt", "tokens"}),
+        replies=_lines(folder / REPLIES, {"step", "source", "prompt", "answer", "reply", "correct"}),
         missing=[file for file in wanted if not (folder / file).exists()],
     )
 

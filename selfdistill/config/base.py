@@ -264,8 +264,6 @@ class ModelSettings(EngineSettings):
     max_prompt_length: int | None = Field(default=None, ge=1)
     """Maximum prompt length in tokens, for student and teacher. Default: the model's context window minus the
     completion."""
-    max_completion_length: int = Field(default=256, ge=1)
-    """Maximum completion length in tokens."""
     on_long_prompt: Literal["error", "drop"] = "error"
     """What to do with a row that is too long: stop and name it, or drop and count it. Rows are never truncated."""
     batch_size: int = Field(default=32, ge=1)
@@ -318,14 +316,17 @@ EPISODE_REPLIES = 4
 
 
 class EpisodeSettings(Settings):
-    """The environment that answers the model, and the limits of an episode."""
+    """The environment that answers the model, and the limits of a reply and of an episode."""
 
     environment: str = "none"
     """Environment that answers the model until the episode ends, e.g. ``bundled:shop`` or
     ``python:package.module.Class``; in Python also a list of functions. The model sees its tools. Methods that learn
-    from the student's own samples learn the whole episode, and evaluations play one per row (docs/agents.md)."""
+    from the student's own samples learn the whole episode, evaluations play one per row, and ``ask`` one that begins
+    with the question (docs/agents.md)."""
     max_turns: int = Field(default=8, ge=1)
     """Maximum number of replies per episode; then it is cut."""
+    max_completion_length: int = Field(default=256, ge=1)
+    """Maximum length of a completion in tokens; of an episode, that of each reply."""
     max_episode_length: int | None = Field(default=None, ge=1)
     """Maximum tokens per episode after its prompt, replies and observations together. The episode is cut when another
     reply of ``max_completion_length`` might not fit. Default: four times that length, because most turns are short
@@ -344,10 +345,6 @@ class EpisodeSettings(Settings):
         given = values.get("environment")
         return {**values, "environment": name_of_functions(given)} if isinstance(given, list | tuple) else values
 
-
-class TaskSettings(EpisodeSettings, ModelSettings):
-    """The model and its task: the data and the environment."""
-
     @property
     def longest_completion(self) -> int:
         """Maximum tokens after a prompt: of a reply, or of an episode if there is an environment."""
@@ -356,13 +353,17 @@ class TaskSettings(EpisodeSettings, ModelSettings):
         return self.max_episode_length or EPISODE_REPLIES * self.max_completion_length
 
     @model_validator(mode="after")
-    def _an_episode_has_room_for_a_reply(self) -> TaskSettings:
+    def _an_episode_has_room_for_a_reply(self) -> EpisodeSettings:
         if self.longest_completion < self.max_completion_length:
             raise ValueError(
                 f"setting 'max_episode_length': found {self.longest_completion}, expected at least "
                 f"max_completion_length, {self.max_completion_length}, the tokens of one reply"
             )
         return self
+
+
+class TaskSettings(EpisodeSettings, ModelSettings):
+    """The model and its task: the data and the environment."""
 
 
 class QuestionSettings(Settings):

@@ -11,10 +11,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     field_validator,
+    model_validator,
 )
 
 from selfdistill.config.base import (
     EngineSettings,
+    EpisodeSettings,
     ModelSettings,
     QuestionSettings,
     Settings,
@@ -76,6 +78,7 @@ class CompareConfig(TrainingSettings):
         fixed = (
             *ModelSettings.model_fields,
             "environment",
+            "max_completion_length",
             "output_dir",
             "test",
             "test_split",
@@ -185,7 +188,7 @@ class EvalConfig(TaskSettings):
     """File for every greedy reply with its score, in JSON Lines."""
 
 
-class AskConfig(Settings):
+class AskConfig(EpisodeSettings):
     """Settings of ``selfdistill ask``."""
 
     run: str
@@ -199,8 +202,6 @@ class AskConfig(Settings):
     """A picture file, shown before the question. Needs an image-text model with its processor's files."""
     base: str | None = None
     """A second model that gets the same question, shown beside the first."""
-    max_completion_length: int = Field(default=256, ge=1)
-    """Maximum length of a reply in tokens."""
     temperature: float = Field(default=0.0, ge=0)
     """Sampling temperature; 0: greedy."""
     seed: int = Field(default=0, ge=0)
@@ -211,6 +212,12 @@ class AskConfig(Settings):
     """Base of an adapter, if it is not where ``adapter_config.json`` says, e.g. because it was moved."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra arguments of the tokenizer's chat template; default: those of the run's training."""
+
+    @model_validator(mode="after")
+    def _an_episode_is_text(self) -> AskConfig:
+        if self.image is not None and self.environment != "none":
+            raise ValueError("setting 'image': episodes support only text; leave out the picture or the environment")
+        return self
 
 
 class LearnConfig(TrainingSettings, OneRun):

@@ -1,6 +1,7 @@
 """Evaluate models; nothing here trains."""
 
 from selfdistill.evaluation.answers import Answers, answer, check_answers
+from selfdistill.evaluation.asked import AskResult, ask
 from selfdistill.evaluation.check import LAYOUTS, best_context, check, check_run
 from selfdistill.evaluation.check_result import CheckResult
 from selfdistill.evaluation.distances import DRIFT_PROMPTS, DRIFT_TOKENS, Distance, Drift, mean_loss
@@ -11,9 +12,8 @@ from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet, evaluate,
 from selfdistill.evaluation.evaluator import Evaluator, check_inputs, say_learnt
 from selfdistill.evaluation.generate import (
     SYSTEM_TURN,
-    AskResult,
-    ask,
     generate,
+    note_on_environment,
     shared_system_turn,
     system_turn_of,
     with_system_turn,
@@ -50,6 +50,7 @@ __all__ = [
     "judge_of",
     "load_prior",
     "mean_loss",
+    "note_on_environment",
     "prior_scores",
     "rows_fingerprint",
     "say_learnt",

@@ -210,14 +210,14 @@ def notes_on_calls(episodes: Sequence[Completion]) -> list[str]:
 
 
 def told(episode: Completion) -> dict[str, Any]:
-    """An episode as an object for a JSON Lines file: its messages, counts and the environment's verdict."""
+    """An episode as an object for a JSON file: its messages, counts and verdict; without one, the reward is None."""
     messages: list[Message] = list(episode.messages)
-    verdict = episode.verdict or Verdict(0.0, "")
+    verdict = episode.verdict
     return {
         "messages": messages,
         "turns": episode.turns,
         "invalid_calls": episode.invalid_calls,
         "truncated": episode.truncated,
-        "reward": verdict.reward,
-        "feedback": verdict.feedback,
+        "reward": None if verdict is None else verdict.reward,
+        "feedback": "" if verdict is None else verdict.feedback,
     }

@@ -22,7 +22,6 @@ from selfdistill.data import (
     load_demonstrations,
     notes_on_episodes,
     parse_context,
-    shown_text,
 )
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.distances import ANSWER_TOKENS, Between, between
@@ -32,12 +31,12 @@ from selfdistill.evaluation.episodes import (
     notes_on_calls,
     player_of,
     rows_of,
-    told,
     unscored,
 )
 from selfdistill.evaluation.judge import Judge, judge_of
 from selfdistill.evaluation.lmeval import lm_eval_abilities
 from selfdistill.evaluation.priors import EncodedPrior, encode_priors, load_prior, prior_abilities
+from selfdistill.evaluation.replies import write_replies
 from selfdistill.evaluation.statistics import difference_interval, mean_interval, paired, pass_at_k, share_interval
 from selfdistill.methods import scorer_judges
 from selfdistill.model import (
@@ -328,7 +327,7 @@ def evaluate(
             }
             result["kl_base"] = result["distance"]["general"]["kl_base"]
     if config.replies:
-        _write_replies(Path(config.replies), questions.demonstrations, answers)
+        write_replies(Path(config.replies), questions.demonstrations, answers)
     return result
 
 
@@ -379,21 +378,3 @@ def _paired(base: Evaluation, model: Evaluation) -> dict[str, Any]:
         low, high = difference_interval(*differences)
         found["prior_accuracy"] = {"difference": difference, "low": low, "high": high}
     return found
-
-
-def _write_replies(path: Path, rows: Sequence[Demonstration], answers: Answers) -> None:
-    lines: list[dict[str, Any]] = [
-        {
-            "source": row.source,
-            "prompt": [{**turn, "content": shown_text(turn["content"])} for turn in row.prompt],
-            "answer": row.completion if row.answer is None else row.answer,
-            "reply": reply,
-            "correct": right,
-            "tokens": length,
-        }
-        for row, reply, right, length in zip(rows, answers.replies, answers.correct, answers.lengths, strict=True)
-    ]
-    for line, episode in zip(lines, answers.episodes, strict=bool(answers.episodes)):
-        line.update(told(episode))
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8")

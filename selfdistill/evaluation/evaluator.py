@@ -25,6 +25,7 @@ from selfdistill.evaluation.episodes import rows_of, unscored
 from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.priors import load_prior
+from selfdistill.evaluation.replies import kept_replies
 from selfdistill.evaluation.statistics import share_interval
 from selfdistill.methods import scorer_judges
 from selfdistill.model import ForwardPass, LoadedModel, training_precision, use_engine
@@ -102,7 +103,10 @@ class Evaluator:
         with self._arithmetic(base):
             self._distance = Distance(base, ForwardPass(base), self.questions.chat, drift_prompts())
         self._test = config.test
+        self.replies: list[dict[str, Any]] = []
+        """Replies of the model that was measured last to some test rows, as a run keeps them."""
         self.base = self.measure(base, "base")
+        self.base_replies = self.replies
 
     def measure(self, loaded: LoadedModel, who: str) -> Evaluation:
         """The model's :data:`Evaluation`, with ``kl_base``: KL(base||model) on general prompts, nats per token.
@@ -110,8 +114,9 @@ class Evaluator:
         The progress bars call the model ``who``.
         """
         with self._arithmetic(loaded):
-            result, _ = self.questions.ask(loaded, self._judge, who=who, rows=self._test)
+            result, answers = self.questions.ask(loaded, self._judge, who=who, rows=self._test)
             result["kl_base"] = self._distance.of(loaded.model)
+        self.replies = kept_replies(self.questions.demonstrations, answers)
         return result
 
     def shown(self, base: LoadedModel, context: str, what: str) -> dict[str, Any] | None:

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from selfdistill.config import AskConfig, TrainConfig, load_saved
-from selfdistill.data import Demonstration, Message, Picture, load_demonstrations, quoted, read_picture
+from selfdistill.data import Demonstration, Message, Picture, quoted
 from selfdistill.errors import UserError
-from selfdistill.model import LoadedModel, Sampling, load_model, sample, sample_seed, to_best_device
-from selfdistill.runtime import Printable, say_note
+from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
+from selfdistill.runtime import say_note
 
 
 def generate(
@@ -58,80 +51,6 @@ def generate(
     seeds = [sample_seed(seed, 0, number, 0) for number in range(len(ids))]
     rollouts = sample(loaded, ids, Sampling(max_completion_length, temperature, top_p), seeds)
     return [chat.decode(rollout.ids) for rollout in rollouts]
-
-
-@dataclass(frozen=True, repr=False)
-class AskResult(Printable):
-    """One question, and the replies of a model and its base."""
-
-    question: str | list[Message]
-    """As it was asked: one user turn, or a conversation."""
-    reply: str
-    base_reply: str | None
-    """None without a base."""
-
-    def print(self, console: Console) -> None:
-        """Print the replies side by side."""
-        table = Table(title=None, expand=False)
-        sides = {"model": self.reply}
-        if self.base_reply is not None:
-            sides = {"base": self.base_reply, **sides}
-        for name in sides:
-            table.add_column(name, overflow="fold", max_width=60)
-        table.add_row(
-            *(Text(reply if reply.strip() else "(empty reply)") for reply in sides.values())
-        )  # text, not rich's markup
-        console.print(table)
-
-
-def ask(config: AskConfig, conversation: Sequence[Message] | None = None) -> AskResult:
-    """Ask a model one question, and its base if given.
-
-    Args:
-        config: settings.
-        conversation: chat messages to reply to, in place of the question.
-
-    Raises:
-        UserError: a model cannot be loaded, or reads no pictures; or the picture or the conversation cannot be used.
-    """
-    trained = _settings_of(config.run)
-    pictures = [] if config.image is None else [read_picture(config.image)]
-    messages = [{"role": "user", "content": config.question}] if conversation is None else _checked(conversation)
-    marks = "".join(picture.mark for picture in pictures)
-    messages[-1] = {**messages[-1], "content": marks + messages[-1]["content"]}
-    (messages,) = with_system_turn([messages], config.system, partial(system_turn_of, Path(config.run)))
-    options: dict[str, Any] = {
-        "max_completion_length": config.max_completion_length,
-        "temperature": config.temperature,
-        "seed": config.seed,
-        "chat_template_kwargs": config.chat_template_kwargs or trained.get("chat_template_kwargs"),
-    }
-
-    def reply_of(name: str, adapter_base: str | None) -> str:
-        loaded = to_best_device(load_model(name, dtype=config.dtype, adapter_base=adapter_base))
-        for note in loaded.notes:
-            say_note(note)
-        return generate(loaded, [messages], pictures=pictures, **options)[0]
-
-    base_reply = None if config.base is None else reply_of(config.base, None)
-    question = config.question if conversation is None else list(conversation)
-    return AskResult(question, reply_of(config.run, config.adapter_base), base_reply)
-
-
-def _settings_of(run: str) -> dict[str, Any]:
-    """The settings of a run; empty if the model is not a run folder."""
-    file = Path(run) / "config.yaml"
-    return load_saved(file, TrainConfig) if file.is_file() else {}
-
-
-def _checked(conversation: Sequence[Message]) -> list[Message]:
-    """The messages of a conversation.
-
-    Raises:
-        UserError: they are not chat messages that end with a user turn or a tool's.
-    """
-    (row,) = load_demonstrations([{"prompt": list(conversation)}], prompts_only=True, name="question")
-    return list(row.prompt)
 
 
 SYSTEM_TURN = "system_turn.json"
@@ -184,3 +103,12 @@ def system_turn_of(run: Path) -> str | None:
         f"asked with the system turn of all training rows, {quoted(text)}; set system to another, or to '' for none"
     )
     return text
+
+
+def note_on_environment(run: str, settings: Mapping[str, Any]) -> None:
+    """Print a note if a run with these settings learnt in an environment, of which a single reply shows nothing."""
+    if (name := settings.get("environment", "none")) != "none":
+        say_note(
+            f"run {run!r} learnt in the environment {name!r}, whose tools are not shown here; give it as environment "
+            "of ask to play an episode"
+        )

@@ -40,7 +40,7 @@ from selfdistill.methods.slots import (
     own_names,
     whose,
 )
-from selfdistill.methods.worlds import begun, limits_of, scorer_judges
+from selfdistill.methods.worlds import EpisodeRow, begun, limits_of, scorer_judges
 
 __all__ = [
     "FROZEN",
@@ -50,6 +50,7 @@ __all__ = [
     "Controller",
     "DatasetCompletions",
     "DemonstrationExamples",
+    "EpisodeRow",
     "EpisodeRules",
     "EpisodeSamples",
     "GuidedAfterFailure",

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from selfdistill.config import TaskSettings, TrainConfig
+from selfdistill.config import EpisodeSettings, TrainConfig
 from selfdistill.data import ChatFormat, Example, Message, TemplateRefusal, Verdict, changed_when_shown_anew
 from selfdistill.environments import Step
 from selfdistill.errors import UserError
@@ -294,7 +294,7 @@ class NoVerdicts:
         return []
 
 
-def episode_rules(config: TaskSettings) -> EpisodeRules | None:
+def episode_rules(config: EpisodeSettings) -> EpisodeRules | None:
     """The rules of episodes that the settings define; None without an environment.
 
     Raises:

@@ -6,6 +6,7 @@ gives the same numbers as an uninterrupted one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 from selfdistill.config import dump_yaml
 from selfdistill.errors import RESUME, EngineFailed, RunCollapsed, RunFailed, RunStopped, UserError
-from selfdistill.evaluation import summary
+from selfdistill.evaluation import Evaluator, summary
 from selfdistill.methods import DatasetCompletions, rules_of
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import (
@@ -29,9 +30,11 @@ from selfdistill.runtime import (
     barrier,
     broadcast_from_rank0,
     corruption,
+    is_rank0,
     read_lines,
     say,
     say_note,
+    write_atomically,
 )
 from selfdistill.training.checkpoint import Position, checkpoint_at, load_checkpoint, save_checkpoint
 from selfdistill.training.collapse import COLLAPSE_WINDOW, TRUNCATED, TRUNCATED_SIGN, CollapseGuard
@@ -257,12 +260,16 @@ _ADVICE = "Lower learning_rate, use a frozen or slower teacher, or see metrics.j
 
 
 class _Watch:
-    """Evaluations and token views during training: ``evaluations.jsonl`` and ``token_views.jsonl``."""
+    """Evaluations and token views during training, each in a file, and the replies of the last evaluation."""
 
     def __init__(self, trainer: Trainer, output_dir: Path, start: int, tracker: Tracker) -> None:
         self._trainer, self._metrics, self._tracker = trainer, output_dir / "metrics.jsonl", tracker
         start = start or -1  # a restart from step 0 also rewrites the lines of step 0
         self._evaluations = StepsFile(output_dir / "evaluations.jsonl", start) if trainer.evaluator else None
+        self._replies = output_dir / "test_replies.jsonl"
+        if trainer.evaluator:
+            with StepsFile(self._replies, start):  # drops those of a step that is repeated
+                pass
         plays = any(rules_of(stage.task.method) for stage in trainer.stages)
         views = trainer.config.view_rows and (trainer.teacher or plays)
         self._views = StepsFile(output_dir / "token_views.jsonl", start) if views else None
@@ -285,10 +292,18 @@ class _Watch:
             found = trainer.evaluator.base
             if step:
                 found = trainer.evaluator.measure(trainer.loaded, f"model after step {step}")
+            self._write_replies(trainer.evaluator, step)  # first, so that no evaluation lacks its replies
             self._evaluations.write({"step": step, **found, "seconds": self._seconds() if step else 0.0})
             scores = {f"eval/{key}": found[key] for key in TRACKED if key in found}
             self._tracker.write({"step": step, **scores})
             say(f"step {step}: {summary(found)}")
+
+    def _write_replies(self, evaluator: Evaluator, step: int) -> None:
+        """Keep the replies of the base and, after step 0, of the model that was just measured."""
+        lines = [{"step": 0, **line} for line in evaluator.base_replies]
+        lines += [{"step": step, **line} for line in evaluator.replies if step]
+        if is_rank0():
+            write_atomically(self._replies, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def _seconds(self) -> float:
         """Seconds spent on training steps, without evaluations and drift."""

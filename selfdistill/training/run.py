@@ -14,7 +14,7 @@ from rich.console import Console
 from selfdistill.config import TrainConfig, load_saved
 from selfdistill.data import Demonstration, Message
 from selfdistill.errors import UserError, similar_inside
-from selfdistill.evaluation import generate, summary, system_turn_of, with_system_turn
+from selfdistill.evaluation import generate, note_on_environment, summary, system_turn_of, with_system_turn
 from selfdistill.model import LoadedModel, load_model, to_best_device
 from selfdistill.runtime import Printable, is_rank0, quiet_libraries, read_lines
 
@@ -61,6 +61,7 @@ class Run(Printable):
 
     @cached_property
     def _loaded(self) -> LoadedModel:
+        note_on_environment(str(self.output_dir), self.config.model_dump())
         with quiet_libraries():
             return to_best_device(load_model(str(self.final)))
 
@@ -77,7 +78,8 @@ class Run(Printable):
     def generate(self, prompt: Any, *, system: str | None = None, **options: Any) -> Any:
         """Generate the final model's reply to a prompt, or its replies to a list of prompts. Greedy by default.
 
-        The first call loads the model; later calls reuse it.
+        The first call loads the model; later calls reuse it. Tools are not shown; ``selfdistill.ask`` with an
+        environment plays an episode.
 
         Args:
             prompt: text (one user turn), or a list of prompts, each text or chat messages.

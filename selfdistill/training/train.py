@@ -80,9 +80,9 @@ def train(
 ) -> Path:
     """Train a model.
 
-    Writes to ``output_dir``: ``config.yaml`` (resolved settings), ``metrics.jsonl``, ``evaluations.jsonl`` (with
-    ``test``), ``token_views.jsonl``, checkpoints, and ``final/``, which ``AutoModelForCausalLM`` or ``PeftModel``
-    loads.
+    Writes to ``output_dir``: ``config.yaml`` (resolved settings), ``metrics.jsonl``, ``evaluations.jsonl`` and
+    ``test_replies.jsonl`` (with ``test``), ``token_views.jsonl``, checkpoints, and ``final/``, which
+    ``AutoModelForCausalLM`` or ``PeftModel`` loads.
 
     Args:
         config: settings.

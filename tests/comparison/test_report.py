@@ -69,6 +69,23 @@ def view(step: int, row: int, tokens: list[str]) -> dict[str, Any]:
     }
 
 
+def reply(step: int, row: int, **more: Any) -> dict[str, Any]:
+    """A line of test_replies.jsonl, right after training."""
+    return {
+        "step": step,
+        "source": f"test.jsonl:{row}",
+        "prompt": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"Where is {row}? {ATTACK}"},
+        ],
+        "answer": {"shelf": f"B{row} {ATTACK}"},
+        "reply": f"On shelf B{row}. {ATTACK}" if step else " ",
+        "correct": bool(step),
+        "tokens": 7,
+        **more,
+    }
+
+
 def write_run(folder: Path, method: str = "sdft", rate: float = 1e-4, seed: int = 0, optional: bool = True) -> None:
     folder.mkdir(parents=True)
     config = TrainConfig(
@@ -107,6 +124,7 @@ def write_run(folder: Path, method: str = "sdft", rate: float = 1e-4, seed: int 
             for row in range(1, 3)
         ]
         jsonl(folder / "token_views.jsonl", views)
+        jsonl(folder / "test_replies.jsonl", [reply(step, row) for step in (0, STEPS) for row in (1, 2)])
 
 
 def write_comparison(folder: Path) -> None:
@@ -314,6 +332,50 @@ def test_an_episode_is_shown_as_a_transcript_whose_observations_have_no_colour(h
     assert [str(token["aria-label"]).split(":")[0] for token in tokens] == [*words, *words[:4]]
     assert page.attributes("script") == []
     assert {"mean reward", "turns", "invalid calls", "0.61", "2.75", "0.33"} <= {cell.strip() for cell in page.cells}
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def test_replies_to_test_rows_are_shown_before_and_after_with_the_answer(here: Path) -> None:
+    page = report("skill")
+    (shown,) = re.findall(r"(?s)test.jsonl:1, (.*?)test.jsonl:2, ", page.text)
+    assert squeezed(shown) == squeezed(
+        f"wrong, then right: Where is 1? {ATTACK} Earlier turns system: Be brief. Prompt Where is 1? {ATTACK} Answer "
+        f'{{"shelf": "B1 {ATTACK}"}} Step 0, wrong (empty reply) Step {STEPS}, right On shelf B1. {ATTACK}'
+    )
+    assert page.attributes("script") == []
+    assert "Not in this report" not in page.text
+
+
+def test_episodes_of_test_rows_are_shown_as_transcripts_with_their_verdicts(here: Path) -> None:
+    call = {"type": "function", "function": {"name": "find", "arguments": {"name": ATTACK}}}
+    messages = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "find", "content": f"id 7 {ATTACK}"},
+        {"role": "assistant", "content": "It is 7."},
+    ]
+    ends = {"turns": 2, "invalid_calls": 0, "truncated": False}
+    before = reply(0, 1, messages=messages[2:], reward=0.25, feedback=f"no look-up {ATTACK}", **ends | {"turns": 1})
+    after = reply(STEPS, 1, messages=messages, reward=1.0, feedback="", **ends)
+    jsonl(Path("skill/test_replies.jsonl"), [before, after])
+    Path("skill/token_views.jsonl").unlink()  # as where no teacher scores
+    page = report("skill")
+    for part in (
+        f"Step 0, wrong, 1 turn, reward 0.25: no look-up {ATTACK} assistant: It is 7.",
+        f"Step {STEPS}, right, 2 turns, reward 1.00 assistant: Action: find Action Input: ",
+        f"tool find: id 7 {ATTACK} assistant: It is 7.",
+    ):
+        assert squeezed(part) in squeezed(page.text)
+    assert page.attributes("script") == []
+
+
+def test_a_run_of_an_earlier_version_lacks_replies(here: Path) -> None:
+    Path("skill/test_replies.jsonl").unlink()
+    text = report("skill").text
+    assert "No replies: no run here kept those of an evaluation." in text
+    assert "replies to test rows: no test_replies.jsonl in skill" in text
 
 
 def test_tools_and_earlier_turns_of_the_prompt_are_shown(here: Path) -> None:

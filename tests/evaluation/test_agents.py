@@ -460,6 +460,10 @@ def test_a_run_measures_its_test_as_eval_does(
         assert line["correct"] == alone["correct"]
         for name in ("reward", "turns", "invalid_calls"):
             assert line[f"episode/{name}"] == alone[f"episode/{name}"]
+    kept = [json.loads(line) for line in (Path(config.output_dir) / "test_replies.jsonl").open(encoding="utf-8")]
+    assert [line["step"] for line in kept] == [0] * 8 + [2] * 8
+    assert [line["correct"] for line in kept[8:]] == found[2]["correct"]
+    assert all(line["messages"][0]["role"] == "assistant" and line["turns"] > 0 for line in kept)
 
 
 def test_rows_that_have_begun_begin_anew() -> None:

@@ -18,6 +18,7 @@ from selfdistill.data.demonstrations import Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluate import evaluate
 from selfdistill.evaluation.evaluator import Evaluator, check_inputs, say_learnt
+from selfdistill.evaluation.replies import KEPT_CHARACTERS, KEPT_ROWS
 from selfdistill.model.loading import load_model
 from selfdistill.training.token_views import PREFERRED, token_views
 from selfdistill.training.train import train
@@ -147,6 +148,30 @@ def test_evaluations_are_those_of_eval_at_the_start_every_so_many_steps_and_at_t
         assert line["kl_base"] == pytest.approx(alone["kl_base"], rel=tolerance, abs=1e-6)
 
 
+def test_a_run_keeps_the_bases_and_the_last_models_replies_to_some_test_rows(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    count = 3 * KEPT_ROWS
+    rows = [{"prompt": f"q{row}", "answer": "long " * KEPT_CHARACTERS if row == 0 else "ab"} for row in range(count)]
+    test = str(write_rows(rows, name="many.jsonl"))
+    config = settings("run", method="sft", test=test, eval_steps=1, max_steps=3)
+    seen: list[list[int]] = []
+
+    def on_step(_step: int, _loaded: Any, _metrics: Any) -> None:
+        seen.append(sorted({line["step"] for line in lines(config, "test_replies.jsonl")}))
+
+    train(config, on_step=on_step)
+    assert seen == [[0], [0], [0, 1], [0, 2]]
+    kept = lines(config, "test_replies.jsonl")
+    assert [line["step"] for line in kept] == [0] * KEPT_ROWS + [3] * KEPT_ROWS
+    for step, model in ((0, config.model), (3, config.output_dir)):
+        same = {"data": test, "max_completion_length": 10, "batch_size": 2, "replies": str(tmp_path / "replies.jsonl")}
+        evaluate(EvalConfig(model=model, mixed_precision="no", **same))
+        alone = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text(encoding="utf-8").splitlines()]
+        alone[0]["answer"] = f"{alone[0]['answer'][: KEPT_CHARACTERS - 3]}..."
+        assert [line for line in kept if line["step"] == step] == [{"step": step, **line} for line in alone[::3]]
+
+
 @pytest.mark.parametrize("save_steps", [2, 0])  # 0: nothing to go on from, so it begins anew
 def test_a_resumed_run_measures_what_an_uninterrupted_one_does(
     settings: Callable[..., TrainConfig], save_steps: int
@@ -164,7 +189,7 @@ def test_a_resumed_run_measures_what_an_uninterrupted_one_does(
     with pytest.raises(Crash):
         train(broken, on_step=crash)
     train(broken, resume=True)
-    for name in ("evaluations.jsonl", "token_views.jsonl"):
+    for name in ("evaluations.jsonl", "test_replies.jsonl", "token_views.jsonl"):
         a, b = lines(whole, name), lines(broken, name)
         for line in (*a, *b):
             line.pop("seconds", None)
