@@ -141,8 +141,10 @@ class Trainer:
         if config.lora_rank:
             add_lora(self.loaded, config.lora_rank, config.lora_alpha, config.seed)
             model = self.loaded.model
-        if self.loaded.pictures is not None and not config.train_vision_tower:
-            freeze_vision(model)
+        if self.loaded.pictures is not None:
+            self.loaded.pictures.keep_features(not config.train_vision_tower)
+            if not config.train_vision_tower:
+                freeze_vision(model)
         refuse_float16(model, config.model)
         self._make_teachers()
         if config.gradient_checkpointing:
