@@ -235,9 +235,10 @@ class MemoryPlanner:
             )
             if config.load_in_4bit and self.device(config).mixed_precision == "bf16":
                 set_compute_dtype(loaded.model, torch.bfloat16)
-            if loaded.pictures is not None and not config.train_vision_tower:
-                freeze_vision(loaded.model)
-                loaded.pictures.keep_features(True)
+            if loaded.pictures is not None:
+                loaded.pictures.keep_features(not config.train_vision_tower)
+                if not config.train_vision_tower:
+                    freeze_vision(loaded.model)
             if config.gradient_checkpointing:
                 checkpoint_activations(loaded.model)
             self._models[key] = loaded
