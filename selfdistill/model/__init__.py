@@ -40,7 +40,7 @@ from selfdistill.model.loading import (
 )
 from selfdistill.model.lora import add_lora, check_base, describe_lora, with_lora
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
-from selfdistill.model.pictures import PictureInputs, freeze_vision, is_image_text, vision_weights
+from selfdistill.model.pictures import KEPT_BYTES, PictureInputs, freeze_vision, is_image_text, vision_weights
 from selfdistill.model.precision import (
     bfloat16_is_fast,
     cached_casts,
@@ -58,6 +58,7 @@ from selfdistill.model.switches import can_checkpoint, checkpoint_activations, s
 from selfdistill.model.teacher import Teacher, TeacherRule, staging_bytes
 
 __all__ = [
+    "KEPT_BYTES",
     "LICENCES",
     "STARTER_MODELS",
     "CompiledLayers",

@@ -86,7 +86,7 @@ def fake_model(
         disable_dropout(model.eval())
         if load_in_4bit:
             replace_layers(model)
-        loaded = with_special_tokens(model, tokenizer, name, pictures)
+        loaded = with_special_tokens(model, tokenizer, name, pictures and pictures.for_plan())
         loaded.separate_head = True
         layers_of_cache = DynamicCache(config=model.config.get_text_config()).layers
         kept = all(isinstance(layer, DynamicLayer) for layer in layers_of_cache)

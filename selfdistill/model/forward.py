@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from selfdistill.data import pictures_in
+from selfdistill.data import PromptIds, pictures_in
 from selfdistill.loss import Head
 from selfdistill.model.compiled import CompiledLayers
 from selfdistill.model.device import loss_tokens, padded_length, pass_tokens
-from selfdistill.model.head import body_and_head, head_agrees, unwrap
+from selfdistill.model.head import body_and_head, head_agrees
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention, shared_prefixes
 from selfdistill.runtime import broadcast_from_rank0
@@ -94,8 +94,7 @@ class ForwardPass:
         therefore predicted at index P + j - 1. A prefix shared by several contexts, such as a document or the chat
         template's system turn, is computed once, and its gradients sum over those sequences. Sequences with gradients
         are computed in full under gradient checkpointing, where a pass cannot continue another, and with compiled
-        layers, which would be recompiled for each layer's cache. With sharded models, or if any sequence of the batch
-        has pictures, all sequences are computed in full.
+        layers, which would be recompiled for each layer's cache. With sharded models all are computed in full.
 
         Args:
             model: the network to run. With ``kept``, its weights must be the same at every call.
@@ -116,26 +115,21 @@ class ForwardPass:
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
         passes: list[tuple[list[int], list[int], Callable[..., Tensor]]] = []  # rows, tokens already read, forward
-        pictured = any(map(pictures_in, contexts))  # then equal token ids may mean different pictures
-        held = kept.kept(body, config, contexts) if kept and not pictured else []
+        held = kept.kept(body, config, contexts) if kept else []
         if kept and held:
             cache, filled_B = kept.cache(body, config, [contexts[row] for row in held])
             passes.append((held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B, self._window)))
         left = sorted(set(range(len(contexts))) - set(held))
         # Train mode means gradient checkpointing (see set_recomputing).
         whole = self._sharded or (torch.is_grad_enabled() and (model.training or self._compiled is not None))
-        alike = [contexts[row] for row in left]
-        groups = (
-            []
-            if whole or pictured or not self._continues
-            else shared_prefixes(alike, pass_tokens(self._kind or device.type))
-        )
+        groups = [] if whole or not self._continues else self._shared([contexts[row] for row in left], device.type)
         for group, length in groups:
             rows = [left[row] for row in group]
-            cache = DynamicCache(config=config)
-            beginning = torch.tensor([contexts[rows[0]][:length]], device=device)
+            first = contexts[rows[0]]
+            cache, beginning = DynamicCache(config=config), torch.tensor([first[:length]], device=device)
+            seen = self._seen(model, [PromptIds(first[:length], pictures_in(first))], beginning)
             with _attention(model, beginning):
-                _last_hidden(body, cache, None, None, beginning)
+                _last_hidden(body, cache, None, None, beginning, **seen)
             cache.batch_repeat_interleave(len(rows))
             passes.append((rows, [length] * len(rows), partial(_last_hidden, body, cache, None, None)))
         alone = sorted(set(left) - {row for rows, *_ in passes for row in rows})
@@ -153,6 +147,23 @@ class ForwardPass:
             by_row |= dict(zip(rows, hidden_ND.split([len(ids) for ids in chosen]), strict=True))
         hidden_ND = torch.cat([by_row[row] for row in range(len(contexts))])
         return ForwardOutput(hidden_ND, head, trainable, chunk_tokens)
+
+    def _shared(self, contexts: Sequence[Sequence[int]], kind: str) -> list[tuple[list[int], int]]:
+        """Groups of contexts with a shared prefix, as :func:`shared_prefixes`. All their pictures are in the prefix."""
+        if self._pictures is None:
+            return shared_prefixes(contexts, pass_tokens(self._kind or kind))
+        sets = {pictures: -1 - n for n, pictures in enumerate(dict.fromkeys(map(pictures_in, contexts)))}
+        # Equal token ids may mean different pictures, so those of a context are a token of their own.
+        told = [[sets[pictures_in(ids)], *ids] for ids in contexts]
+        groups = shared_prefixes(told, pass_tokens(self._kind or kind))
+        mark = self._pictures.token_id
+        return [
+            (rows, n - 1) for rows, n in groups if n > 1 and all(mark not in contexts[row][n - 1 :] for row in rows)
+        ]
+
+    def _seen(self, model: Any, contexts: Sequence[Sequence[int]], ids_BL: Tensor) -> dict[str, Any]:
+        """Inputs for the pictures of contexts that begin these sequences."""
+        return {} if self._pictures is None else self._pictures.inputs(model, contexts, ids_BL, [0] * len(contexts))
 
     def _hidden(
         self,
@@ -179,15 +190,13 @@ class ForwardPass:
             ],
             device=device,
         )
-        seen: dict[str, Tensor] = {}
-        if self._pictures is not None:
-            seen = self._pictures.inputs(contexts, ids_BL, [0] * len(contexts), unwrap(model).dtype)
+        seen = self._seen(model, contexts, ids_BL)
         # Compiled layers keep the attention kernel of their first pass, so leave the choice to PyTorch.
         with self._compiled.active() if self._compiled and torch.is_grad_enabled() else _attention(model, ids_BL):
             return forward(ids_BL, **seen).flatten(0, 1)[index_N]
 
 
-def _logits(model: Any, ids_BL: Tensor, **seen: Tensor) -> Tensor:
+def _logits(model: Any, ids_BL: Tensor, **seen: Any) -> Tensor:
     return model(input_ids=ids_BL, use_cache=False, **seen).logits
 
 
@@ -197,7 +206,7 @@ def _last_hidden(
     filled_B: Tensor | None,
     window: int | None,
     ids_BL: Tensor,
-    **seen: Tensor,
+    **seen: Any,
 ) -> Tensor:
     """Hidden states.
 

@@ -1,17 +1,18 @@
-"""Pictures for image-text models: the tokens that the processor writes in prompts, and the pixels that belong to them.
+"""Pictures for image-text models: the tokens that the processor writes in prompts, and what the model sees for them.
 
 Legend: B sequences, L padded length, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from selfdistill.data import Picture, PictureRefusal, pictures_in
 from selfdistill.errors import UserError
 from selfdistill.model.files import local_folder
+from selfdistill.model.picture_features import Features, Recent, joined, joined_features, takes_features
 
 KEPT_BYTES = 2**28
-"""Maximum bytes of cached processed pictures; others are decoded and processed again."""
+"""Maximum bytes of cached processed pictures, and as many of cached features; others are made again."""
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 """One of them is with every model that reads pictures."""
 _TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -101,7 +103,7 @@ def pictures_for(model: Any, path: str, tokenizer: Any, name: str) -> PictureInp
     Raises:
         UserError: its processor cannot be loaded or used.
     """
-    model = model.base_model.model if hasattr(model, "peft_config") else model
+    model = _causal(model)
     if not reads_pictures(model.config, local_folder(path)):
         return None
     return PictureInputs(load_processor(path, tokenizer, name), model, name)
@@ -140,8 +142,21 @@ class PictureInputs:
         self.token_id: int = ids[0]
         """The token that the model replaces by picture features."""
         self._types = [x for x in _TYPES if x in inspect.signature(model.base_model.forward).parameters]
-        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._takes_features, self._keeps_features = takes_features(model), False
+        self._pixels: Recent[dict[str, Tensor]] = Recent(KEPT_BYTES)
+        self._features: Recent[Features] = Recent(KEPT_BYTES)
         self._texts: dict[str, str] = {}
+
+    def for_plan(self) -> PictureInputs:
+        """The same for a model of fake tensors, whose features do not stay."""
+        other = copy.copy(self)
+        other._features = Recent(0)
+        return other
+
+    def keep_features(self, keep: bool) -> None:
+        """From now on keep features of pictures for later passes, or do not; only while no vision tower is trained."""
+        self._keeps_features = keep and self._takes_features
+        self._features = self._features.emptied()
 
     def expanded(self, pictures: Sequence[Picture]) -> list[str]:
         """The text that replaces each picture's token in the prompt.
@@ -151,7 +166,7 @@ class PictureInputs:
         """
         for number, picture in enumerate(pictures, 1):
             if picture.digest not in self._texts:
-                self._process(picture, number)
+                self._pixels(picture.digest, partial(self._processed, picture, number))
         return [self._texts[picture.digest] for picture in pictures]
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -164,15 +179,17 @@ class PictureInputs:
             raise UserError(f"model {self._name!r}: rows with pictures do not work with this method; use sft or sdft")
 
     def inputs(
-        self, prompts: Sequence[Sequence[int]], ids_BL: Tensor, starts: Sequence[int], dtype: torch.dtype
-    ) -> dict[str, Tensor]:
+        self, model: Any, prompts: Sequence[Sequence[int]], ids_BL: Tensor, starts: Sequence[int]
+    ) -> dict[str, Any]:
         """The model's additional inputs for a batch of prompts; none if no prompt has pictures.
 
+        These are the pixels, or the features if they are kept.
+
         Args:
+            model: the model that will take them.
             prompts: the prompts; some may have pictures.
             ids_BL: token ids of the padded sequences.
             starts: where each prompt begins in its sequence.
-            dtype: data type of the model and the pixels.
 
         Raises:
             UserError: a prompt has picture tokens, but its pictures were lost.
@@ -181,9 +198,11 @@ class PictureInputs:
         pictures = [picture for prompt in prompts for picture in pictures_in(prompt)]
         if not pictures:
             return {}
-        parts = [self._pixels(picture) for picture in pictures]
-        inputs = {key: _joined([part[key] for part in parts]).to(ids_BL.device) for key in parts[0]}
-        inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+        inputs: dict[str, Any]
+        if self._keeps_features:
+            inputs = joined_features([self.features(model, picture) for picture in pictures])
+        else:
+            inputs = joined([self._seen(picture, model) for picture in pictures])
         if self._types:
             in_prompt_BL = torch.zeros_like(ids_BL)
             for row, (start, prompt) in enumerate(zip(starts, prompts, strict=True)):
@@ -192,18 +211,34 @@ class PictureInputs:
             inputs |= dict.fromkeys(self._types, types_BL)
         return inputs
 
+    def features(self, model: Any, picture: Picture) -> Features:
+        """What the vision tower and its connector make of a picture alone, in the arithmetic of this place.
+
+        So they do not depend on the batch, nor on which features are kept.
+        """
+        causal = _causal(model)
+        tower = vision_weights(causal)[0]
+        kind = tower.device.type
+        arithmetic = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (picture.digest, id(tower), arithmetic)
+        return self._features(key, lambda: Features.of(causal.base_model, tower, self._seen(picture, model)))
+
+    def feature_bytes(self, model: Any, picture: Picture) -> int:
+        """Bytes of a picture's features that are kept."""
+        return self.features(model, picture).nbytes if self._keeps_features else 0
+
     def allowed(self, logits_BV: Tensor) -> Tensor:
         """Logits without the picture token, which no reply may contain: the model would expect a picture."""
         return logits_BV.index_fill(-1, torch.tensor([self.token_id], device=logits_BV.device), -torch.inf)
 
-    def _pixels(self, picture: Picture) -> dict[str, Tensor]:
-        if picture.digest not in self._kept:
-            self._process(picture, 1)
-        self._kept.move_to_end(picture.digest)
-        return self._kept[picture.digest]
+    def _seen(self, picture: Picture, model: Any) -> dict[str, Tensor]:
+        """A picture's pixels and what else its processor makes of it, on the model's device and in its data type."""
+        made = self._pixels(picture.digest, partial(self._processed, picture, 1))
+        device, dtype = next(model.parameters()).device, _causal(model).dtype
+        return {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in made.items()}
 
-    def _process(self, picture: Picture, number: int) -> None:
-        """Keep what the processor makes of a picture, the prompt's ``number``-th."""
+    def _processed(self, picture: Picture, number: int) -> dict[str, Tensor]:
+        """What the processor makes of a picture, the prompt's ``number``-th."""
         try:
             made = self.processor(
                 text=[self.token], images=[picture.decoded()], return_tensors="pt", return_text_replacement_offsets=True
@@ -216,25 +251,7 @@ class PictureInputs:
             name = f"picture {number}" + (f" ({picture.path})" if picture.path else "")
             raise PictureRefusal(f"model {self._name!r}: its processor rejects {name}: {reason}") from None
         self._texts[picture.digest] = text
-        self._kept[picture.digest] = {key: value for key, value in made.items() if key not in _OF_TEXT}
-        while _bytes(self._kept) > KEPT_BYTES and len(self._kept) > 1:
-            self._kept.popitem(last=False)
-
-
-def _bytes(kept: OrderedDict[str, dict[str, Tensor]]) -> int:
-    return sum(value.nbytes for part in kept.values() for value in part.values())
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of several pictures concatenated, padded with zeros to the largest, as processors do."""
-    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    filled = []
-    for tensor in tensors:
-        pad = [
-            x for size, most in zip(reversed(tensor.shape[1:]), reversed(sizes), strict=True) for x in (0, most - size)
-        ]
-        filled.append(nn.functional.pad(tensor, pad) if any(pad) else tensor)
-    return torch.cat(filled)
+        return {key: value for key, value in made.items() if key not in _OF_TEXT}
 
 
 def language_part(model: Any) -> nn.Module:
@@ -261,10 +278,14 @@ def beside_language(model: Any) -> str:
     return rf"{re.escape(around)}\.(?!{re.escape(own)}\.).*"
 
 
+def _causal(model: Any) -> Any:
+    """An image-text model, also inside a ``PeftModel``."""
+    return model.base_model.model if hasattr(model, "peft_config") else model
+
+
 def _body(model: Any) -> Any:
     """An image-text model without its head, also inside a ``PeftModel``."""
-    model = model.base_model.model if hasattr(model, "peft_config") else model
-    return model.base_model
+    return _causal(model).base_model
 
 
 def has_own_positions(model: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from selfdistill.model.decoding_steps import ReadRows, select_rows, steps_for
 from selfdistill.model.device import any_length, pass_tokens, running_sum, tokens_per_check
 from selfdistill.model.engine import Answered, engine_for
 from selfdistill.model.fsdp import unsharded
-from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.pictures import has_own_positions, position_shift
 from selfdistill.model.precision import cached_casts
@@ -297,9 +297,9 @@ def read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> ReadRows:
         [[loaded.pad_token_id] * pad + list(row[common:]) for pad, row in zip(pads, rows, strict=True)], device=device
     )
     mask_BL = torch.tensor([[1] * common + [0] * pad + [1] * (width - common - pad) for pad in pads], device=device)
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
     if loaded.pictures is not None:
-        seen = loaded.pictures.inputs(list(unique.values()), ids_BL, pads, unwrap(model).dtype)
+        seen = loaded.pictures.inputs(model, list(unique.values()), ids_BL, pads)
     if not (seen and has_own_positions(model)):
         seen["position_ids"] = (mask_BL.cumsum(1)[:, common:] - 1).clamp(min=0)
     logits_BV = model(

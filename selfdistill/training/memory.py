@@ -9,6 +9,7 @@ Every number is the size of tensors that the run will hold, W bytes of weights, 
                there while the next step samples; LoRA: the factors
     moments    of AdamW: 8 bytes per trained weight, or 2 with adamw_8bit
     contexts   cached keys and values of a frozen teacher's contexts
+    pictures   features that a frozen vision tower made of the rows' pictures
     drift      the base's logits, with which the drift is measured
     gradients  P, from the first micro-batch on, or as far as the backward pass has come
 
@@ -41,7 +42,6 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration
 from selfdistill.evaluation import DRIFT_PROMPTS, DRIFT_TOKENS
 from selfdistill.model import (
-    FilledCache,
     LoadedModel,
     TeacherRule,
     alike_layers,
@@ -59,6 +59,7 @@ from selfdistill.model import (
 )
 from selfdistill.runtime import quiet_logger
 from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
+from selfdistill.training.planned_caches import contexts_bytes, features_bytes
 from selfdistill.training.planned_parts import characters, longest_lengths, planned_methods, planned_stages
 from selfdistill.training.rates import Rates
 from selfdistill.training.setup import chosen_rows, teacher_rules
@@ -70,8 +71,8 @@ TIMED_ROWS = 64
 """Most rows, of all lengths, whose average determines the time of a step."""
 FEW_LAYERS = (2, 3)
 """Numbers of layers to trace if all layers are alike; from there a peak grows in proportion."""
-_Trace = tuple[dict[str, Bytes], int, str | None]
-"""What a step's phases add to permanent memory, the bytes of cached contexts, and why there is neither, if so."""
+_Trace = tuple[dict[str, Bytes], Bytes, str | None]
+"""What a step's phases add to permanent memory, what is cached for later steps, and why there is neither, if so."""
 
 
 class MemoryPlanner:
@@ -137,9 +138,8 @@ class MemoryPlanner:
         key = (config.model_dump_json(exclude={"optim"}), least)  # the moments are no part of a trace
         if key not in self._traces:
             self._traces[key] = self._trace(config, stages, others, cached, sharding)
-        added, contexts, untraced = self._traces[key]
-        traced, permanent = dict(added), self.permanent(config)
-        permanent["contexts"] += contexts
+        added, cached_bytes, untraced = self._traces[key]
+        traced, permanent = dict(added), self.permanent(config) + cached_bytes
         if config.engine != "none" and device.kind == "cuda":
             traced["sampling"] = Bytes({"engine": _engine_bytes(config, device, loaded)})
             if sharding:  # sends one gathered weight at a time
@@ -171,10 +171,15 @@ class MemoryPlanner:
                 steps = [TracedStep(config, device, model, others, cached, sampled) for model in models]
                 layers, samplers = len(alike_layers(self._model(config))), self._samplers(config)
                 phases = _phases(config, device, steps, stages, samplers, layers, sharding)
-                return phases, self._contexts(config, cached, stages), None
+                loaded, cache = self._model(config), config.teacher_cache_mib * MIB
+                networks = {rule: others.get(rule, loaded) for rule in cached}
+                with autocast(device):
+                    contexts = contexts_bytes(networks, stages, len(self._rows), cache)
+                    pictures = features_bytes(loaded, stages, self._rows, 1 + len(others))
+                return phases, Bytes({"contexts": contexts, "pictures": pictures}), None
         except Exception as error:  # whatever a model's code makes of tensors without data
             untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
-            return {"step": sharding("step", Bytes()) if sharding else Bytes()}, 0, untraced
+            return {"step": sharding("step", Bytes()) if sharding else Bytes()}, Bytes(), untraced
 
     def time(self, config: TrainConfig, rates: Rates) -> TimePlan:
         """Rough time of a run with these settings on a device with these rates."""
@@ -201,7 +206,7 @@ class MemoryPlanner:
         return replace(self._device, mixed_precision=config.mixed_precision)
 
     def permanent(self, config: TrainConfig) -> Bytes:
-        """Permanent memory, by component, without the contexts of a frozen teacher."""
+        """Permanent memory, by component, without what is cached for later steps."""
         return _permanent(config, self.device(config), self._model(config), self._others(config))
 
     def _others(self, config: TrainConfig) -> dict[TeacherRule, LoadedModel]:
@@ -235,24 +240,14 @@ class MemoryPlanner:
             )
             if config.load_in_4bit and self.device(config).mixed_precision == "bf16":
                 set_compute_dtype(loaded.model, torch.bfloat16)
-            if loaded.pictures is not None and not config.train_vision_tower:
-                freeze_vision(loaded.model)
+            if loaded.pictures is not None:
+                loaded.pictures.keep_features(not config.train_vision_tower)
+                if not config.train_vision_tower:
+                    freeze_vision(loaded.model)
             if config.gradient_checkpointing:
                 checkpoint_activations(loaded.model)
             self._models[key] = loaded
         return self._models[key]
-
-    def _contexts(self, config: TrainConfig, cached: Sequence[TeacherRule], stages: list[list[PlannedPart]]) -> int:
-        """Bytes of the cached contexts: one per row, with the average length of the longest rows."""
-        total = 0
-        for rule in cached:
-            tasks = [parts[0] for parts in stages if parts[0].method.teacher == rule]
-            lengths = [len(x.teacher_ids or []) for task in tasks for x in task.examples]
-            network = self._others(config).get(rule, self._model(config))
-            with autocast(self.device(config)):
-                token_bytes = FilledCache(network).token_bytes
-            total += min(sum(lengths) * len(self._rows) * token_bytes // len(lengths), config.teacher_cache_mib * MIB)
-        return total
 
 
 def memory_plan(
@@ -268,7 +263,7 @@ def _permanent(
     loaded: LoadedModel,
     others: dict[TeacherRule, LoadedModel],
 ) -> Bytes:
-    """Permanent memory, without the contexts of a frozen teacher."""
+    """Permanent memory, without what is cached for later steps."""
     model, shares = loaded.model, _shares(config, device)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     rules = teacher_rules(planned_methods(config))

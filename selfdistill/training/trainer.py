@@ -140,6 +140,8 @@ class Trainer:
             set_compute_dtype(model, torch.bfloat16)
         choose_weights(self.loaded, config)
         model = self.loaded.model
+        if self.loaded.pictures is not None:
+            self.loaded.pictures.keep_features(not config.train_vision_tower)
         refuse_float16(model, config.model)
         self._make_teachers()
         if config.gradient_checkpointing:

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from selfdistill.data import Demonstration, Example, encode, load_demonstrations
 from selfdistill.data.shapes import COLOURS, draw_shape
 from selfdistill.errors import UserError
 from selfdistill.model import ForwardPass, LoadedModel, Sampling, add_lora, freeze_vision, load_model, sample
+from selfdistill.model.picture_features import Recent
+from selfdistill.model.prefix_cache import common_prefix_length
 
 Folder = Callable[[PictureFamily], Path]
 SIZES = ((40, 60), (100, 50), (32, 32))
+LIMITS: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 16, "window": None}
 family = pytest.mark.parametrize("family", ALL, ids=lambda family: family.name)
 
 
@@ -174,6 +178,103 @@ def test_loss_and_gradients_are_those_of_the_plain_model(family: PictureFamily, 
     assert largest_difference(found, expected) < 1e-4 * scale
 
 
+def assert_like_the_plain_model(
+    folder: Path, loaded: LoadedModel, raw: Sequence[dict[str, Any]], tokens: int | None = None
+) -> None:
+    """Scores, loss and gradients of the rows, and how many tokens the language model read, unless that is None."""
+    examples = encode(load_demonstrations(raw), None, loaded.chat(), **LIMITS)[0]
+    plain, forward_pass = AutoModelForImageTextToText.from_pretrained(folder).eval(), ForwardPass(loaded)
+    read: list[int] = []
+    hook = loaded.model.get_input_embeddings().register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    completions = [x.completion_ids for x in examples]
+    output = forward_pass(loaded.model, [x.student_ids for x in examples], completions)
+    hook.remove()
+    logits_NV = output.head(output.hidden_ND)
+    ids_N = torch.tensor([token for ids in completions for token in ids])
+    torch.nn.functional.cross_entropy(logits_NV, ids_N, reduction="sum").backward()
+    scored = logits_NV.double().log_softmax(-1).split([len(ids) for ids in completions])
+    for row, example, own_TV in zip(raw, examples, scored, strict=True):
+        inputs = by_processor(folder, example.demonstration, in_parts(row))
+        expected_TV = plain_log_probs(plain, inputs, example.completion_ids)
+        (-expected_TV.gather(1, torch.tensor(example.completion_ids)[:, None]).sum()).backward()
+        assert float((own_TV - expected_TV).detach().abs().max()) < 1e-4
+    found = gradients(loaded.model)
+    expected = {name: gradient for name, gradient in gradients(plain).items() if name in found}
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    assert largest_difference(found, expected) < 1e-4 * scale
+    if tokens is not None:
+        assert sum(read) == tokens
+    loaded.model.zero_grad()
+
+
+@family
+def test_kept_features_are_those_of_the_plain_model(family: PictureFamily, folder_of: Folder) -> None:
+    folder = folder_of(family)
+    loaded, fresh = (load_model(str(folder)) for _ in range(2))
+    assert loaded.pictures is not None
+    freeze_vision(loaded.model)
+    loaded.pictures.keep_features(True)
+    read: list[int] = []
+    features = loaded.model.base_model.get_image_features
+
+    @wraps(features)
+    def counted(*args: Any, **seen: Any) -> Any:
+        read.append(1)
+        return features(*args, **seen)
+
+    loaded.model.base_model.get_image_features = counted
+    for _ in range(2):
+        assert_like_the_plain_model(folder, loaded, rows())
+    prompts = [x.student_ids for x in encoded(loaded)]
+    assert sample(loaded, prompts, Sampling(8, temperature=0.0)) == sample(fresh, prompts, Sampling(8, temperature=0.0))
+    assert len(read) == 3
+    for weight in loaded.model.base_model.parameters():
+        weight.data.mul_(1.1)
+    loaded.pictures.keep_features(True)
+    with torch.no_grad():
+        own, other = (
+            ForwardPass(fresh)(loaded.model, prompts, [[65]] * 3),
+            ForwardPass(loaded)(loaded.model, prompts, [[65]] * 3),
+        )
+    assert len(read) == 3 + 1 + 3
+    assert torch.allclose(own.hidden_ND, other.hidden_ND, atol=1e-4)
+
+
+@family
+def test_rows_with_the_same_pictures_share_what_they_begin_with(family: PictureFamily, folder_of: Folder) -> None:
+    folder = folder_of(family)
+    loaded = load_model(str(folder))
+    red, blue = (draw_shape(colour, "circle", (40, 60)) for colour in ("red", "blue"))
+    raw = [
+        {"prompt": f"What is it that you see there, {word}?", "completion": word, "images": [picture]}
+        for word in ("dear", "my friend", "sir")
+        for picture in (red, blue)
+    ]
+    raw += [{"prompt": "What is it that you see?", "completion": word} for word in ("no", "nothing", "not a thing")]
+    ids = [x.student_ids for x in encode(load_demonstrations(raw), None, loaded.chat(), **LIMITS)[0]]
+    assert ids[0] == ids[1]
+    tokens = None
+    if family in FAMILIES:  # the others compute positions themselves, so they read each row whole
+        common = min(common_prefix_length(ids[0], other) for other in (ids[2], ids[4]))
+        shared = 2 * common, len(ids[6]) - 1
+        rest = [max(len(ids[n]) - common + len(raw[n]["completion"]) + 1 for n in (0, 2, 4)), 2 + len("not a thing")]
+        tokens = sum(shared) + 2 * 3 * rest[0] + 3 * rest[1]
+    assert_like_the_plain_model(folder, loaded, raw, tokens)
+
+
+def test_the_values_that_were_used_last_are_kept() -> None:
+    recent: Recent[dict[str, Tensor]] = Recent(1000)
+    made: list[str] = []
+
+    def make(key: str) -> dict[str, Tensor]:
+        made.append(key)
+        return {"value": torch.zeros(1001 if key == "large" else 400, dtype=torch.uint8)}
+
+    for key in ("a", "b", "a", "c", "a", "b", "large", "large"):
+        recent(key, partial(make, key))
+    assert made == ["a", "b", "c", "b", "large", "large"]
+
+
 def plain_reply(plain: Any, loaded: LoadedModel, inputs: Any) -> list[int]:
     """The greedy reply of the plain model, at most 12 tokens."""
     assert loaded.pictures is not None
@@ -255,8 +356,7 @@ def test_equal_token_ids_with_other_pictures_are_other_prompts(family: PictureFa
             for colour in ("red", "blue")
         ]
     )
-    limits: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 16, "window": None}
-    red, blue = (x.student_ids for x in encode(made, None, loaded.chat(), **limits)[0])
+    red, blue = (x.student_ids for x in encode(made, None, loaded.chat(), **LIMITS)[0])
     assert red == blue
     together = sample(loaded, [red, blue, red], Sampling(8, temperature=0.0))
     alone = [sample(loaded, [ids], Sampling(8, temperature=0.0))[0] for ids in (red, blue)]

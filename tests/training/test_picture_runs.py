@@ -35,7 +35,7 @@ from selfdistill.evaluation import spill
 from selfdistill.loss import CrossEntropy, Divergence
 from selfdistill.methods import hints
 from selfdistill.methods.prefixes import continued
-from selfdistill.model import ForwardPass, Sampling, fake_model, load_model, make_optimizer
+from selfdistill.model import ForwardPass, Sampling, fake_model, load_model, make_optimizer, pictures
 from selfdistill.training import export, merge, train
 from selfdistill.training.memory import memory_plan
 from selfdistill.training.planned_parts import planned_stages
@@ -200,16 +200,51 @@ def test_the_vision_tower_stays_and_the_teacher_shares_it(make: Make, family: Pi
     assert not any(map(is_vision, moved))
 
 
-def test_the_vision_tower_reads_a_picture_again_in_every_pass(make: Make) -> None:
-    """As documented: once per prompt, then per sample twice with the context ``turns`` and once by the student."""
-    run = Trainer(make(batch_size=4, num_generations=2))
+def pictures_read(run: Trainer, steps: int) -> list[int]:
+    """How many pictures the vision towers read in each step."""
     assert run.teacher is not None
-    towers = {network.base_model.vision_tower for network in (run.loaded.model, *run.teacher.networks)}
-    read: list[int] = []
-    for tower in towers:
+    read, counts = [0], []
+    for tower in {network.base_model.vision_tower for network in (run.loaded.model, *run.teacher.networks)}:
         tower.register_forward_hook(lambda _, __, output: read.append(len(output.last_hidden_state)))
-    run.step(0)
-    assert sum(read) == 4 + 2 * 8 + 8
+    for step in range(steps):
+        run.step(step)
+        counts.append(sum(read))
+        read.clear()
+    return counts
+
+
+def test_a_frozen_vision_tower_reads_each_picture_once(make: Make) -> None:
+    assert pictures_read(Trainer(make(batch_size=4, num_generations=2)), 3) == [4, 4, 0]
+
+
+def test_a_trained_vision_tower_reads_every_copy_in_every_pass(make: Make) -> None:
+    """As documented: once per prompt, then per sample twice with the context ``turns`` and once by the student."""
+    run = Trainer(make(batch_size=4, train_vision_tower=True))
+    assert pictures_read(run, 3) == [4 + 2 * 4 + 4] * 3
+
+
+@pytest.mark.parametrize("teacher", ["ema", pytest.param("frozen", marks=pytest.mark.slow)])
+def test_a_run_is_the_same_to_the_bit_however_many_features_are_kept(
+    make: Make, monkeypatch: pytest.MonkeyPatch, teacher: str
+) -> None:
+    whole, without = (make(out=out, batch_size=3, teacher=teacher, save_steps=3) for out in ("whole", "without"))
+    train(whole)
+    monkeypatch.setattr(pictures, "KEPT_BYTES", 0)
+    train(without)
+    assert_same_run(whole, without)
+
+
+@family
+def test_an_adapter_learns_the_same_from_kept_features(make: Make, family: PictureFamily) -> None:
+    found = []
+    for keep in (True, False):
+        run = Trainer(make(family, lora_rank=2))
+        assert run.loaded.pictures is not None
+        run.loaded.pictures.keep_features(keep)
+        add_gradient(run, run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:4], 0))
+        found.append(gradients(run.loaded.model))
+    scale = max(float(gradient.abs().max()) for gradient in found[0].values())
+    assert largest_difference(*found) < 1e-5 * scale
 
 
 def test_the_vision_tower_is_trained_on_request(make: Make) -> None:
@@ -361,6 +396,12 @@ def test_the_plan_of_memory_counts_tower_and_picture_tokens(
     assert fixed["weights"] >= size
     if not values:
         assert fixed["teacher"] < 0.9 * size
+    loaded = load_model(config.model)
+    assert loaded.pictures is not None
+    loaded.pictures.keep_features(True)
+    seen = [picture for row in load_demonstrations(config.data) for picture in row.images]
+    with torch.no_grad():
+        assert fixed["pictures"] == sum(loaded.pictures.feature_bytes(loaded.model, picture) for picture in seen) > 0
 
 
 @pytest.mark.parametrize(
