@@ -25,7 +25,7 @@ from selfdistill.config.base import (
 )
 from selfdistill.config.method import OwnOrMethodName, anchor_sources
 from selfdistill.config.train import OneRun, Precision, TrainConfig, TrainingSettings
-from selfdistill.data import GIVEN
+from selfdistill.data import GIVEN, by_name
 from selfdistill.environments import IN_PYTHON
 from selfdistill.errors import UserError, closest
 
@@ -59,6 +59,14 @@ class CompareConfig(TrainingSettings):
     def evaluates_between(self) -> bool:
         """Whether its runs have evaluations between the start and the end: also if ``eval_steps`` is 0."""
         return True
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _methods_by_name(cls, arms: Any) -> Any:
+        """Functions of the user's as their names."""
+        if not (isinstance(arms, dict) and all(isinstance(own, dict) for own in arms.values())):
+            return arms  # pydantic reports the wrong type
+        return {arm: {k: by_name(v, k) if k == "method" else v for k, v in own.items()} for arm, own in arms.items()}
 
     @field_validator("methods", "seeds", "learning_rates", mode="before")
     @classmethod

@@ -39,6 +39,7 @@ from selfdistill.model import (
     refuse_autocast,
     refuse_float16,
     use_engine,
+    with_lora,
 )
 from selfdistill.runtime import ProgressBar, say, say_note
 
@@ -188,6 +189,9 @@ def _checked(
     general = read_anchors(config, anchors)
     if loaded is None:
         loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
+    if config.lora_rank:  # fail early: measuring takes minutes
+        with with_lora(loaded, config.lora_rank, config.seed):
+            pass
     use_engine(loaded, config)
     for note in [*([] if plays else notes_on_episodes(rows)), *loaded.notes]:
         say_note(note)

@@ -174,11 +174,18 @@ def check_steps(steps: int, method: str, stages: Sequence[object], setting: str 
 
 
 class _Read:
-    """Settings that record which names are read."""
+    """Settings that record which names are read, also from copies of them."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, names: set[str] | None = None) -> None:
         self._config = config
-        self.names: set[str] = set()
+        self.names: set[str] = set() if names is None else names
+
+    def model_copy(self, **how: Any) -> _Read:
+        return _Read(self._config.model_copy(**how), self.names)
+
+    def model_dump(self, **how: Any) -> dict[str, Any]:
+        self.names |= TrainConfig.model_fields.keys()
+        return self._config.model_dump(**how)
 
     def __getattr__(self, name: str) -> Any:
         member = getattr(type(self._config), name, None)

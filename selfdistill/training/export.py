@@ -7,16 +7,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig
 
-from selfdistill.config import ExportConfig
+from selfdistill.config import ExportConfig, TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, merged, resolve
+from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, merged, resolve, start_fingerprint
 from selfdistill.runtime import corruption, fsync, replace_folder, say
 from selfdistill.training.checkpoint import checkpoint_at, list_checkpoints, load_weights, saved_position, settings_of
 from selfdistill.training.model_card import learnt_in_4bit, merged_card, model_card
@@ -157,35 +156,48 @@ def _export_checkpoint(config: ExportConfig, step: int) -> Path:
     """:func:`export` of the model after ``step``, from the run's base and the checkpoint's weights."""
     output_dir, checkpoint = unused_folder(config.output_dir), _checkpoint(config.run, step)
     saved = settings_of(checkpoint)
-    if config.merge:
-        if not saved.lora_rank:
+    if config.merge and not saved.lora_rank:
+        raise UserError(f"run {config.run!r}: trained all weights, so there is no adapter to merge; leave merge out")
+    loaded = _base_of(config, saved)
+    position = saved_position(checkpoint)
+    if saved.lora_rank and not saved.load_in_4bit:  # which is loaded here without rounding
+        before, now = position.model.partition("+")[0], start_fingerprint(loaded)
+        if "" not in (before, now) and before != now:
             raise UserError(
-                f"run {config.run!r}: trained all weights, so there is no adapter to merge; leave merge out"
+                f"run {config.run!r}: the weights of its base {loaded.name!r} are not those with which it began; "
+                "restore them"
             )
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=output_dir.parent, prefix=".export-") as temporary:
-            adapter = export(config.model_copy(update={"merge": False, "output_dir": f"{temporary}/adapter"}))
-            return export(config.model_copy(update={"step": None, "run": str(adapter)}))
-    loaded = load_model(saved.model, dtype=saved.dtype, merge_adapter=True, adapter_base=saved.adapter_base)
     choose_weights(loaded, saved)
     load_weights(checkpoint, loaded.model)
     model = loaded.model
-    if saved.lora_rank and loaded.merged_adapter:
+    if saved.lora_rank and (config.merge or loaded.merged_adapter):
         model = merged(model, saved.model)
     card = model_card(
         saved,
         Path(config.run),
         step,
         demonstrations=None,
-        fingerprint=saved_position(checkpoint).data,
+        fingerprint=position.data,
         adapter=hasattr(model, "peft_config"),
         pictures=loaded.pictures is not None,
     )
     with whole_folder(output_dir, "free disk space or choose another output_dir, then export again") as folder:
         write_model(folder, model, loaded, card)
-        if config.adapter_base:
+        if config.adapter_base and hasattr(model, "peft_config"):
             _name_base(folder, config.adapter_base, config.run)
     return output_dir
+
+
+def _base_of(config: ExportConfig, saved: TrainConfig) -> LoadedModel:
+    """The model with which a run began; ``adapter_base`` is the new place of the base of a run with LoRA.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    on_adapter = (Path(saved.model) / "adapter_config.json").is_file()
+    moved = config.adapter_base if saved.lora_rank and not on_adapter else None
+    base = config.adapter_base or saved.adapter_base
+    return load_model(moved or saved.model, dtype=saved.dtype, merge_adapter=True, adapter_base=None if moved else base)
 
 
 def _checkpoint(run: str, step: int) -> Path:

@@ -192,13 +192,21 @@ def _method(name: str) -> str:
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """Settings that affect the model and differ from the default, plus those in every card."""
     used = {name: uses(config, name) for name in ("context", "teacher", "divergence", "temperature")}
-    used["scorer"] = any(part.method.checker for parts in stages_of(config) for part in parts)
+    used["scorer"] = _has_checker(config)
     always = (*ALWAYS, *(name for name in used if used[name]))
     left_out = (*_ELSEWHERE, *(name for name in used if not used[name]))
     defaults = {k: f.get_default(call_default_factory=True) for k, f in TrainConfig.model_fields.items()}
     changed = [k for k in defaults if k not in left_out and getattr(config, k) != defaults[k]]
     values = public_settings(config)
     return {key: values[key] for key in dict.fromkeys((*always, *changed)) if key in values}
+
+
+def _has_checker(config: TrainConfig) -> bool:
+    """Whether the method's samples are scored; also True where a function of the user's is no longer at hand."""
+    try:
+        return any(part.method.checker for parts in stages_of(config) for part in parts)
+    except UserError:
+        return True
 
 
 def _results(run: Path, step: int) -> tuple[list[str], str]:

@@ -16,8 +16,11 @@ from conftest import ENDS, final_weights, same
 
 import selfdistill as sd
 from selfdistill.cli import main
-from selfdistill.methods import Method
+from selfdistill.config.commands import CompareConfig
+from selfdistill.config.train import TrainConfig
+from selfdistill.methods import Method, uses
 from selfdistill.methods.grpo import grpo
+from selfdistill.methods.sdft import sdft
 from selfdistill.methods.sft import sft
 
 MODULE = '''
@@ -118,6 +121,17 @@ def test_a_method_by_name_trains_and_resumes_and_has_its_own_settings(
     assert f"with python:{module}.half for 3 steps" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    "copied", [lambda c: c.model_copy(update={"teacher": "live"}), lambda c: TrainConfig(**c.model_dump())]
+)
+def test_a_method_may_copy_the_settings_and_still_uses_them(copied: Callable[[Any], Any]) -> None:
+    def mine(config: Any) -> tuple[Method, ...]:
+        return sdft(copied(config))
+
+    config = TrainConfig(model="m", data="d", output_dir="o", method=mine)
+    assert all(uses(config, name) for name in ("context", "teacher_model", "divergence"))
+
+
 def test_a_method_with_stages_shares_the_steps(module: str, model: str) -> None:
     run = sd.train(model, ROWS, output_dir="run", method=f"python:{module}.stages", **RUN)
     assert [line["loss"] > 0 for line in run.metrics] == [True, True]
@@ -176,6 +190,14 @@ def test_methods_of_ones_own_are_compared(module: str, model: str) -> None:
     assert again.details["runs"] == json.loads(Path("all/comparison.json").read_text())["runs"]
     with pytest.raises(sd.UserError, match=r"^setting 'methods': found 'sdtf', expected: sdft, .*; did you mean sdft"):
         sd.compare(model, ROWS, test=ROWS, output_dir="none", methods=["sft", "sdtf"])
+
+
+def test_arms_may_name_a_function(model: str) -> None:
+    def mine(config: sd.TrainConfig) -> tuple[Method, ...]:
+        return sft(config)
+
+    config = CompareConfig(model=model, data="d", test="t", output_dir="o", arms={"a": {"method": mine}, "b": {}})
+    assert config.arms == {"a": {"method": "function:mine"}, "b": {}}
 
 
 def test_learn_takes_a_method_of_ones_own(module: str, model: str) -> None:

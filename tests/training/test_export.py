@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from selfdistill.cli import main
 from selfdistill.config.commands import ExportConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
+from selfdistill.methods import METHODS, Method
 from selfdistill.model.files import local_folder
 from selfdistill.model.loading import adopt, load_model
 from selfdistill.training.export import export, whole_folder
@@ -329,7 +331,39 @@ def test_the_adapter_of_a_checkpoint_is_merged(trained: Callable[..., Path], tmp
     base = model_of(run)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "True", dtype=torch.float32)
     torch.testing.assert_close(logits(merged), adapter_logits(Path(base), tmp_path / "False"), rtol=1e-4, atol=1e-4)
-    assert sorted(file.name for file in tmp_path.glob(".export-*")) == []
+
+
+def test_a_checkpoint_of_a_run_whose_base_moved_or_changed(
+    trained: Callable[..., Path], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, moved = tmp_path / "base", tmp_path / "moved"
+    shutil.copytree(model_folder(), base)
+    run = trained(model=str(base), lora_rank=2, save_steps=1)
+    export(ExportConfig(run=str(run), output_dir=str(tmp_path / "before"), step=1))
+    base.rename(moved)
+    export(ExportConfig(run=str(run), output_dir=str(tmp_path / "after"), step=1, adapter_base=str(moved)))
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    named = json.loads((tmp_path / "after" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(moved)
+    changed = load_model(str(moved))
+    with torch.no_grad():
+        changed.model.get_input_embeddings().weight.add_(1)
+    changed.model.save_pretrained(moved)
+    with pytest.raises(UserError, match="are not those with which it began; restore them"):
+        export(ExportConfig(run=str(run), output_dir=str(tmp_path / "no"), step=1, adapter_base=str(moved)))
+
+
+def test_a_checkpoint_needs_no_method_that_was_given_in_python(
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mine(config: TrainConfig) -> Method:
+        return METHODS["sft"](config)[0]
+
+    run = train(settings(method=mine, max_steps=1, save_steps=1)).parent
+    monkeypatch.setattr(sys.modules["selfdistill.data.named"], "_given", {})
+    export(ExportConfig(run=str(run), output_dir=str(tmp_path / "out"), step=1))
+    assert "The method is a function of its user" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_checkpoints_that_cannot_be_exported(trained: Callable[..., Path], tmp_path: Path) -> None:
