@@ -225,3 +225,22 @@ class Unending(Talk):
 
     def step(self, message: Message) -> Step:
         return Step(({"role": "user", "content": "And?"},))
+
+
+class Counter:
+    """Counts up by calls. It wants to be at the row's answer when the model stops."""
+
+    def reset(self, answer: int) -> None:
+        self.number, self.wanted = 0, answer
+
+    def add(self, by: int) -> int:
+        """Add.
+
+        Args:
+            by: how much
+        """
+        self.number += by
+        return self.number
+
+    def reward(self) -> tuple[float, str]:
+        return 1 / (1 + abs(self.number - self.wanted)), f"it is at {self.number}"
