@@ -72,7 +72,7 @@ class Endpoint:
             content = message["content"]
         except (ValueError, LookupError, TypeError):
             message = content = None
-        if not content and message and any(message.get(name) for name in THOUGHTS):
+        if content is None and message and any(message.get(name) for name in THOUGHTS):
             raise UserError(
                 f"{self.who} {self.url}: {self.model!r} thought for {max_tokens} tokens and gave no answer; use a "
                 "model that answers directly, or switch its thinking off at the server"

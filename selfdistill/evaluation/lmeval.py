@@ -75,6 +75,7 @@ def lm_eval_abilities(
             f"lm_eval_tasks needs lm-eval, which cannot be imported ({one_line(error)}); pip install "
             "'selfdistill[lm-eval]'"
         ) from None
+    kind = loaded.device.type
     with _undisturbed(loaded.model):
         random.seed(_SEED)
         np.random.seed(_OTHER_SEED)
@@ -88,6 +89,8 @@ def lm_eval_abilities(
                 batch_size=batch_size,
                 max_length=loaded.window,
                 softmax_dtype=torch.float32,
+                # It would switch autocast off.
+                mixed_precision_dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
             )
         try:
             # Not simple_evaluate: it also queries the hub about the model, and git and pip about the machine.

@@ -207,8 +207,8 @@ def _settings_read(config: TrainConfig) -> set[str]:
     return set(read.names)
 
 
-_OF_METHODS = (*MethodSettings.model_fields, "teacher_model")
-"""Settings that only some methods read."""
+_OF_METHODS = (*(name for name in MethodSettings.model_fields if name != "max_completion_length"), "teacher_model")
+"""Settings that only some methods read. ``max_completion_length`` limits every run's prompts and evaluations."""
 
 
 def uses(config: TrainConfig, name: str) -> bool:

@@ -374,7 +374,7 @@ def test_settings_of_a_comparison() -> None:
     config = CompareConfig(**base, methods="sdft", seeds="3,1", learning_rates="1e-5,2e-5")
     assert (config.methods, config.seeds, config.learning_rates) == (("sdft",), (3, 1), (1e-5, 2e-5))
     for wrong, message in (
-        ({"methods": "sft,sgd"}, r"setting 'methods': found 'sgd', expected: 'sdft', 'sft', 'dft', 'cpt'"),
+        ({"methods": "sft,sgd"}, r"setting 'methods': found 'sgd', expected: sdft, sft, dft, cpt"),
         ({"seeds": "0,0"}, r"setting 'seeds': found \(0, 0\), expected each value once"),
         ({"seeds": "-1"}, r"setting 'seeds': found '-1'"),
         ({"learning_rates": "fast"}, r"setting 'learning_rates': found 'fast'"),

@@ -254,7 +254,7 @@ def test_episodes_are_those_of_greedy_rollouts(
     talks: dict[str, Any], load: Callable[..., LoadedModel], tmp_path: Path
 ) -> None:
     file = tmp_path / "replies.jsonl"
-    result = evaluate(EvalConfig(**talks, replies=str(file)))
+    result = evaluate(EvalConfig(**talks, replies=str(file), mixed_precision="no"))
     expected = played(load(ends=ENDS, seed=5), talks, Sampling(16, temperature=0))
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert max(c.turns for c in expected) > 2
@@ -273,7 +273,7 @@ def test_episodes_are_those_of_greedy_rollouts(
 
 
 def test_samples_for_pass_at_k_are_those_of_rollouts(talks: dict[str, Any], load: Callable[..., LoadedModel]) -> None:
-    found = evaluate(EvalConfig(**talks, num_samples=4, seed=7))["pass@k"]["1"]["items"]
+    found = evaluate(EvalConfig(**talks, num_samples=4, seed=7, mixed_precision="no"))["pass@k"]["1"]["items"]
     seeds = [sample_seed(7, 0, row, generation) for row in range(8) for generation in range(4)]
     expected = played(load(ends=ENDS, seed=5), talks, Sampling(16), seeds, count=4)
     right = [c.verdict is not None and c.verdict.reward == 1 for c in expected]
@@ -283,7 +283,8 @@ def test_samples_for_pass_at_k_are_those_of_rollouts(talks: dict[str, Any], load
 
 def test_distances_are_along_the_models_own_tokens(talks: dict[str, Any], load: Callable[..., LoadedModel]) -> None:
     other = load(ends=ENDS, seed=1)
-    result = evaluate(EvalConfig(**talks), loaded=other, base=load(ends=ENDS, seed=5))
+    config = EvalConfig(**talks, mixed_precision="no")
+    result = evaluate(config, loaded=other, base=load(ends=ENDS, seed=5))
     base, total, count = load(ends=ENDS, seed=5), 0.0, 0
     for c in played(other, talks, Sampling(16, temperature=0)):
         with torch.no_grad():
@@ -456,7 +457,7 @@ def test_a_run_measures_its_test_as_eval_does(
     ]
     assert [line["step"] for line in found] == [0, 1, 2]
     for line, model in ((found[0], talks["model"]), (found[2], config.output_dir)):
-        alone = evaluate(EvalConfig(**talks | {"model": model}))
+        alone = evaluate(EvalConfig(**talks | {"model": model, "mixed_precision": config.mixed_precision}))
         assert line["correct"] == alone["correct"]
         for name in ("reward", "turns", "invalid_calls"):
             assert line[f"episode/{name}"] == alone[f"episode/{name}"]

@@ -67,11 +67,11 @@ def test_test_questions_that_are_learnt_are_said(
 
 
 def test_questions_are_found_among_very_many_prompts(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [Demonstration(({"role": "user", "content": f"question {i}"},), row=i) for i in range(6000)]
+    rows = [Demonstration(({"role": "user", "content": f"question {i}"},), row=i) for i in range(30_000)]
     began = time.process_time()
-    say_learnt(rows[:4000], rows[2000:])
+    say_learnt(rows[:20_000], rows[10_000:])
     assert time.process_time() - began < 2
-    assert capsys.readouterr().err == "note: 2000 of 4000 test questions are also in the training data\n"
+    assert capsys.readouterr().err == "note: 10000 of 20000 test questions are also in the training data\n"
 
 
 def test_test_rows_that_are_too_long_with_what_is_shown_are_counted(
@@ -127,6 +127,22 @@ def test_measuring_leaves_the_final_weights_bitwise_as_they_would_have_been(
     assert not (Path(plain.output_dir) / "evaluations.jsonl").exists()
 
 
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_eval_computes_in_the_precision_of_its_setting(
+    settings: Callable[..., TrainConfig], mixed_precision: str
+) -> None:
+    config = settings("unused", measured=True)
+    loaded, seen = load_model(config.model), set()
+    loaded.model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    assert config.test is not None
+    evaluate(
+        EvalConfig(model=config.model, data=config.test, max_completion_length=10, mixed_precision=mixed_precision),
+        loaded=loaded,
+    )
+    assert seen == {mixed_precision == "bf16"}
+
+
+# A run's distance rounds logits to bfloat16 in this precision; that of eval, computed as a loss is, does not.
 @pytest.mark.parametrize(("mixed_precision", "tolerance"), [("no", 1e-4), ("bf16", 2e-2)])
 def test_evaluations_are_those_of_eval_at_the_start_every_so_many_steps_and_at_the_end(
     settings: Callable[..., TrainConfig], mixed_precision: str, tolerance: float

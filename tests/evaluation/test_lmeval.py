@@ -121,6 +121,17 @@ def test_limit_groups_and_other_metrics(load: Callable[..., LoadedModel], write_
     assert said_result == TaskResult("said", 3, 0.0, None, [False] * 3, "exact_match,none")
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_it_computes_in_the_precision_that_is_on(
+    load: Callable[..., LoadedModel], write_task: Callable[..., Path], bfloat16: bool
+) -> None:
+    loaded, folder, seen = load(), write_task("flies", QUESTIONS), set()
+    loaded.model.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        measure(loaded, ["flies"], folder)
+    assert seen == {bfloat16}
+
+
 def draws() -> list[float]:
     return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
