@@ -374,7 +374,7 @@ def test_episodes_of_test_rows_are_shown_as_transcripts_with_their_verdicts(here
 def test_a_run_of_an_earlier_version_lacks_replies(here: Path) -> None:
     Path("skill/test_replies.jsonl").unlink()
     text = report("skill").text
-    assert "No replies: no run here kept those of an evaluation." in text
+    assert "No run here has replies to test rows." in text
     assert "replies to test rows: no test_replies.jsonl in skill" in text
 
 
