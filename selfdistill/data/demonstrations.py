@@ -28,6 +28,7 @@ from selfdistill.data.messages import (
     first_learnt,
     messages_of,
     not_object,
+    notes_on_earlier_replies,
     replies_of,
     text_of,
     text_of_reply,
@@ -202,7 +203,9 @@ def load_demonstrations(
         unread = notes_on_unread([raw.value for raw in rows], _TAUGHT if prompts_only else ())
         calls = notes_on_calls([(row.source, (*row.prompt, *row.episode), row.tools) for row in made])
         asked = [without_answer(row) for row in made] if prompts_only else made
-        for found in [*unread, *notes_on_repeated(asked), *calls]:
+        shown = [() if row.episode or prompts_only or turns != "auto" else row.prompt for row in made]
+        earlier = notes_on_earlier_replies([raw.value for raw in rows], shown)
+        for found in [*unread, *notes_on_repeated(asked), *calls, *earlier]:
             note(f"{name}: {found}")
     return made
 

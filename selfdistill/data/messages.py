@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -318,3 +318,21 @@ def wrong(column: str, value: Any, want: str) -> str:
 def not_object(row: Any) -> str:
     """The message for a row that is not an object."""
     return f"found {describe_value(row)}, expected an object"
+
+
+def notes_on_earlier_replies(
+    rows: Sequence[Mapping[str, Any]], prompts: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[str]:
+    """A note that of several replies in ``messages`` only the last counts.
+
+    Args:
+        rows: as read.
+        prompts: of each row, what comes before the reply that counts; () if all count.
+    """
+    of_chats = [prompt for row, prompt in zip(rows, prompts, strict=True) if row.get("messages") is not None]
+    several = sum(any(turn["role"] == "assistant" for turn in prompt) for prompt in of_chats)
+    if not several:
+        return []
+    return [
+        f"{several} of {len(rows)} rows have several replies, of which only the last counts; turns all takes every one"
+    ]

@@ -225,6 +225,7 @@ def _print(result: CheckResult, console: Console) -> None:
         *_trials_line(result),
         *([f"Spill: {result.spill.sentence()}."] if result.spill else []),
         *_order_line(result),
+        *_truncation_line(result),
         result.verdict,
         f"{_choice(result)}: {result.best.context}   (the check took {result.seconds:.0f} s)",
     ]
@@ -296,6 +297,16 @@ def _cost_line(result: CheckResult) -> list[str]:
     return [
         f"Expected with batch_size {result.batch_size}: {result.seconds_per_step:.1f} s per step; "
         f"{result.memory_gib:.1f} GiB with {result.memory_rows} rows per micro-batch ({learnt}, EMA)."
+    ]
+
+
+def _truncation_line(result: CheckResult) -> list[str]:
+    """A warning that the comparison says little, because mostly the student's replies were cut."""
+    if result.student_truncated <= 0.5 or result.best.truncated > 0.5:  # of the teacher's the verdict speaks
+        return []
+    return [
+        f"{result.student_truncated:.0%} of the student's replies were truncated at the length limit, so its accuracy "
+        "may be too low: raise max_completion_length."
     ]
 
 

@@ -57,6 +57,8 @@ from selfdistill.model import (
 )
 from selfdistill.runtime import clock, free_memory, is_out_of_memory, peak_memory, say_note
 
+LONG_REPLY = 24
+"""Mean tokens of the demonstrations from which on ``exact`` by default is doubtful."""
 KEPT_BYTES, POSITIONS = 2**28, 8
 """Bytes for the prefix cache of the student's prompts, and again for the teacher's in one layout; number of leading
 completion tokens whose KL is listed individually."""
@@ -103,7 +105,7 @@ class Measure:
             check_answers(measured, config.scorer)
         for note in notes_on(self.rows, self.chat):
             say_note(note)
-        if by_scorer and (doubt := doubt_about(measured, config.scorer)):
+        if by_scorer and (doubt := doubt_about(measured, config.scorer) or self._word_for_word()):
             say_note(doubt, topic="scorer")
         self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
@@ -116,6 +118,17 @@ class Measure:
         self.teacher_said: dict[str, Answers] = {}  # by layout
         self.tried: dict[tuple[str, float], Trial | None] = {}  # by layout and share of the demonstration
         self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
+
+    def _word_for_word(self) -> str | None:
+        """A note that ``exact``, which nobody chose, compares long replies with the demonstrations; else None."""
+        named = self.config.scorer or any(row.demonstration.scorer or row.demonstration.answer for row in self.rows)
+        length = sum(len(row.completion_ids) for row in self.rows) / len(self.rows)
+        if named or length < LONG_REPLY:
+            return None
+        return (
+            f"replies count as right only if they repeat demonstrations of {length:.0f} tokens word for word (scorer "
+            "exact); for chats and summaries name another, such as judge or a function of your own"
+        )
 
     def _encode(self, rows: Sequence[Demonstration], context: str | None, hint: float = 1) -> list[Example]:
         """Encode the rows that fit the window, both with ``max_completion_length`` and with the demonstration."""

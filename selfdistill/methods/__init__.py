@@ -11,7 +11,9 @@ A method is a function that maps settings to stages, the package's in a file of 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from selfdistill.config import MethodName, MethodSettings, TrainConfig
@@ -138,7 +140,11 @@ def _made(config: TrainConfig) -> tuple[Method, ...]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"method {config.method!r} failed: {type(error).__name__}: {one_line(error)}") from error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        raise UserError(
+            f"method {config.method!r} failed ({where}): {type(error).__name__}: {one_line(error)}"
+        ) from error
     stages = (found,) if isinstance(found, Method) else found
     if not (isinstance(stages, tuple) and stages and all(isinstance(stage, Method) for stage in stages)):
         shown = " ".join(repr(found).split())[:60]

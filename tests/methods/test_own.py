@@ -216,8 +216,8 @@ def test_learn_takes_a_method_of_ones_own(module: str, model: str) -> None:
         ("python:MODULE.haf", r".*\.py has no function 'haf'; did you mean half\?"),
         ("python:os.system", "'os' is in the standard library; name your own module"),
         ("python:MODULE.nothing", "returned None, expected a Method, or a tuple of them for stages"),
-        ("python:MODULE.wrong", r"failed: KeyError: .*"),
-        ("python:MODULE.leaves", "failed: SystemExit: no data"),
+        ("python:MODULE.wrong", r"failed \(\w+\.py:\d+\): KeyError: .*"),
+        ("python:MODULE.leaves", r"failed \(\w+\.py:\d+\): SystemExit: no data"),
     ],
 )
 def test_a_method_that_cannot_be_used_is_refused_in_one_line(
