@@ -31,8 +31,8 @@ def test_of_a_comparison_with_several_seeds() -> None:
         "data": "a/very/long/path/to/the/folder/of/demonstrations/and/more/data.jsonl",
         "test": "test.jsonl",
         "base": {"items": 20, "accuracy": 0.152, "prior_accuracy": 0.803},
-        "teacher": {"accuracy": 0.9, "kl": 0.2},
-        "rag": {"accuracy": 0.954},
+        "teacher": {"accuracy": 0.9, "kl": 0.2, "items": 20},
+        "rag": {"accuracy": 0.954, "items": 20},
         "table": [row, row | {"method": "an_arm_with_a_long_name_in_one_word"}],
         "sentence": "",
     }

@@ -77,7 +77,8 @@ COMMANDS = [
     ("train --peft_config x", "unknown option --peft_config; TRL's name, here: --lora_rank and --lora_alpha"),
     ("train --resume_from_checkpoint x", "unknown option --resume_from_checkpoint; TRL's name, here: --resume"),
     ("train --callbacks x", "unknown option --callbacks; TRL's name, here: on_step, in Python"),
-    ("eval --bf16 true", "unknown option --bf16; see --help for the names"),
+    ("eval --bf16 true", "unknown option --bf16; TRL's name, here: --mixed_precision bf16"),
+    ("eval --teacher_update_rate x", "unknown option --teacher_update_rate; see --help for the names"),
 ]
 
 

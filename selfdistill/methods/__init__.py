@@ -132,9 +132,9 @@ def _made(config: TrainConfig) -> tuple[Method, ...]:
         UserError: the method rejects the settings; or it is the user's and cannot be imported, raises an error or
             returns something else.
     """
-    function = function_of(config.method)
     if not is_own(config.method):
-        return function(config)
+        return METHODS[config.method](config)
+    function = function_of(config.method)
     try:
         found = function(config)
     except UserError:

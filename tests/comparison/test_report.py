@@ -379,6 +379,7 @@ def test_a_run_of_an_earlier_version_lacks_replies(here: Path) -> None:
 
 
 def test_tools_and_earlier_turns_of_the_prompt_are_shown(here: Path) -> None:
+    Path("skill/test_replies.jsonl").unlink()  # which show them, too
     before = "system: Be brief.\nuser: Hello.\nassistant: Hello."
     tools = ['{"name": "find"}', f'{{"name": "{ATTACK}"}}']
     words = view(0, 1, ["a", "", "界"])

@@ -476,7 +476,7 @@ def test_what_check_tries_out_leaves_the_vision_tower_alone(make: Make, monkeypa
     chat = loaded.chat({}, None)
     limits: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 3, "window": loaded.window}
     rows, _ = encode(load_demonstrations(config.data)[:2], parse_context("turns"), chat, **limits)
-    settings = spill.TrialSettings(1e-3, Sampling(3), 0, nullcontext)
+    settings = spill.TrialSettings(1e-3, Sampling(3), 0, 0, nullcontext)
     trials = spill.Trials(loaded, ForwardPass(loaded), anchor_prompts()[:2], chat, settings)
     for loss in (CrossEntropy(), Divergence()):
         trials(loss, rows)
@@ -484,7 +484,7 @@ def test_what_check_tries_out_leaves_the_vision_tower_alone(make: Make, monkeypa
     assert moved == [sum(not is_vision(name) for name in names)] * 2
     assert moved[0] < len(names)
     trained = sum(p.numel() for name, p in loaded.model.named_parameters() if not is_vision(name))
-    assert spill.bytes_of_steps(loaded) == 4 * sum(p.numel() for p in loaded.model.parameters()) + 12 * trained
+    assert spill.bytes_of_steps(loaded, 0) == 4 * sum(p.numel() for p in loaded.model.parameters()) + 12 * trained
 
 
 def test_an_engine_is_not_asked_to_sample_from_pictures(make: Make) -> None:
