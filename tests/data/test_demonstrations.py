@@ -848,3 +848,22 @@ def test_real_data(name: str, rows: int, turns: int) -> None:
             "turn_of": None,
         }
         assert len(demonstration.prompt) == turns
+
+
+def test_earlier_replies_of_a_chat_that_do_not_count_get_a_note() -> None:
+    said = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    rows: dict[str, dict[str, Any]] = {
+        "chat": {"messages": said},
+        "one reply": {"messages": said[:2]},
+        "prompt": {"prompt": said[:3], "completion": "yes"},
+        "episode": {"messages": [said[0], call, {"role": "tool", "content": "7"}, said[1]]},
+    }
+    for turns, kinds in (("auto", ["chat"]), ("last", []), ("all", [])):
+        for kind, row in rows.items():
+            notes: list[str] = []
+            load_demonstrations([row], turns=turns, note=notes.append)
+            expected = (
+                "data: 1 of 1 rows have several replies, of which only the last counts; turns all takes every one"
+            )
+            assert (expected in notes) is (kind in kinds), (turns, kind, notes)

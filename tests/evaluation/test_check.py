@@ -196,6 +196,33 @@ def test_the_cost_with_lora_is_that_of_its_adapter_which_is_gone_afterwards(
     assert all(p.requires_grad and p.grad is None for p in loaded.model.parameters())
 
 
+def test_a_student_that_was_mostly_truncated_is_named(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+) -> None:
+    result = check(config_of(model_folder(), write_rows(count=4), contexts=["turns"]))
+    line = "100% of the student's replies were truncated at the length limit, so its accuracy may be too low: raise"
+    for student, teacher, says in ((1.0, 0.0, True), (0.5, 0.0, False), (1.0, 1.0, False)):
+        found = replace(result, student_truncated=student, layouts=[replace(result.best, truncated=teacher)])
+        assert (line in " ".join(repr(found).split())) is says
+
+
+def test_long_replies_compared_word_for_word_without_being_asked_to_get_a_note(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    long, folder = {"completion": "ab cd " * 5}, model_folder()
+    for number, (own, settings, says) in enumerate(
+        (
+            ({}, {}, True),
+            ({"answer": "ab"}, {}, False),
+            ({}, {"scorer": "exact"}, False),
+            ({"completion": "ab"}, {}, False),
+        )
+    ):
+        data = write_rows([{"prompt": f"q{i}", **long, **own} for i in range(4)], name=f"{number}.jsonl")
+        check(config_of(folder, data, contexts=["turns"], max_completion_length=40, **settings))
+        assert ("only if they repeat demonstrations of 31 tokens word for word" in capsys.readouterr().err) is says
+
+
 def test_hopeless_data_is_called_unlikely(
     model_folder: Callable[..., Path], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
