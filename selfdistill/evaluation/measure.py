@@ -121,7 +121,9 @@ class Measure:
 
     def _word_for_word(self) -> str | None:
         """A note that ``exact``, which nobody chose, compares long replies with the demonstrations; else None."""
-        named = self.config.scorer or any(row.demonstration.scorer or row.demonstration.answer for row in self.rows)
+        named = self.config.scorer or any(
+            d.scorer or d.answer is not None for d in (row.demonstration for row in self.rows)
+        )
         length = sum(len(row.completion_ids) for row in self.rows) / len(self.rows)
         if named or length < LONG_REPLY:
             return None

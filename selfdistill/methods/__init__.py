@@ -140,16 +140,21 @@ def _made(config: TrainConfig) -> tuple[Method, ...]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}:{last.lineno}"
-        raise UserError(
-            f"method {config.method!r} failed ({where}): {type(error).__name__}: {one_line(error)}"
-        ) from error
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"method {config.method!r} failed ({_place(error, function)}): {what}") from error
     stages = (found,) if isinstance(found, Method) else found
     if not (isinstance(stages, tuple) and stages and all(isinstance(stage, Method) for stage in stages)):
         shown = " ".join(repr(found).split())[:60]
         raise UserError(f"method {config.method!r} returned {shown}, expected a Method, or a tuple of them for stages")
     return stages
+
+
+def _place(error: BaseException, function: Callable[..., Any]) -> str:
+    """File and line of the user's at which the function failed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    last = ([frame for frame in frames if frame.filename == file] or frames)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
 
 
 def _task(method: Method, share: float) -> Parts:

@@ -55,6 +55,11 @@ def wrong(config):
     return {}["a\\nb"]
 
 
+def misspelt(config):
+    (method,) = sft(config)
+    return replace(method, los=1)
+
+
 def leaves(config):
     raise SystemExit("no data")
 
@@ -216,6 +221,7 @@ def test_learn_takes_a_method_of_ones_own(module: str, model: str) -> None:
         ("python:MODULE.haf", r".*\.py has no function 'haf'; did you mean half\?"),
         ("python:os.system", "'os' is in the standard library; name your own module"),
         ("python:MODULE.nothing", "returned None, expected a Method, or a tuple of them for stages"),
+        ("python:MODULE.misspelt", r"failed \(own_methods_\d+\.py:\d+\): TypeError: .*'los'"),
         ("python:MODULE.wrong", r"failed \(\w+\.py:\d+\): KeyError: .*"),
         ("python:MODULE.leaves", r"failed \(\w+\.py:\d+\): SystemExit: no data"),
     ],
