@@ -203,7 +203,8 @@ def load_demonstrations(
         unread = notes_on_unread([raw.value for raw in rows], _TAUGHT if prompts_only else ())
         calls = notes_on_calls([(row.source, (*row.prompt, *row.episode), row.tools) for row in made])
         asked = [without_answer(row) for row in made] if prompts_only else made
-        shown = [() if row.episode or prompts_only or turns != "auto" else row.prompt for row in made]
+        several = turns == "auto" and not prompts_only
+        shown = [row.prompt if several and row.completion and not row.episode else () for row in made]
         earlier = notes_on_earlier_replies([raw.value for raw in rows], shown)
         for found in [*unread, *notes_on_repeated(asked), *calls, *earlier]:
             note(f"{name}: {found}")

@@ -167,6 +167,28 @@ def _rank(layout: Layout) -> tuple[float, ...]:
     return -right, -layout.items, -(layout.logp or 0), layout.context != UNMEASURED
 
 
+def _layouts(measure: Measure, names: Sequence[str]) -> tuple[list[Layout], dict[str, str]]:
+    """Evaluate each layout; of those that could not be, the reasons.
+
+    Raises:
+        UserError: none could be evaluated.
+    """
+    layouts, skipped = [], {}
+    with ProgressBar("context layout", len(names), every=1) as reporter:
+        for number, name in enumerate(names):
+            try:
+                layouts.append(measure.layout(name))
+            except EngineFailed:  # not the layout's fault
+                raise
+            except UserError as error:
+                skipped[name] = str(error)
+            reporter.advance(number + 1, name)
+    if not layouts:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise UserError(f"no context layout could be evaluated: {reasons}")
+    return layouts, skipped
+
+
 def _checked(
     config: CheckConfig,
     rows: list[Demonstration],
@@ -197,20 +219,7 @@ def _checked(
         say_note(note)
     tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
     measure = Measure(config, rows, loaded, general)
-    layouts, skipped = [], {}
-    with ProgressBar("context layout", len(contexts), every=1) as reporter:
-        for number, context in enumerate(contexts):
-            name = context_spec(context)
-            try:
-                layouts.append(measure.layout(name))
-            except EngineFailed:  # not the layout's fault
-                raise
-            except UserError as error:
-                skipped[name] = str(error)
-            reporter.advance(number + 1, name)
-    if not layouts:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        raise UserError(f"no context layout could be evaluated: {reasons}")
+    layouts, skipped = _layouts(measure, [context_spec(context) for context in contexts])
     layouts.sort(key=_rank)
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
     found = measure.cost(layouts[0].context) if cost else None
