@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import (
@@ -35,6 +35,7 @@ from selfdistill.methods.worlds import begun, limits_of, scorer_judges
 from selfdistill.model import LoadedModel
 
 
+@runtime_checkable
 class ExampleSource(Protocol):
     """Produces the examples to train on."""
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from selfdistill.data import Example, Message, Verdict, own_tokens, pictures_in, reply_spans
 from selfdistill.errors import RESUME, EngineFailed, RunStopped
@@ -67,6 +67,7 @@ class Completion:
         return list(accumulate((at in starts for at in range(len(self.ids))), initial=1))[1:]
 
 
+@runtime_checkable
 class SequenceSource(Protocol):
     """Whose tokens are scored."""
 

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any, Protocol, TypeVar, get_args
+from numbers import Real
+from types import NoneType
+from typing import Any, Protocol, TypeVar, get_args, runtime_checkable
 
 from selfdistill.config import MethodName, Settings, TrainConfig
 from selfdistill.data import ChatFormat, ContextEncoder, Example, Verdict, is_own, own_function
@@ -20,6 +22,7 @@ Checker = Callable[[Sequence[Completion], ChatFormat], list[Verdict]]
 """Maps samples to one verdict each, whatever the other samples are."""
 
 
+@runtime_checkable
 class Selection(Protocol):
     """Chooses which of a step's samples are learnt, and how."""
 
@@ -55,6 +58,7 @@ State = dict[str, Any]
 """What a controller remembers. It is JSON, for checkpoints, and is never changed in place."""
 
 
+@runtime_checkable
 class Controller(Protocol):
     """Sets one number of a method at each step, and may learn from the steps before.
 
@@ -136,6 +140,18 @@ class Method:
     """Further methods, by name, that learn from the same samples. Each is a part of the step, with its own weight.
     Their ``drawn``, ``sequence`` and ``examples`` are not used."""
 
+    def __post_init__(self) -> None:
+        """Check what a user's own method fills the slots with.
+
+        Raises:
+            TypeError: a value is not of the slot's kind.
+        """
+        for slot, kinds in _KINDS.items():
+            found = getattr(self, slot)
+            if isinstance(found, type) or not isinstance(found, kinds):
+                expected = " or ".join(_KIND_NAMES.get(kind, kind.__name__) for kind in kinds)
+                raise TypeError(f"slot {slot!r}: found {found!r:.60}, expected {expected}")
+
     @property
     def needs_base(self) -> bool:
         """Whether the model before the first step also scores the tokens."""
@@ -147,6 +163,24 @@ class Method:
         if self.controller is None or control is None:
             return method
         return self.controller.applied(method, control)
+
+
+_KINDS: dict[str, tuple[Any, ...]] = {
+    "examples": (ExampleSource,),
+    "sequence": (SequenceSource,),
+    "loss": (Divergence, CrossEntropy),
+    "loss_at": (Callable, NoneType),
+    "controller": (Controller, NoneType),
+    "teacher": (TeacherRule, NoneType),
+    "drawn": (DrawnSamples, NoneType),
+    "weighting": (Callable, NoneType),
+    "checker": (Callable, NoneType),
+    "select": (Selection, NoneType),
+    "weight": (Real,),
+    "also": (tuple,),
+}
+"""What fills a slot."""
+_KIND_NAMES = {Callable: "a function", NoneType: "None", Real: "a number"}
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,28 @@ def misspelt(config):
     return replace(method, los=1)
 
 
+def worded(config):
+    (method,) = sft(config)
+    return replace(method, loss="jsd")
+
+
+class Chosen:
+    gates = True
+
+    def __call__(self, samples, verdicts, encode):
+        return samples
+
+
+def chosen(config):
+    (method,) = sft(config)
+    return replace(method, select=Chosen())
+
+
+def classy(config):
+    (method,) = sft(config)
+    return replace(method, checker=Chosen)
+
+
 def leaves(config):
     raise SystemExit("no data")
 
@@ -222,6 +244,12 @@ def test_learn_takes_a_method_of_ones_own(module: str, model: str) -> None:
         ("python:os.system", "'os' is in the standard library; name your own module"),
         ("python:MODULE.nothing", "returned None, expected a Method, or a tuple of them for stages"),
         ("python:MODULE.misspelt", r"failed \(own_methods_\d+\.py:\d+\): TypeError: .*'los'"),
+        (
+            "python:MODULE.worded",
+            r"failed \(\w+\.py:\d+\): TypeError: slot 'loss': found 'jsd', expected Divergence or CrossEntropy",
+        ),
+        ("python:MODULE.chosen", r"failed \(.*\): TypeError: slot 'select': found <.*, expected Selection or None"),
+        ("python:MODULE.classy", r"failed \(.*\): TypeError: slot 'checker': found <.*, expected a function or None"),
         ("python:MODULE.wrong", r"failed \(\w+\.py:\d+\): KeyError: .*"),
         ("python:MODULE.leaves", r"failed \(\w+\.py:\d+\): SystemExit: no data"),
     ],
