@@ -56,7 +56,7 @@ class Demonstration:
     answer: Any = None
     """What a scorer compares the reply with; default: the completion."""
     scorer: str | None = None
-    """Name of the scorer for this row; default: the command's setting, else ``exact``."""
+    """Name of the scorer for this row; default: the command's setting, else :func:`.scorers.default_scorer`'s."""
     row: int = 0
     """Position in the whole set, from 0; part of every sample's seed."""
     source: str = ""
