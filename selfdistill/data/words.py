@@ -49,7 +49,7 @@ _GROUPS = regex.compile(
 )
 """Digits with thousands separators: commas (Indian groups, too), apostrophes or spaces."""
 
-_OPERAND_ENDS = rf"(?:(?<!{_LETTER}){_LETTER}|\\\p{{L}}+|[)\]}}]|[\^_]-?[\d.]+)"  # x, \pi, ), x^2; a number alone is none
+_OPERAND_ENDS = rf"(?:(?<!{_LETTER}){_LETTER}|\\\p{{L}}+|[)\]}}]|[\^_]-?[\d.]+)"  # of x, 2\pi, (a+b) or x^2
 _OPERAND_BEGINS = rf"(?:{_LETTER}(?!{_IN_WORD})|\\\p{{L}}|\()"
 _SUBTRACTS = regex.compile(
     rf"""
