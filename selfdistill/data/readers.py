@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from selfdistill.data.columns import COLUMNS, OTHER_NAMES
 from selfdistill.data.rows import RawRow, describe_value, numbered, one_line, one_of, parse_json, quoted
@@ -227,8 +227,8 @@ def _is_unquoted(text: str) -> bool:
 def _cells(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """The cells of each row that is not blank, with the number of its first line."""
     found, line = [], 1
-    quoting = csv.QUOTE_NONE if delimiter == "\t" and _is_unquoted(text) else csv.QUOTE_MINIMAL
     limit = csv.field_size_limit(2**31 - 1)  # by default, a document of 128 KiB is too long
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" and _is_unquoted(text) else csv.QUOTE_MINIMAL
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         for cells in reader:
