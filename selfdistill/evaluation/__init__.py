@@ -1,4 +1,4 @@
-"""Evaluate models; nothing here trains."""
+"""Evaluate models; nothing here trains the model that it is given."""
 
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.asked import AskResult, ask

@@ -143,9 +143,10 @@ class Measure:
         kept = [row for row, length in zip(made, lengths, strict=True) if length <= window]
         if len(kept) < len(made) and (config.on_long_prompt == "error" or not kept):
             who = "prompt" if context is None else "teacher's prompt"
-            text = (f"{who} and demonstration have ", f" tokens, limit {window} (the model's context window)")
+            before = f"{who} and demonstration have "
+            after = f" tokens, limit {window} (the model's context window)"
             long = [pair for pair in zip(made, lengths, strict=True) if pair[1] > window]
-            bad = [RowProblem(row.demonstration.source, text[0], str(length), text[1]) for row, length in long]
+            bad = [RowProblem(row.demonstration.source, before, str(length), after) for row, length in long]
             raise UserError(
                 f"{len(bad)} of {len(made)} rows do not fit: {by_reason(bad)}; drop them with on_long_prompt drop"
             )
