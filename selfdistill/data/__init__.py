@@ -6,7 +6,6 @@ from selfdistill.data.bundled import (
     anchor_prompts,
     drift_prompts,
     is_packaged,
-    packaged,
 )
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, thought_and_said
 from selfdistill.data.columns import COLUMNS
@@ -90,7 +89,7 @@ from selfdistill.data.scorers import (
     verdicts,
 )
 from selfdistill.data.shapes import draw_shapes
-from selfdistill.data.sources import Note, located
+from selfdistill.data.sources import Note, located, packaged
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.text_ids import texts_of
 from selfdistill.data.words import WORD, includes, plain, spaced, words_of
