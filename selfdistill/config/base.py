@@ -299,10 +299,7 @@ class ModelSettings(EngineSettings):
         except ValueError:
             raise ValueError("a day such as 2026-01-31") from None
 
-    @field_validator("judge_url")
-    @classmethod
-    def _plain_address(cls, value: str | None) -> str | None:
-        return plain_address(value)
+    _plain_address = field_validator("judge_url")(plain_address)
 
     @model_validator(mode="after")
     def _judge_has_an_address(self) -> ModelSettings:
@@ -382,10 +379,7 @@ class QuestionSettings(Settings):
     phrasings: int = Field(default=2, ge=0)
     """Paraphrases of each question for training, in addition to the one held out for the test."""
 
-    @field_validator("writer_url")
-    @classmethod
-    def _plain_writer_address(cls, value: str | None) -> str | None:
-        return plain_address(value)
+    _plain_writer_address = field_validator("writer_url")(plain_address)
 
     @model_validator(mode="after")
     def _writer_has_a_name(self) -> QuestionSettings:

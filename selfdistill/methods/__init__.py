@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from selfdistill.config import MethodName, MethodSettings, TrainConfig
+from selfdistill.config import MethodName, MethodSettings, TrainConfig, without_defaults
 from selfdistill.data import Demonstration, Lacks, is_own, one_line
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
@@ -234,8 +234,5 @@ def uses(config: TrainConfig, name: str) -> bool:
 
 def unused_settings(config: TrainConfig) -> list[str]:
     """Settings with non-default values that the method does not use."""
-    fields = TrainConfig.model_fields
-    given = [
-        name for name in _OF_METHODS if getattr(config, name) != fields[name].get_default(call_default_factory=True)
-    ]
-    return [name for name in given if not uses(config, name)]
+    given = without_defaults(config)
+    return [name for name in _OF_METHODS if name in given and not uses(config, name)]
