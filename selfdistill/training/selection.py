@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat, ContextEncoder, Verdict
+from selfdistill.data import ChatFormat, Verdict
 from selfdistill.methods import Checker, Completion, Method, encoder_of, verdicts_on
 from selfdistill.runtime import say_note
 
@@ -69,17 +69,13 @@ class Selector:
             selected.append(self._selected(part, verdicts))
         return selected
 
-    def encoder(self) -> ContextEncoder:
-        """Encodes contexts within the limits of the run."""
-        return encoder_of(self.config, self.chat, self.window)
-
     def _selected(self, part: BatchPart, verdicts: Sequence[Verdict]) -> Selected:
         samples = part.completions
         if verdicts:
             samples = [replace(sample, verdict=verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
         if part.method.select is None:
             return Selected(part, samples, verdicts, unfit=0)
-        encode = self.encoder()
+        encode = encoder_of(self.config, self.chat, self.window)
         learnt = part.method.select(samples, verdicts, encode)
         if encode.unfit and not self._noted:
             self._noted = True

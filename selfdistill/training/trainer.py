@@ -150,7 +150,7 @@ class Trainer:
             compiled = CompiledLayers(self.loaded) if config.torch_compile else None
         self.forward_pass = ForwardPass(self.loaded, compiled, sharded=config.fsdp)
         if config.fsdp:
-            self._shard(*self.teachers.values())
+            self._shard()
         self.engine()  # before any long work
         with self.accelerator.autocast():
             check_engine(self.stages, self.loaded)
@@ -222,8 +222,9 @@ class Trainer:
             )
         return other
 
-    def _shard(self, *teachers: Teacher) -> None:
+    def _shard(self) -> None:
         """Shard the student, the teacher and the base."""
+        teachers = self.teachers.values()
         device = self.accelerator.device
         dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
         token = torch.tensor([[self.loaded.pad_token_id]], device=device)

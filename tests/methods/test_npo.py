@@ -31,6 +31,7 @@ from formulas import advantages, chosen, judged, mean_over_rows, moved, trained_
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import Verdict, load_demonstrations
 from selfdistill.errors import UserError
+from selfdistill.methods import encoder_of
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import Sampling, load_model, sample, sample_seed
 from selfdistill.training.memory import memory_plan
@@ -147,7 +148,7 @@ def test_the_run_moves_on_to_later_models(in_order: Settings) -> None:
         control = run._control(run.stage, step)
         select = run.stage.task.method.at(step, 7, control).select
         assert select is not None
-        learnt.append(select(samples, [Verdict(0.0)] * 3, run.selector.encoder())[-1].ids)
+        learnt.append(select(samples, [Verdict(0.0)] * 3, encoder_of(run.config, run.chat, run.loaded.window))[-1].ids)
     expected = [found[example.demonstration.row] for found in drawn]
     assert learnt == [expected[number] for number in (0, 0, 0, 1, 1, 2, 2)]
 
