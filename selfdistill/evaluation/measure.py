@@ -28,7 +28,7 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.check_result import Layout
 from selfdistill.evaluation.distances import kl_along, summed_loss
-from selfdistill.evaluation.episodes import encoded, notes_on_calls, player_of, rows_of
+from selfdistill.evaluation.episodes import encoded, note_on_unused_tools, player_of, rows_of
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.spill import (
     Anchors,
@@ -109,7 +109,7 @@ class Measure:
             say_note(doubt, topic="scorer")
         self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
-        for note in notes_on_calls(self.student.episodes):
+        for note in note_on_unused_tools(self.student.episodes):
             say_note(note)
         self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.kept)
         began = clock(loaded.device)
