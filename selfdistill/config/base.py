@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
 from selfdistill.config.trl_names import trl_hint
-from selfdistill.data import CODE, JUDGE, SCORER_NAMES, Turns, by_name, known_or_own
+from selfdistill.data import CODE, JUDGE, SCORER_NAMES, LearntTurns, by_name, known_or_own
 from selfdistill.environments import name_of_functions
 from selfdistill.errors import UserError, closest
 
@@ -258,7 +258,7 @@ class ModelSettings(EngineSettings):
     a hub name, or a file of the package, e.g. ``bundled:shop.test.jsonl``."""
     split: str = "train"
     """Split of ``data`` to read, from a folder or data set with several."""
-    turns: Turns = "auto"
+    turns: LearntTurns = "auto"
     """Which replies of a chat to learn. ``last``: the last one. ``all``: every one after the prompt. ``auto``: all in
     rows with tool calls or tool turns, else the last one."""
     max_prompt_length: int | None = Field(default=None, ge=1)

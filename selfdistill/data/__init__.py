@@ -48,8 +48,8 @@ from selfdistill.data.images import (
     shown_text,
 )
 from selfdistill.data.messages import (
+    LearntTurns,
     Message,
-    Turns,
     as_transcript,
     not_object,
     said_in,
@@ -115,6 +115,7 @@ __all__ = [
     "Hint",
     "HintPart",
     "Lacks",
+    "LearntTurns",
     "Message",
     "Note",
     "NothingFits",
@@ -128,7 +129,6 @@ __all__ = [
     "RowProblem",
     "Rows",
     "TemplateRefusal",
-    "Turns",
     "Verdict",
     "anchor_kinds",
     "anchor_prompts",
