@@ -244,10 +244,14 @@ class BatchGradient:
         return taught, base
 
     def _score(
-        self, rule: TeacherRule, contexts: Sequence[Sequence[int]], micro: Weighed, cache: PrefixCache | None = None
+        self,
+        rule: TeacherRule,
+        contexts: Sequence[Sequence[int]],
+        micro: Weighed,
+        prefix_cache: PrefixCache | None = None,
     ) -> _Scored:
         with self.teachers[rule].model() as network, cached_casts(network), self.accelerator.autocast():
-            output = self.forward_pass(network, contexts, micro.ids, cache)
+            output = self.forward_pass(network, contexts, micro.ids, prefix_cache)
             return output.hidden_ND[micro.has_weight_N(self.loaded.device)], output.head
 
     def _score_student(
