@@ -15,7 +15,7 @@ import torch
 from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration, Example, load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.evaluation import Drift, Evaluator
+from selfdistill.evaluation import Distance, Evaluator, drift_from
 from selfdistill.methods import Completion, SamplesFile, State
 from selfdistill.model import (
     CompiledLayers,
@@ -163,10 +163,10 @@ class Trainer:
         self.gradient = BatchGradient(
             config, self.accelerator, self.loaded, self.selector, self.forward_pass, self.teachers, self.prefix_caches
         )
-        self.drift: Drift | None = None
+        self.drift: Distance | None = None
         if config.drift_steps:
             with unsharded(model), self.accelerator.autocast():
-                self.drift = Drift(self.loaded, self.forward_pass, self.chat)
+                self.drift = drift_from(self.loaded, self.forward_pass, self.chat)
         self.parameters = list(trained_parameters(model).values())
         self.optimizer = make_optimizer(
             self.parameters, config.optim, seed=config.seed, weight_decay=config.weight_decay
