@@ -34,7 +34,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods import encoder_of
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import Sampling, load_model, sample, sample_seed
-from selfdistill.training.memory import memory_plan
+from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.traced_step import Device
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
@@ -179,7 +179,7 @@ def test_the_plan_of_memory_is_that_of_the_largest_model(in_order: Settings, mod
 
     def drawing(**values: Any) -> int:
         config = in_order(**values)
-        plan = memory_plan(config, load_demonstrations(config.data), Device("cpu", "no"))
+        plan = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no")).plan(config)
         return next(phase.total for phase in plan.phases if phase.name == "drawing")
 
     alone = drawing(teacher_model=large, method_settings={"later": []})
