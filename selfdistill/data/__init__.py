@@ -36,11 +36,9 @@ from selfdistill.data.episodes import Replies, changed_when_shown_anew, notes_on
 from selfdistill.data.feedback import with_feedback, with_guide
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable, no_part
 from selfdistill.data.images import (
-    MOST_PIXELS,
     PICTURE_FOLDER,
     Picture,
     PictureRefusal,
-    PictureTokens,
     PromptIds,
     continued_by,
     pictures_in,
@@ -99,7 +97,6 @@ __all__ = [
     "COLUMNS",
     "GIVEN",
     "JUDGE",
-    "MOST_PIXELS",
     "NEXT_TURN",
     "PACKAGE",
     "PICTURE_FOLDER",
@@ -121,7 +118,6 @@ __all__ = [
     "NothingFits",
     "Picture",
     "PictureRefusal",
-    "PictureTokens",
     "PromptIds",
     "RawRow",
     "Replies",

@@ -1,6 +1,6 @@
 """Evaluate models; nothing here trains the model that it is given."""
 
-from selfdistill.evaluation.answers import Answers, answer, check_answers
+from selfdistill.evaluation.answers import answer, check_answers
 from selfdistill.evaluation.asked import AskResult, ask
 from selfdistill.evaluation.check import LAYOUTS, best_context, check, check_run
 from selfdistill.evaluation.check_result import CheckResult
@@ -27,7 +27,6 @@ __all__ = [
     "DRIFT_TOKENS",
     "LAYOUTS",
     "SYSTEM_TURN",
-    "Answers",
     "AskResult",
     "CheckResult",
     "Distance",

@@ -22,7 +22,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import to_score, verdicts_on
 from selfdistill.methods.encoders import encoder_of
-from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
+from selfdistill.methods.episodes import EpisodeRules, episode_rules, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts, repeated_prompts
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
@@ -54,7 +54,6 @@ __all__ = [
     "DemonstrationExamples",
     "EpisodeRow",
     "EpisodeRules",
-    "EpisodeSamples",
     "GuidedAfterFailure",
     "GuidedSamples",
     "Method",

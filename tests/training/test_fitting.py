@@ -22,7 +22,8 @@ from selfdistill.data import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel, tensor_bytes
 from selfdistill.model.teacher import PART_NUMBERS
-from selfdistill.runtime import planned_devices, size_in_bytes
+from selfdistill.runtime import planned_devices
+from selfdistill.runtime.resources import size_in_bytes
 from selfdistill.training import memory, plan_for, train
 from selfdistill.training.fitting import check_host_fits, fit, fitted, plan_that_fits
 from selfdistill.training.memory import MemoryPlanner, has_moving_teacher
