@@ -164,8 +164,7 @@ def summed_loss(
         student.head_parameters,
         tokens_N,
         _weights(tokens_N, own),
-        teacher.hidden_ND if teacher else None,
-        teacher.head if teacher else None,
+        (teacher.hidden_ND, teacher.head) if teacher else None,
         chunk_size=student.chunk_tokens,
     )
 

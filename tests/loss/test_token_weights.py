@@ -71,8 +71,7 @@ def test_eight_batches_of_one_equal_one_batch_of_eight(normalisation, skip):
             list(head.parameters()),
             tokens[rows][kept],
             weights[rows][kept],
-            teacher_hidden[rows][kept],
-            teacher_head,
+            (teacher_hidden[rows][kept], teacher_head),
             chunk_size=4,
         )[0]
 

@@ -250,8 +250,7 @@ def test_a_target_in_float64_against_autograd(kind: Any, support: Any) -> None:
         (),
         tokens_N,
         weights_N,
-        teacher_ND,
-        head,
+        (teacher_ND, head),
         chunk_size=3,
         base=(base_ND, head),
     )
