@@ -21,10 +21,8 @@ from selfdistill.loss.chunked import chunked_loss
 from selfdistill.loss.divergence import (
     CrossEntropy,
     Divergence,
+    Pair,
     forward_kl,
-    jsd,
-    reverse_kl,
-    token_statistics,
 )
 
 N, V, D, K = 7, 23, 5, 6
@@ -167,15 +165,15 @@ def test_gradient_matches_finite_differences_of_the_loss_itself(loss):
 
 @pytest.mark.parametrize(
     ("function", "loss"),
-    [(forward_kl, LOSSES[0]), (reverse_kl, LOSSES[1]), (jsd, LOSSES[2]), (lambda p, q: jsd(p, q, 0.2), LOSSES[3])],
-    ids=["forward_kl", "reverse_kl", "jsd", "jsd_0.2"],
+    [(lambda p, q, _: forward_kl(p, q), LOSSES[0]), *((loss.per_token, loss) for loss in LOSSES[:4])],
+    ids=["the function", *map(name, LOSSES[:4])],
 )
 def test_functions_take_leading_dimensions_and_detach_the_teacher(function, loss):
     student, teacher, tokens = logits(2)
     teacher.requires_grad_()
     student.requires_grad_()
     value, _ = references(loss, student.detach(), teacher.detach(), tokens)
-    found = function(student.expand(2, N, V), teacher.expand(2, N, V))
+    found = function(student.expand(2, N, V), teacher.expand(2, N, V), tokens.expand(2, N))
     assert found.shape == (2, N)
     assert error(found, np.stack([value, value])) < 1e-12
     found.sum().backward()
@@ -250,8 +248,8 @@ def test_tokens_that_neither_can_say_count_nothing(loss):
     assert error(loss_N, value) < 1e-5
     assert error(leaf.grad[:, :-3], gradient) < 1e-5
     assert (leaf.grad[:, -3:] == 0).all()
-    for key, statistic_N in token_statistics(student, teacher, tokens).items():
-        assert error(statistic_N, token_statistics(student[:, :-3], teacher[:, :-3], tokens)[key]) < 1e-5, key
+    for key, statistic_N in Pair(student, teacher).statistics(tokens).items():
+        assert error(statistic_N, Pair(student[:, :-3], teacher[:, :-3]).statistics(tokens)[key]) < 1e-5, key
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
@@ -533,7 +531,7 @@ def test_a_cut_entry_has_no_gradient_of_its_own():
 def test_statistics_match_explicit_sums():
     student, teacher, tokens = logits(11, torch.float32)
     student.requires_grad_()
-    found = token_statistics(student, teacher, tokens)
+    found = Pair(student, teacher).statistics(tokens)
     assert set(found) == {"forward_kl", "reverse_kl", "entropy", "student_logp", "teacher_logp"}
     for n in range(N):
         p, q = (softmax(x[n].detach().double().numpy()) for x in (student, teacher))
@@ -547,7 +545,7 @@ def test_statistics_match_explicit_sums():
         for key, value in expected.items():
             assert found[key][n].item() == pytest.approx(value, rel=1e-5), key
             assert not found[key].requires_grad
-    assert set(token_statistics(student, None, tokens)) == {"entropy", "student_logp"}
+    assert set(Pair(student, None).statistics(tokens)) == {"entropy", "student_logp"}
 
 
 # --- fused with the head ---
@@ -601,7 +599,7 @@ def test_chunked_equals_plain_autograd_with_a_tied_head(loss, chunk_size):
     )
     assert error(value, plain) < 1e-12
     assert error(statistics.pop("loss"), plain_N) < 1e-12
-    expected = token_statistics(student.head(student.hidden(ids)), teacher.head(teacher_hidden), tokens)
+    expected = Pair(student.head(student.hidden(ids)), teacher.head(teacher_hidden)).statistics(tokens)
     assert set(statistics) == set(expected)
     for key in expected:
         assert error(statistics[key], expected[key]) < 1e-12
