@@ -269,9 +269,9 @@ class ModelSettings(EngineSettings):
     batch_size: int = Field(default=32, ge=1)
     """Prompts per optimizer step, over all processes and micro-batches. The official code uses 32."""
     scorer: str | None = None
-    """Scorer for rows that name none: ``exact`` (the default), ``contains``, ``choice``, ``regex``, ``tool_call``,
-    ``code`` (runs code that the model writes), ``judge``, or your own function as
-    ``python:package.module.function``; in Python also the function itself."""
+    """Scorer for rows that name none: ``exact`` (the default), ``contains``, ``choice``, ``regex``, ``tool_call`` (the
+    default for demonstrated tool calls), ``code`` (runs code that the model writes), ``judge``, or your own function
+    as ``python:package.module.function``; in Python also the function itself."""
     judge_url: str | None = None
     """OpenAI-compatible API of the ``judge``, e.g. ``http://localhost:8000/v1``; data and replies are sent there. The
     key is read from ``SELFDISTILL_JUDGE_KEY`` or, for api.openai.com only, ``OPENAI_API_KEY``."""

@@ -29,19 +29,12 @@ class OneRun(ModelSettings):
     """Settings that a comparison varies from run to run."""
 
     method: OwnOrMethodName = "sdft"
-    """``sdft``: self-distillation. Baselines: ``sft``, cross-entropy on the demonstrations; ``dft``, the same weighted
-    by each token's probability; ``cpt``, cross-entropy on the documents; ``sft_reinvoke``, SFT and then distillation
-    from the base on general prompts; ``sft_from_teacher`` and ``offline_distillation``, training on teacher samples
-    drawn in advance; ``grpo``, reinforcement learning with the scorer as reward. Relatives of SDFT: ``sdpo``, the
-    teacher sees another sample that the scorer accepts, or its feedback; ``opsd``, each vocabulary entry clipped;
-    ``vopd``, only the sampled token; ``isdft`` and ``veto``, a target near the student at first; ``atesd``, a part of
-    the reasoning; ``msd``, more weight on tokens where the teacher is sure and the student is not. Relatives of
-    ``grpo`` for prompts that are rarely solved: ``pope``, also samples that continue a part of the demonstration;
-    ``trapo``, the same after failures, also learning that part. Where no sample is right: ``sort``, the demonstration;
-    ``actguide``, samples that saw its first lines; ``npo``, a right sample of ``teacher_model``. Relatives of SFT:
-    ``eaft``, weighted by the student's entropy; ``t3s``, without the tokens that a worse model has learnt; ``ssd``, on
-    the model's own samples. Or your own function as ``python:package.module.function``; in Python also the function
-    itself."""
+    """``sdft``: self-distillation. What the others learn from: demonstrations (``sft``, ``dft``, ``eaft``, ``t3s``,
+    ``sft_reinvoke``) or documents (``cpt``); the teacher's scores of the student's samples (``opsd``, ``vopd``,
+    ``isdft``, ``veto``, ``atesd``, ``msd``); samples drawn before the run (``sft_from_teacher``,
+    ``offline_distillation``, ``ssd``); a scorer's rewards (``grpo``, ``sdpo``, ``pope``, ``trapo``, ``sort``,
+    ``actguide``, ``npo``). docs/methods.md describes each. Your own function: ``python:package.module.function``; in
+    Python also the function itself."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-5, or 1e-4 with LoRA (about ten times full fine-tuning's, arXiv 2405.09673)."""
     seed: int = Field(default=0, ge=0)

@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from selfdistill.data.call_results import notes_on_calls
 from selfdistill.data.columns import COLUMNS, is_empty, misnamed, misnamed_in, missing, notes_on_unread, refused
-from selfdistill.data.images import Picture, in_order, in_parts, marked, pictures_of, refuse_late, saved, undecoded
+from selfdistill.data.images import Picture, in_order, in_parts, marked, pictures_of, refuse_late, saved
 from selfdistill.data.messages import (
     LearntTurns,
     Message,
@@ -56,7 +56,7 @@ class Demonstration:
     answer: Any = None
     """What a scorer compares the reply with; default: the completion."""
     scorer: str | None = None
-    """Name of the scorer for this row; default: the command's setting, else ``exact``."""
+    """Name of the scorer for this row; default: the command's setting, else :func:`.scorers.default_scorer`'s."""
     row: int = 0
     """Position in the whole set, from 0; part of every sample's seed."""
     source: str = ""
@@ -185,7 +185,7 @@ def load_demonstrations(
             name = os.fspath(data)
             rows = read_rows(name, chosen, said)
         else:
-            rows = rows_in_memory(undecoded(data), name, chosen, said, as_row)
+            rows = rows_in_memory(data, name, chosen, said, as_row)
     except OSError as error:
         raise UserError(f"{error.filename or name}: cannot be read: {error.strerror}") from error
     if not rows:

@@ -136,7 +136,7 @@ class EvaluationSet:
         check_answers(self.demonstrations, scorer)
         if scorer and all(row.scorer for row in self.demonstrations):
             say(f"note: every row has its own scorer, so scorer {scorer} is ignored")
-        if doubt := doubt_about(self.demonstrations, scorer):
+        if doubt := doubt_about(self.demonstrations, scorer, self.chat):
             say_note(doubt, topic="scorer")
 
     @property

@@ -20,6 +20,7 @@ from selfdistill.data import (
     RowProblem,
     by_reason,
     context_of,
+    default_scorer,
     doubt_about,
     is_scorable,
     notes_on,
@@ -105,7 +106,7 @@ class Measure:
             check_answers(measured, config.scorer)
         for note in notes_on(self.rows, self.chat):
             say_note(note)
-        if by_scorer and (doubt := doubt_about(measured, config.scorer) or self._word_for_word()):
+        if by_scorer and (doubt := doubt_about(measured, config.scorer, self.chat) or self._word_for_word()):
             say_note(doubt, topic="scorer")
         self.prefix_cache = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
@@ -124,7 +125,8 @@ class Measure:
         named = self.config.scorer or any(
             d.scorer or d.answer is not None for d in (row.demonstration for row in self.rows)
         )
-        length = sum(len(row.completion_ids) for row in self.rows) / len(self.rows)
+        compared = [row for row in self.rows if default_scorer(row.demonstration, None) == "exact"]
+        length = sum(len(row.completion_ids) for row in compared) / max(1, len(compared))
         if named or length < LONG_REPLY:
             return None
         return (

@@ -23,15 +23,10 @@ from selfdistill.loss import Divergence
 from selfdistill.methods.examples import PromptExamples
 from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.slots import FROZEN, Method, Part, Parts, engine_cap, sampling_of
-from selfdistill.model import sample_seed
 
 
 def anchors(config: TrainConfig) -> Parts:
-    """One part per source of anchors, which divide ``anchor_share`` evenly.
-
-    Each source has its own seed: otherwise its samples would be correlated with those of the task's rows of the same
-    numbers.
-    """
+    """One part per source of anchors, which divide ``anchor_share`` evenly."""
     if not config.anchors or not config.anchor_share:
         return ()
     own: dict[str, Any] = {"weight": config.jsd_weight} if config.anchor_divergence == "jsd" else {}
@@ -40,15 +35,15 @@ def anchors(config: TrainConfig) -> Parts:
         Part(
             name,
             Method(
-                examples=PromptExamples(config, source),
-                sequence=StudentSamples(sampling_of(config), 1, sample_seed(config.seed, 0, 0, number)),
+                examples=PromptExamples(config, source, number),
+                sequence=StudentSamples(sampling_of(config), 1, config.seed),
                 loss=loss,
                 teacher=FROZEN,
                 importance_cap=engine_cap(config),
             ),
             share=config.anchor_share / len(config.anchors),
         )
-        for number, (name, source) in enumerate(zip(_names(config.anchors), config.anchors, strict=True))
+        for number, (name, source) in enumerate(zip(_names(config.anchors), config.anchors, strict=True), 1)
     )
 
 

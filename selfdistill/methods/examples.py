@@ -169,6 +169,8 @@ class PromptExamples:
     config: TrainConfig = field(compare=False)
     prompts: str
     """What :func:`selfdistill.data.anchor_prompts` takes."""
+    source: int = 0
+    """See :class:`selfdistill.data.Example`."""
 
     def counted(self, count: int) -> str:
         if is_packaged(self.prompts):
@@ -184,7 +186,9 @@ class PromptExamples:
         on_long_prompt = self.config.on_long_prompt
         if is_packaged(self.prompts):  # the user cannot shorten these
             on_long_prompt = "drop"
-        return examples_of_prompts(self.config, anchor_prompts(self.prompts), loaded, chat, on_long_prompt)
+        prompts = anchor_prompts(self.prompts)
+        examples, dropped = examples_of_prompts(self.config, prompts, loaded, chat, on_long_prompt)
+        return [replace(example, source=self.source) for example in examples], dropped
 
     def notes(
         self, examples: Sequence[Example], rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat

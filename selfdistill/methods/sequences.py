@@ -86,11 +86,13 @@ class SequenceSource(Protocol):
 
 def seeds_of(examples: Sequence[Example], count: int, seed: int, step: int) -> list[list[int]]:
     """The seeds of each example's samples in a step, ``count`` of each."""
-    seen: Counter[int] = Counter()  # an example may occur twice in a batch that spans the end of an epoch
+    seen: Counter[tuple[int, int]] = Counter()  # an example may occur twice in a batch that spans the end of an epoch
     found = []
-    for row in (example.demonstration.row for example in examples):
-        found.append([sample_seed(seed, step, row, seen[row] + number) for number in range(count)])
-        seen[row] += count
+    for source, row in ((example.source, example.demonstration.row) for example in examples):
+        own = sample_seed(seed, 0, 0, source - 1) if source else seed
+        first = seen[source, row]
+        found.append([sample_seed(own, step, row, first + number) for number in range(count)])
+        seen[source, row] += count
     return found
 
 

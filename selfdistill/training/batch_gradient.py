@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from selfdistill.config import TrainConfig
+from selfdistill.errors import UserError
 from selfdistill.loss import (
     CrossEntropy,
     Head,
@@ -237,6 +238,12 @@ class BatchGradient:
         """Run teacher and base, each on its own prompts; None for each that the method lacks."""
         taught = base = None
         contexts = [c.example.teacher_ids or [] for c in micro.completions]
+        if not all(contexts) and (method.teacher or method.base_sees_context):
+            source = micro.completions[contexts.index([])].example.demonstration.source
+            raise UserError(
+                f"method {self.config.method!r}: slot 'select': a sample of {source} has no context for the teacher; "
+                "give its example teacher_ids, or leave it out"
+            )
         if method.teacher:
             taught = self._score(method.teacher, contexts, micro, self.prefix_caches.get(method.teacher))
         if method.needs_base:

@@ -65,7 +65,16 @@ from selfdistill.training.rates import Rates
 from selfdistill.training.setup import chosen_rows, teacher_rules
 from selfdistill.training.sharding import Sharding
 from selfdistill.training.step_time import TimePlan, time_plan
-from selfdistill.training.traced_step import Bytes, Device, PlannedPart, Segments, TracedStep, arithmetic, autocast
+from selfdistill.training.traced_step import (
+    Bytes,
+    Device,
+    PlannedPart,
+    Segments,
+    TracedStep,
+    arithmetic,
+    autocast,
+    sampled_together,
+)
 
 TIMED_ROWS = 64
 """Most rows, of all lengths, whose average determines the time of a step."""
@@ -353,12 +362,14 @@ def _phases(
     for parts in stages:
         sizes = [part.rows(config, device) for part in parts]
         size = max(1, math.ceil(sum(sizes) / config.micro_batches))
+        traced: list[list[Segments]] = []
         for number, (part, own) in enumerate(zip(parts, sizes, strict=True)):
-            peaks = [step.learning(part, min(size, own), again=number > 0 or own > size) for step in steps]
-            if config.engine == "none":
-                peaks = [step.sampling(part, own) | peak for step, peak in zip(steps, peaks, strict=True)]
+            traced.append([step.learning(part, min(size, own), again=number > 0 or own > size) for step in steps])
             if part.method.drawn and (config.engine == "none" or part.method.drawn.others):
-                peaks = [step.drawing(part, samplers) | peak for step, peak in zip(steps, peaks, strict=True)]
+                traced.append([step.drawing(part, samplers) for step in steps])
+        if config.engine == "none":
+            traced += [[step.sampling(alike) for step in steps] for alike in sampled_together(parts)]
+        for peaks in traced:
             for (phase, _), whole in _extrapolated(peaks, layers).items():
                 added = sharding(phase, whole) if sharding else whole
                 found[phase] = max(found.get(phase, Bytes()), added, key=lambda added: added.total())

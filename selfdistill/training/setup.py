@@ -25,6 +25,7 @@ from selfdistill.methods import (
     FROZEN,
     Method,
     Part,
+    check_losses,
     check_steps,
     repeated_prompts,
     rules_of,
@@ -212,7 +213,8 @@ def make_stages(
     """The method's stages, with encoded examples.
 
     Raises:
-        UserError: rows are too long, a checker cannot use an answer, or ``skip_first_tokens`` masks most tokens.
+        UserError: rows are too long, a checker cannot use an answer, ``skip_first_tokens`` masks most tokens, or a
+            teacher has no context.
     """
     check_parts(config)
     stages = []
@@ -220,6 +222,8 @@ def make_stages(
         encoded = [_encoded(part, config, demonstrations, loaded, chat) for part in parts if not part.same_samples]
         same = [replace(encoded[0], name=x.name, method=x.method, same_samples=True) for x in parts if x.same_samples]
         stages.append(Stage([encoded[0], *same, *encoded[1:]]))
+        for part in stages[-1].parts:
+            _check_contexts(config.method, part)
     return stages
 
 
@@ -259,6 +263,16 @@ def _encoded(
     demonstrated = [example.learnt_tokens for example in examples if example.demonstration.completion]
     average = mean(demonstrated) if demonstrated else None
     return EncodedPart(part.name, method, part.share, examples, dropped, demonstrated=average)
+
+
+def _check_contexts(name: str, part: EncodedPart) -> None:
+    """Check that the teacher has a context in each example, unless ``select`` makes it."""
+    method, seen = part.method, [x.demonstration.source for x in part.examples if x.teacher_ids is None]
+    if seen and method.select is None and (method.teacher or method.base_sees_context):
+        raise UserError(
+            f"method {name!r}: slot 'examples' of part {part.name!r}: no context for the teacher in {first_ten(seen)}; "
+            "use examples with one, as DemonstrationExamples(config, config.context), or a 'select' that makes it"
+        )
 
 
 def note_test_prompts(stage: Stage, questions: Sequence[Demonstration]) -> None:
@@ -319,7 +333,8 @@ def divide_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
     """Divide ``max_steps`` among the stages as evenly as possible.
 
     Raises:
-        UserError: there are fewer steps than stages, or than a stage needs to use all that is drawn for it.
+        UserError: there are fewer steps than stages, or than a stage needs to use all that is drawn for it; or a step
+            cannot use its loss.
     """
     assert config.max_steps is not None
     check_steps(config.max_steps, config.method, stages)
@@ -328,3 +343,5 @@ def divide_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
         stage.first_step, stage.steps = start, end - start
         if stage.task.method.drawn:
             stage.task.method.drawn.check_steps(stage.steps)
+        for part in stage.parts:
+            check_losses(config.method, part.method, stage.steps)

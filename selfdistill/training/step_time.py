@@ -34,7 +34,7 @@ from selfdistill.loss import plain_weight
 from selfdistill.model import LoadedModel, TeacherRule, body_and_head, count_of, moment_bytes
 from selfdistill.training.rates import Rates
 from selfdistill.training.schedule import steps_of
-from selfdistill.training.traced_step import Device, PlannedPart
+from selfdistill.training.traced_step import Device, PlannedPart, sampled_together
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,11 @@ def time_plan(
         rates = replace(rates, layer_seconds=0.0)
     student = Network.of(loaded, device)
     networks = {rule: Network.of(other, device) for rule, other in others.items()}
-    parts = [_part_seconds(config, device, student, networks, part, rates) for stage in stages for part in stage]
+    parts = [_scoring_seconds(config, device, student, networks, part, rates) for stage in stages for part in stage]
+    together = [alike for stage in stages for alike in sampled_together(stage)]
     update = _update_seconds(config, device, loaded, stages, rates)
     step = Seconds(
-        sampling=sum(part.sampling for part in parts) / len(stages),
+        sampling=sum(_sampling_seconds(config, device, student, alike, rates) for alike in together) / len(stages),
         teacher=sum(part.teacher for part in parts) / len(stages),
         student=sum(part.student for part in parts) / len(stages),
         update=update,
@@ -176,7 +177,18 @@ def time_plan(
     return TimePlan(rates, step, steps_of(config, examples, stages[0][0].share), before)
 
 
-def _part_seconds(
+def _sampling_seconds(
+    config: TrainConfig, device: Device, network: Network, parts: Sequence[PlannedPart], rates: Rates
+) -> float:
+    """Seconds to sample the completions of parts that sample together."""
+    counts = [part.rows(config, device) for part in parts]
+    prompts = [fmean(len(x.student_ids) for x in part.examples) for part in parts]
+    sampling = parts[0].sampling
+    assert sampling is not None
+    return network.sampling_seconds(rates, sum(counts), fmean(prompts, counts), sampling.max_completion_length)
+
+
+def _scoring_seconds(
     config: TrainConfig,
     device: Device,
     student: Network,
@@ -187,7 +199,6 @@ def _part_seconds(
     method, count = part.method, part.rows(config, device)
     prompt = fmean(len(x.student_ids) for x in part.examples)
     tokens = fmean(len(part.completion(x)) for x in part.examples)
-    samples = method.sequence.sampling is not None and not part.same_samples
     own = student.scoring_flops(prompt + tokens, tokens)
     length = fmean(len(x.teacher_ids or []) for x in part.examples) + tokens
     scored = 0.0
@@ -197,7 +208,6 @@ def _part_seconds(
         scored += networks.get(method.teacher, student).scoring_flops(length, tokens)
     passes = (2 if config.lora_rank else 3) + bool(config.gradient_checkpointing)
     return Seconds(
-        sampling=student.sampling_seconds(rates, count, prompt, tokens) if samples else 0.0,
         teacher=count * scored / rates.products,
         student=count * passes * own / rates.products,
     )

@@ -94,6 +94,13 @@ class PlannedPart:
         return [0] * self.sampling.max_completion_length if self.sampling else example.completion_ids
 
 
+def sampled_together(parts: Sequence[PlannedPart]) -> list[list[PlannedPart]]:
+    """A step's parts whose completions are sampled, those that are sampled by one call together."""
+    own = [part for part in parts if part.method.sequence.sampling is not None and not part.same_samples]
+    sequences = dict.fromkeys(part.method.sequence for part in own)
+    return [[part for part in own if part.method.sequence == sequence] for sequence in sequences]
+
+
 class TracedStep:
     """Runs the phases of a step.
 
@@ -126,16 +133,17 @@ class TracedStep:
     def _autocast(self) -> torch.autocast:
         return autocast(self._device)
 
-    def sampling(self, part: PlannedPart, count: int) -> Segments:
-        """Sample this many completions, all of maximum length."""
-        if part.sampling is None or part.method.sequence.sampling is None:
-            return {}
-        prompts = longest([x.student_ids for x in part.examples], count)
-        found = self._sampled(self.loaded, prompts, part.sampling, "sampling")
-        sequence = part.method.sequence
+    def sampling(self, parts: Sequence[PlannedPart]) -> Segments:
+        """Sample the completions of parts that sample together, all of maximum length."""
+        policy, sequence = parts[0].sampling, parts[0].method.sequence
+        assert policy is not None
+        prompts: list[Ids] = []
+        for part in parts:
+            prompts += longest([x.student_ids for x in part.examples], part.rows(self._config, self._device))
+        found = self._sampled(self.loaded, longest(prompts, len(prompts)), policy, "sampling")
         if isinstance(sequence, GuidedAfterFailure):
-            prompts = longest(part.guided, math.ceil(count * sequence.replaced / sequence.group))
-            found |= self._sampled(self.loaded, prompts, part.sampling, "sampling", "guided ")
+            count = math.ceil(len(prompts) * sequence.replaced / sequence.group)
+            found |= self._sampled(self.loaded, longest(parts[0].guided, count), policy, "sampling", "guided ")
         return found
 
     def drawing(self, part: PlannedPart, others: dict[str, LoadedModel]) -> Segments:

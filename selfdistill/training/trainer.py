@@ -264,6 +264,7 @@ class Trainer:
         stay so, too, if nothing is learnt. Then an average of the student stays as well.
         """
         stopwatch, counted_before = Stopwatch(self.loaded.device), self.loaded.rollout_count
+        self.updated = False  # whether the step has changed weights, so that the last one's can no longer be saved
         self.stage = stage = self.stage_of(step)[1]
         stage_step = step - stage.first_step
         positions = self._positions(stage, stage_step)
@@ -273,6 +274,7 @@ class Trainer:
         results = self.gradient.add(parts, stopwatch)
         with stopwatch("update"):
             rate = self._set_learning_rate(stage, stage_step)
+            self.updated = True
             norm, moved = self._update_student(results)
             if self.teacher is not None:
                 self.teacher.update(step + 1, student_moved=moved)

@@ -33,10 +33,10 @@ from torch import Tensor
 import selfdistill as sd
 from selfdistill.cli import main
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import Demonstration, Example, anchor_prompts
+from selfdistill.data import anchor_prompts
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
-from selfdistill.methods import METHODS, Method, stages_of
+from selfdistill.methods import METHODS, Method, sequences, stages_of
 from selfdistill.methods.samples_file import SAMPLES_FILE
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.model.loading import load_model
@@ -314,13 +314,30 @@ def test_anchors_keep_the_model_where_it_was(anchored: Settings, tmp_path: Path)
     assert drifts[0] < drifts[1] / 5
 
 
-def test_no_two_parts_sample_with_the_same_seed(anchored: Settings) -> None:
-    (parts,) = stages_of(anchored(method="sdft"))
-    rows = [Example(Demonstration("q", "a", row=row), [1], None, [2]) for row in range(5)]
-    sequences: list[Any] = [part.method.sequence for part in parts]
-    assert len(sequences) == 3
-    seeds = [seed for sequence in sequences for seed in sequence.expanded(rows, step=3)[1]]
-    assert len(set(seeds)) == len(seeds) == 15
+@pytest.mark.parametrize("method", ["sdft", "sft"])
+def test_all_parts_sample_together_and_with_seeds_of_their_own(
+    anchored: Settings, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    calls: list[tuple[int, list[int]]] = []
+    draw = sequences.sample
+
+    def counted(loaded: Any, prompts: Any, sampling: Any, seeds: Any) -> Any:
+        calls.append((len(prompts), list(seeds)))
+        return draw(loaded, prompts, sampling, seeds)
+
+    monkeypatch.setattr(sequences, "sample", counted)
+    run = Trainer(anchored(method=method))
+    run.step(0)
+    run.step(1)
+    sampled = 8 if method == "sdft" else 4  # the others are demonstrations
+    assert [count for count, _ in calls] == [sampled] * 2
+    seeds = [seed for _, drawn in calls for seed in drawn]
+    assert len(set(seeds)) == len(seeds)
+    task, lines, chats = (part.examples[:3] for part in run.stage.parts)
+    assert [x.demonstration.row for x in task] == [x.demonstration.row for x in lines]
+    assert [x.demonstration.row for x in lines] == [x.demonstration.row for x in chats]
+    drawn = sequences.seeds_of([*task, *lines, *chats], 2, seed=0, step=3)
+    assert len({seed for own in drawn for seed in own}) == 18
 
 
 def test_anchors_that_are_prompts_of_the_task_are_noted(
