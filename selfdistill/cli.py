@@ -1,4 +1,4 @@
-"""The command line: parse, call the function of the same name in :mod:`selfdistill.api`, print the result.
+"""The command line: parse, call the function of the command, mostly in :mod:`selfdistill.api`, print the result.
 
 A user's mistake prints one line on standard error and exits with code 2. Heavy imports are inside the commands, so that
 ``--help`` and errors about options are fast.

@@ -12,7 +12,7 @@ from statistics import mean
 from bench import Bench, Check, Found, NotRun
 from models import rows, small_model, starter
 
-from selfdistill.data.bundled import packaged
+from selfdistill.data.sources import packaged
 from selfdistill.runtime import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]

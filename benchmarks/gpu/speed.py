@@ -177,8 +177,7 @@ def check_loss(bench: Bench, found: Found) -> None:
                         (head.weight,),
                         tokens_N,
                         weights_N,
-                        teacher_ND,
-                        teacher_head,
+                        (teacher_ND, teacher_head),
                         chunk_size=size,
                     )
                     value.backward()

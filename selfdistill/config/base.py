@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
 from selfdistill.config.trl_names import trl_hint
-from selfdistill.data import CODE, JUDGE, SCORER_NAMES, Turns, by_name, known_or_own
+from selfdistill.data import CODE, JUDGE, SCORER_NAMES, LearntTurns, by_name, known_or_own
 from selfdistill.environments import name_of_functions
 from selfdistill.errors import UserError, closest
 
@@ -258,7 +258,7 @@ class ModelSettings(EngineSettings):
     a hub name, or a file of the package, e.g. ``bundled:shop.test.jsonl``."""
     split: str = "train"
     """Split of ``data`` to read, from a folder or data set with several."""
-    turns: Turns = "auto"
+    turns: LearntTurns = "auto"
     """Which replies of a chat to learn. ``last``: the last one. ``all``: every one after the prompt. ``auto``: all in
     rows with tool calls or tool turns, else the last one."""
     max_prompt_length: int | None = Field(default=None, ge=1)
@@ -299,10 +299,7 @@ class ModelSettings(EngineSettings):
         except ValueError:
             raise ValueError("a day such as 2026-01-31") from None
 
-    @field_validator("judge_url")
-    @classmethod
-    def _plain_address(cls, value: str | None) -> str | None:
-        return plain_address(value)
+    _plain_address = field_validator("judge_url")(plain_address)
 
     @model_validator(mode="after")
     def _judge_has_an_address(self) -> ModelSettings:
@@ -382,10 +379,7 @@ class QuestionSettings(Settings):
     phrasings: int = Field(default=2, ge=0)
     """Paraphrases of each question for training, in addition to the one held out for the test."""
 
-    @field_validator("writer_url")
-    @classmethod
-    def _plain_writer_address(cls, value: str | None) -> str | None:
-        return plain_address(value)
+    _plain_writer_address = field_validator("writer_url")(plain_address)
 
     @model_validator(mode="after")
     def _writer_has_a_name(self) -> QuestionSettings:

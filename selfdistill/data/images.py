@@ -77,7 +77,7 @@ class Picture:
 class PromptIds(list[int]):
     """Token ids of a prompt, with its pictures."""
 
-    def __init__(self, ids: Sequence[int], pictures: Sequence[Picture] = ()) -> None:
+    def __init__(self, ids: Sequence[int], pictures: Sequence[Picture]) -> None:
         super().__init__(ids)
         self.pictures = tuple(pictures)
         """In the order of the prompt; a picture that is shown twice appears twice."""

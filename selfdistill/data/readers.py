@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from selfdistill.data.columns import COLUMNS, OTHER_NAMES
 from selfdistill.data.rows import RawRow, describe_value, numbered, one_line, one_of, parse_json, quoted
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 
 _PACKED = {".gz": "a gzip file", ".zst": "a zstd file"}
 """Endings that may follow those of text files, and what they are."""
@@ -204,7 +204,7 @@ def _table(path: str, text: str, delimiter: str) -> list[RawRow]:
     found = []
     for line, cells in rows:
         fits = len(cells) == len(header)
-        count = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+        count = number_of(len(cells), "cell")
         problem = None if fits else f"found {count}, expected {len(header)} ({', '.join(names)})"
         value = {header[at]: cells[at] or None for at in used} if fits else None
         found.append(RawRow(f"line {line}", f"{path}:{line}", value, problem))

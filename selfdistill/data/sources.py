@@ -118,13 +118,12 @@ def rows_in_memory(data: Any, name: str, split: Split, note: Note, as_row: Calla
     if hasattr(data, "columns"):  # a DataFrame, which would yield its columns
         found = type(data).__name__
         raise UserError(f"{name}: found a {found}; convert it with datasets.Dataset.from_pandas or from_polars")
-    rows = list(_of_set(data))
-    return [
-        RawRow(place, getattr(row, "source", "") or place, value, None if isinstance(value, dict) else _not_dict(value))
-        for place, row, value in zip(
-            (f"{name}[{number}]" for number in range(len(rows))), rows, map(as_row, rows), strict=True
-        )
-    ]
+    rows = []
+    for number, row in enumerate(_of_set(data)):
+        place, value = f"{name}[{number}]", as_row(row)
+        problem = None if isinstance(value, dict) else _not_dict(value)
+        rows.append(RawRow(place, getattr(row, "source", "") or place, value, problem))
+    return rows
 
 
 def _not_dict(value: Any) -> str:

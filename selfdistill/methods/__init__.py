@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-from selfdistill.config import MethodName, MethodSettings, TrainConfig
+from selfdistill.config import MethodName, MethodSettings, TrainConfig, without_defaults
 from selfdistill.data import Demonstration, Lacks, is_own
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import to_score, verdicts_on
 from selfdistill.methods.encoders import encoder_of
-from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
+from selfdistill.methods.episodes import EpisodeRules, episode_rules, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts, repeated_prompts
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
@@ -53,7 +53,6 @@ __all__ = [
     "DemonstrationExamples",
     "EpisodeRow",
     "EpisodeRules",
-    "EpisodeSamples",
     "GuidedAfterFailure",
     "GuidedSamples",
     "Method",
@@ -214,8 +213,5 @@ def uses(config: TrainConfig, name: str) -> bool:
 
 def unused_settings(config: TrainConfig) -> list[str]:
     """Settings with non-default values that the method does not use."""
-    fields = TrainConfig.model_fields
-    given = [
-        name for name in _OF_METHODS if getattr(config, name) != fields[name].get_default(call_default_factory=True)
-    ]
-    return [name for name in given if not uses(config, name)]
+    given = without_defaults(config)
+    return [name for name in _OF_METHODS if name in given and not uses(config, name)]

@@ -121,7 +121,7 @@ def sample_at_its_longest(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     at: Callable[[str], object],
-    kind: str = "cpu",
+    kind: str,
 ) -> None:
     """Sample the first and the last token, as if samples ended just before the last: the peak memory of sampling.
 

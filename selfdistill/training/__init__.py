@@ -10,7 +10,7 @@ from selfdistill.training.plan import Plan, plan, plan_for
 from selfdistill.training.run import Run
 from selfdistill.training.schedule import steps_of
 from selfdistill.training.setup import accelerator_state_kept, check_parts, chosen_rows
-from selfdistill.training.train import check_output_dir, train, with_context
+from selfdistill.training.train import check_output_dir, train
 
 __all__ = [
     "Fit",
@@ -32,5 +32,4 @@ __all__ = [
     "take_whole",
     "train",
     "whole_folder",
-    "with_context",
 ]

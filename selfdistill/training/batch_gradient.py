@@ -251,10 +251,14 @@ class BatchGradient:
         return taught, base
 
     def _score(
-        self, rule: TeacherRule, contexts: Sequence[Sequence[int]], micro: Weighed, cache: PrefixCache | None = None
+        self,
+        rule: TeacherRule,
+        contexts: Sequence[Sequence[int]],
+        micro: Weighed,
+        prefix_cache: PrefixCache | None = None,
     ) -> _Scored:
         with self.teachers[rule].model() as network, cached_casts(network), self.accelerator.autocast():
-            output = self.forward_pass(network, contexts, micro.ids, cache)
+            output = self.forward_pass(network, contexts, micro.ids, prefix_cache)
             return output.hidden_ND[micro.has_weight_N(self.loaded.device)], output.head
 
     def _score_student(
@@ -283,7 +287,7 @@ class BatchGradient:
                 output.head_parameters,
                 tokens_n,
                 weights_n,
-                *(taught or (None, None)),
+                taught,
                 chunk_size=output.chunk_tokens,
                 base=base,
                 weighting=method.weighting,
@@ -308,7 +312,7 @@ class BatchGradient:
             (),
             tokens_n,
             torch.ones(len(tokens_n), device=tokens_n.device),
-            *(taught or (None, None)),
+            taught,
             chunk_size=student.chunk_tokens,
             base=base,
             weighting=method.weighting,

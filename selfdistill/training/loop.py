@@ -57,12 +57,8 @@ class Loop:
     def __init__(self, trainer: Trainer, output_dir: Path, position: Position) -> None:
         config, step = trainer.config, position.step
         assert config.max_steps is not None
-        self._trainer, self._output_dir, self._position, self._max_steps = (
-            trainer,
-            output_dir,
-            position,
-            config.max_steps,
-        )
+        self._trainer, self._output_dir = trainer, output_dir
+        self._position, self._max_steps = position, config.max_steps
         self.step = step
         """Step of the current model; after a collapse, that of the restored checkpoint."""
         self._saved = step

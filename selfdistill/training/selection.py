@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat, ContextEncoder, Verdict
+from selfdistill.data import ChatFormat, Verdict
 from selfdistill.errors import UserError, number_of
 from selfdistill.methods import Checker, Completion, Method, encoder_of, own_errors, verdicts_on
 from selfdistill.runtime import say_note
@@ -71,10 +71,6 @@ class Selector:
             selected.append(self._selected(part, verdicts))
         return selected
 
-    def encoder(self) -> ContextEncoder:
-        """Encodes contexts within the limits of the run."""
-        return encoder_of(self.config, self.chat, self.window)
-
     def _verdicts(self, checker: Checker, samples: Sequence[Completion]) -> list[Verdict]:
         def checked(some: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
             with own_errors(self.config.method):
@@ -104,7 +100,7 @@ class Selector:
             samples = [replace(sample, verdict=verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
         if part.method.select is None:
             return Selected(part, samples, verdicts, unfit=0)
-        encode = self.encoder()
+        encode = encoder_of(self.config, self.chat, self.window)
         learnt = part.method.select(samples, verdicts, encode)
         self._check("select", learnt, Completion)
         if encode.unfit and not self._noted:

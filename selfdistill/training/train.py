@@ -51,7 +51,7 @@ from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
 
-def check_output_dir(name: str, *, resume: bool, own_files: Sequence[str] = ()) -> Path:
+def check_output_dir(name: str, *, resume: bool, own_files: Sequence[str]) -> Path:
     """Check that a run can use the folder, and return its path.
 
     Raises:

@@ -15,7 +15,7 @@ import torch
 from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration, Example, load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.evaluation import Drift, Evaluator
+from selfdistill.evaluation import Distance, Evaluator, drift_from
 from selfdistill.methods import Completion, SamplesFile, State
 from selfdistill.model import (
     CompiledLayers,
@@ -150,7 +150,7 @@ class Trainer:
             compiled = CompiledLayers(self.loaded) if config.torch_compile else None
         self.forward_pass = ForwardPass(self.loaded, compiled, sharded=config.fsdp)
         if config.fsdp:
-            self._shard(*self.teachers.values())
+            self._shard()
         self.engine()  # before any long work
         with self.accelerator.autocast():
             check_engine(self.stages, self.loaded)
@@ -163,10 +163,10 @@ class Trainer:
         self.gradient = BatchGradient(
             config, self.accelerator, self.loaded, self.selector, self.forward_pass, self.teachers, self.prefix_caches
         )
-        self.drift: Drift | None = None
+        self.drift: Distance | None = None
         if config.drift_steps:
             with unsharded(model), self.accelerator.autocast():
-                self.drift = Drift(self.loaded, self.forward_pass, self.chat)
+                self.drift = drift_from(self.loaded, self.forward_pass, self.chat)
         self.parameters = list(trained_parameters(model).values())
         self.optimizer = make_optimizer(
             self.parameters, config.optim, seed=config.seed, weight_decay=config.weight_decay
@@ -222,8 +222,9 @@ class Trainer:
             )
         return other
 
-    def _shard(self, *teachers: Teacher) -> None:
+    def _shard(self) -> None:
         """Shard the student, the teacher and the base."""
+        teachers = self.teachers.values()
         device = self.accelerator.device
         dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
         token = torch.tensor([[self.loaded.pad_token_id]], device=device)

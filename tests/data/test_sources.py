@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 import pytest
 
-from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.data.sources import packaged
 from selfdistill.errors import UserError
 
 

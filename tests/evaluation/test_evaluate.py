@@ -16,10 +16,11 @@ from tool_templates import HERMES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config.commands import EvalConfig
-from selfdistill.data.bundled import drift_prompts, packaged
+from selfdistill.data.bundled import drift_prompts
 from selfdistill.data.chat_format import ChatFormat, split_thinking
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.data.episodes import encode_replies
+from selfdistill.data.sources import packaged
 from selfdistill.errors import UserError
 from selfdistill.evaluation import answers as answers_module
 from selfdistill.evaluation.answers import answer

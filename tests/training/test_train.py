@@ -327,8 +327,12 @@ def test_the_saved_settings_run_again_to_the_same_weights(settings: Callable[...
 
 
 def test_a_seed_may_be_a_time_in_nanoseconds_or_larger(settings: Callable[..., TrainConfig]) -> None:
-    for seed in (1_790_000_000_123_456_789, 2**64 + 1):
-        train(settings(f"seed{seed}", seed=seed, lora_rank=2, max_steps=1))
+    found = []
+    for seed in (1, 2**64 + 1, 1_790_000_000_123_456_789):
+        config = settings(f"seed{seed}", seed=seed, lora_rank=2, max_steps=1)
+        train(config)
+        found.append(metrics_of(config))
+    assert found[0] != found[1] != found[2] != found[0]
 
 
 def test_the_seed_changes_the_run(settings: Callable[..., TrainConfig]) -> None:
