@@ -157,6 +157,17 @@ def test_checks_that_need_bitsandbytes_are_not_run_without_it(
             checks[name].run(bench.Bench("cpu", tmp_path, tmp_path), None)
 
 
+def test_weights_of_4_bits_may_differ_in_the_last_bits_of_their_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT)
+    alike = import_module("few_bits").rounded_alike
+    codes = torch.tensor([-1.0, -0.6962, 0.0, 0.0796, 1.0])
+    scale = torch.tensor(0.0123)
+    assert alike(codes * scale.nextafter(torch.tensor(1.0)), codes * scale) == 1
+    assert alike(codes.roll(1) * scale, codes * scale) == 0
+    assert alike(codes * scale * (1 + 1 / 127), codes * scale) == pytest.approx(1 / 5)  # another scale; 0 stays 0
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_decoding_with_graphs_must_give_the_samples_of_decoding_without(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, right: bool
