@@ -168,6 +168,20 @@ def test_weights_of_4_bits_may_differ_in_the_last_bits_of_their_scales(monkeypat
     assert alike(codes * scale * (1 + 1 / 127), codes * scale) == pytest.approx(1 / 5)  # another scale; 0 stays 0
 
 
+def test_prompts_of_the_check_of_sharing_begin_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT)
+    speed, bench = import_module("speed"), import_module("bench")
+    numbers: list[Any] = []
+    speed.check_sharing(bench.Bench("cpu", tmp_path, tmp_path), bench.Found(numbers.append))
+    saved = [number for number in numbers if number.is_bounded]
+    assert [number.name.partition(":")[0] for number in saved] == ["student", "teacher"]
+    assert all(number.passes for number in saved)
+    monkeypatch.setattr(speed, "rows", lambda *args, alike: import_module("models").rows(*args))
+    apart = speed.timed_step(bench.Bench("cpu", tmp_path, tmp_path), "apart", alike=True).contexts
+    assert not any(speed.shared_prefixes(contexts, 64) for contexts in apart.values())
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_decoding_with_graphs_must_give_the_samples_of_decoding_without(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, right: bool
