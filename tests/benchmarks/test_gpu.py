@@ -246,6 +246,31 @@ def test_losses_that_are_not_those_of_trl_fail(
     assert [number.passes for number in numbers if number.is_bounded] == [passes] * 2  # full and LoRA
 
 
+def test_whether_results_are_right_and_memory_is_as_planned_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT)
+    monkeypatch.delitem(sys.modules, "checks", raising=False)
+    names = [check.name for check in import_module("checks").CHECKS]
+    shapes = [check.name for check in import_module("shape").CHECKS]
+    assert names[: 3 + len(shapes)] == ["agree", "greedy", "graphs", *shapes]
+    assert names[-2:] == ["TRL", "study"]
+    assert len(names) == len({*names})
+    monkeypatch.delitem(sys.modules, "checks")
+
+
+def test_no_study_is_begun_that_would_be_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT)
+    others, bench = import_module("others"), import_module("bench")
+    monkeypatch.setattr(others, "starter", lambda _: "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)
+    with pytest.raises(bench.NotRun, match="^150 s are left, and a first run may take 180 s$"):
+        others.check_study(bench.Bench("cuda", tmp_path, tmp_path, 150.0), None)
+    numbers: list[Any] = []
+    others.check_study(bench.Bench("cuda", tmp_path, tmp_path, 200.0), bench.Found(numbers.append))
+    assert numbers[0].text() == "0 (at least 1)"  # it was begun
+
+
 def test_a_check_that_is_none_is_refused(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
