@@ -203,9 +203,11 @@ REPEATING_WORKSPACES = (":4096:8", ":16:8")
 def deterministic(kind: str) -> Iterator[None]:
     """Use only deterministic operations on a GPU, where not all are.
 
-    Follows https://docs.pytorch.org/docs/stable/notes/randomness.html. Attention uses PyTorch's own or the
-    memory-efficient kernels, not those of FlashAttention and cuDNN, which may sum gradients in any order. A
-    nondeterministic operation raises a ``RuntimeError``. CPUs are always deterministic, so nothing changes there.
+    Follows https://docs.pytorch.org/docs/stable/notes/randomness.html. Attention uses the memory-efficient kernel or
+    plain products (``SDPBackend.MATH``), not FlashAttention and cuDNN, which may sum gradients in any order. By
+    PyTorch's source the memory-efficient kernel takes no grouped queries, so without a mask these use plain products,
+    which hold all scores. A nondeterministic operation raises a ``RuntimeError``. CPUs are always deterministic, so
+    nothing changes there.
     """
     if kind != "cuda":
         yield
