@@ -363,7 +363,7 @@ def test_what_makes_a_run_repeat_is_set_before_a_gpu_is_used(
         "compare": lambda: sd.compare(model, ROWS, test=ROWS, output_dir="all", **given),
         "learn": lambda: sd.learn("add", ROWS, state="state", model=model, test=ROWS[:3], name="tickets", **given),
     }
-    with pytest.raises(sd.UserError, match="^used with :4096:8$"):
+    with pytest.raises(sd.UserError, match=r"^used with :4096:8$"):
         calls[command]()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 

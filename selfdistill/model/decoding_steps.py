@@ -22,7 +22,14 @@ from selfdistill.model.device import captured, has_graphs
 from selfdistill.model.fsdp import is_sharded
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
-from selfdistill.model.preallocated import PreallocatedLayer, can_be_fixed, extend, fix, mask_without_reading, preallocate
+from selfdistill.model.preallocated import (
+    PreallocatedLayer,
+    can_be_fixed,
+    extend,
+    fix,
+    mask_without_reading,
+    preallocate,
+)
 from selfdistill.model.weights import first_line
 from selfdistill.runtime import say_note
 

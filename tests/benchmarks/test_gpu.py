@@ -264,7 +264,7 @@ def test_no_study_is_begun_that_would_be_stopped(monkeypatch: pytest.MonkeyPatch
     others, bench = import_module("others"), import_module("bench")
     monkeypatch.setattr(others, "starter", lambda _: "")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)
-    with pytest.raises(bench.NotRun, match="^150 s are left, and a first run may take 180 s$"):
+    with pytest.raises(bench.NotRun, match=r"^150 s are left, and a first run may take 180 s$"):
         others.check_study(bench.Bench("cuda", tmp_path, tmp_path, 150.0), None)
     numbers: list[Any] = []
     others.check_study(bench.Bench("cuda", tmp_path, tmp_path, 200.0), bench.Found(numbers.append))

@@ -162,7 +162,7 @@ def test_an_average_beside_a_gpu_never_moves_on_the_stream_that_captures(
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     captured(lambda: torch.zeros(1), device)
     [capture] = used
-    loaded, teacher = student_and_teacher(load, False, "ema", dtype="bfloat16")
+    _, teacher = student_and_teacher(load, False, "ema", dtype="bfloat16")
     weight = SimpleNamespace(device=device)
     monkeypatch.setattr(teacher, "_student", SimpleNamespace(parameters=lambda: iter([weight])))
     for step in range(1, 34):
