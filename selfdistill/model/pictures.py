@@ -230,7 +230,9 @@ class PictureInputs:
 
     def allowed(self, logits_BV: Tensor) -> Tensor:
         """Logits without the picture token, which no reply may contain: the model would expect a picture."""
-        return logits_BV.index_fill(-1, torch.tensor([self.token_id], device=logits_BV.device), -torch.inf)
+        logits_BV = logits_BV.clone()
+        logits_BV[:, self.token_id] = -torch.inf  # unlike an index on the device, this copies nothing to it
+        return logits_BV
 
     def _seen(self, picture: Picture, model: Any) -> dict[str, Tensor]:
         """A picture's pixels and what else its processor makes of it, on the model's device and in its data type."""

@@ -9,7 +9,7 @@ from selfdistill.training.merge import merge
 from selfdistill.training.plan import Plan, plan, plan_for
 from selfdistill.training.run import Run
 from selfdistill.training.schedule import steps_of
-from selfdistill.training.setup import accelerator_state_kept, check_parts, chosen_rows
+from selfdistill.training.setup import accelerator_state_kept, check_parts, chosen_rows, repeating
 from selfdistill.training.train import check_output_dir, train
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "plan",
     "plan_for",
     "remove_checkpoint",
+    "repeating",
     "steps_of",
     "take_whole",
     "train",

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
-from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, LearnConfig, TrainConfig
+from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, LearnConfig, TrainConfig, TrainingSettings
 from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
@@ -181,8 +181,8 @@ def check_engine(stages: Sequence[Stage], loaded: LoadedModel) -> None:
             check_room(loaded, prompts, sampling.max_completion_length, "completion")
 
 
-def repeating(config: TrainConfig) -> AbstractContextManager[None]:
-    """Deterministic operations while it is open, if the settings ask for them."""
+def repeating(config: TrainingSettings) -> AbstractContextManager[None]:
+    """Deterministic operations while it is open, if the settings ask for them. Open it before the GPU is first used."""
     return deterministic("cuda" if has_gpu() else "cpu") if config.deterministic else nullcontext()
 
 
