@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from selfdistill.config import TrainConfig, load_saved
+from selfdistill.config import TrainConfig, as_begun, load_saved
 from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import RESUME, RunCollapsed, UserError
 from selfdistill.evaluation import Evaluator, best_context
@@ -105,11 +105,13 @@ def train(
     """
     output_dir = check_output_dir(config.output_dir, resume=resume, own_files=own_files)
     check_tracker(config.report_to)
-    resumes = resume and (output_dir / "config.yaml").exists()
+    written = output_dir / "config.yaml"
+    resumes = resume and written.exists()
     if resume and not resumes:
         say(f"note: {output_dir} holds no run to resume, so a new one begins there")
     with ExitStack() as held:
         held.enter_context(repeating(config))
+        config = as_begun(config, load_saved(written, TrainConfig)) if resumes else config
         start = Start(output_dir, held)
         if resume and output_dir.exists():
             start.lock()
@@ -118,7 +120,7 @@ def train(
         plan, start.lines = plan_memory(config, demonstrations, loaded)  # the processes have met from here on
         start.checkpoint = broadcast_from_rank0(lambda: newest_whole(output_dir) if resume else None)
         config = plan.config if plan else config
-        config = with_context(_on_its_day(config) if resumes else config, demonstrations, loaded)
+        config = with_context(config, demonstrations, loaded)
         trainer = Trainer(config, demonstrations, evaluator, loaded, start)
         position = _start_position(trainer, start.checkpoint)  # a refused resume changes nothing in the folder
         start.begin(trainer.config, demonstrations)
@@ -166,14 +168,6 @@ def _refuse_auto_context(config: TrainConfig) -> None:
         raise UserError(
             "setting 'context': 'auto' needs a single process; find the best with selfdistill check and name it"
         )
-
-
-def _on_its_day(config: TrainConfig) -> TrainConfig:
-    """The settings with the day on which the run began, for templates with the date in them."""
-    if config.template_date is not None:
-        return config
-    written = load_saved(Path(config.output_dir) / "config.yaml", TrainConfig)
-    return config.model_copy(update={"template_date": written.get("template_date")})
 
 
 AMPLE = 2000
