@@ -31,7 +31,6 @@ from selfdistill.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_whole,
-    settings_of,
     trained_parameters,
 )
 from selfdistill.training.export import whole_folder, write_model
@@ -41,11 +40,8 @@ from selfdistill.training.loop import Loop, OnStep, say_signs
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.model_card import model_card
-from selfdistill.training.resume import (
-    check_unchanged,
-    where,
-)
-from selfdistill.training.setup import data_fingerprint, make_accelerator, repeating, reward_fingerprint
+from selfdistill.training.resume import check_unchanged, digests_of, where
+from selfdistill.training.setup import data_fingerprint, make_accelerator, repeating
 from selfdistill.training.start import Start
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
@@ -216,19 +212,17 @@ def _start_position(trainer: Trainer, checkpoint: Path | None) -> Position:
     Raises:
         UserError: the run began with different examples, weights or evaluation data.
     """
-    asked = trainer.evaluator.questions.fingerprint() if trainer.evaluator else ""
     name = engine.name if (engine := trainer.engine()) else ""
-    data, rewards = data_fingerprint(trainer.stages, trainer.chat), reward_fingerprint(trainer.stages)
-    position = Position(0, 0, data, model=trainer.initial_weights, test=asked, engine=name, rewards=rewards)
+    position = Position(0, 0, engine=name, digests=digests_of(trainer))
     if checkpoint is None:
         return position
     saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
-    check_unchanged(trainer, checkpoint, settings_of(checkpoint), saved, position)
+    check_unchanged(checkpoint, trainer, position.digests)
     trainer.control = saved.control
     if saved.engine != name:
         before, now = saved.engine or "PyTorch", name or "PyTorch"
         say_note(f"the run sampled with {before} and continues with {now}, which draws different samples")
-    return replace(saved, engine=name)
+    return replace(saved, engine=name, digests=position.digests | saved.digests)
 
 
 def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str]) -> Path:
