@@ -47,7 +47,10 @@ class Selection(Protocol):
         ...
 
     def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
-        """The example with about the longest context that samples of this many tokens can give; for memory plans."""
+        """The example with about the longest context that samples of this many tokens can give.
+
+        For memory plans, and for resumed runs, which must show samples to the teacher in the same words.
+        """
         ...
 
 

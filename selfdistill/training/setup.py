@@ -40,8 +40,10 @@ from selfdistill.model import (
     deterministic,
     freeze_vision,
     has_gpu,
+    network_fingerprint,
     refuse_autocast,
     resolved_precision,
+    start_fingerprint,
 )
 from selfdistill.runtime import barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
@@ -291,17 +293,16 @@ def data_fingerprint(stages: Sequence[Stage], chat: ChatFormat) -> str:
     # A row without a completion counts as with an empty one, as it did for older folders.
     ids = [[x.student_ids, x.teacher_ids, x.completion_ids or [chat.end_token_id]] for x in examples]
     seen = [picture.digest for x in examples for picture in x.demonstration.images]
-    return _digest([*ids, *seen, *(x.later_ids for x in examples if x.later_ids)])
+    return sha256_of([*ids, *seen, *(x.later_ids for x in examples if x.later_ids)])
 
 
-def reward_fingerprint(stages: Sequence[Stage]) -> str:
-    """SHA-256 of what rewards depend on beside the encoded examples; empty if no step asks for a reward."""
-    parts = [part for stage in stages for part in stage.parts if part.method.checker is not None]
-    rows = [example.demonstration for part in parts for example in part.examples]
-    return _digest([[row.answer, row.scorer, row.privileged_context] for row in rows]) if rows else ""
+def model_digests(name: str, loaded: LoadedModel) -> dict[str, str]:
+    """Digests of a model before training: of its weights, and of what ``config.json`` says of the network."""
+    return {name: start_fingerprint(loaded), f"config.json of {name}": network_fingerprint(loaded)}
 
 
-def _digest(values: Sequence[Any]) -> str:
+def sha256_of(values: Sequence[Any]) -> str:
+    """SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 

@@ -37,11 +37,9 @@ from selfdistill.model import (
     refuse_float16,
     set_compute_dtype,
     shard,
-    start_fingerprint,
     unsharded,
     unwrap,
     use_engine,
-    weights_fingerprint,
 )
 from selfdistill.runtime import broadcast_from_rank0, say_note
 from selfdistill.training.batch_gradient import BatchGradient, PartResult
@@ -58,6 +56,7 @@ from selfdistill.training.setup import (
     divide_steps,
     make_accelerator,
     make_stages,
+    model_digests,
     note_test_prompts,
     refuse_with_pictures,
     teacher_rules,
@@ -106,8 +105,8 @@ class Trainer:
                 "folder or name, or leave the setting out"
             )
         use_engine(self.loaded, config)
-        self.initial_weights = start_fingerprint(self.loaded)
-        """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
+        self.digests = model_digests("model", self.loaded)
+        """Of the model and of ``teacher_model``; see :func:`selfdistill.training.resume.digests_of`."""
         for note in self.loaded.notes:
             say_note(note)
         self.chat = self.loaded.chat(config.chat_template_kwargs, config.template_date)
@@ -120,7 +119,7 @@ class Trainer:
         """What the task's controller remembers."""
         self.config = with_defaults(config, self.stage.task, self.accelerator.mixed_precision)
         divide_steps(self.config, self.stages)
-        weights = self.initial_weights or config.model  # with a merged adapter they are known by their place
+        weights = self.digests["model"] or config.model  # with a merged adapter they are known by their place
         begin = None  # a resumed run's folder has its samples, and may not change if the run is refused
         if start is not None and start.checkpoint is None:
             begin = partial(start.begin, self.config, demonstrations)
@@ -214,7 +213,8 @@ class Trainer:
     def _other_teacher(self, name: str) -> LoadedModel:
         """Load a separate teacher; it must have the student's architecture."""
         other = load_matching(name, self.loaded, dtype=self.config.dtype)
-        self.initial_weights += "+" + weights_fingerprint(other.model) if self.initial_weights else ""
+        for what, digest in model_digests("teacher_model", other).items():
+            self.digests[what] = self.digests.get(what, "") + digest  # own methods may have several
         own, others = (unwrap(model).config.model_type for model in (self.loaded.model, other.model))
         if own != others:
             raise UserError(

@@ -543,7 +543,7 @@ def test_rewards_must_be_the_same_on_resume(
     config = all_of_them(method=method, max_steps=2, save_steps=1, data=str(data))
     train(config)
     write_rows([{**row, column: {"answer": "b", "scorer": "regex"}[column]} for row in rows], name="rewarded.jsonl")
-    changed = "answers, scorers or privileged contexts of the training rows have changed; restore them, or start a new"
+    changed = f"changed since the run began: column '{column}' of the training rows; restore them, or start a new"
     with pytest.raises(UserError, match=changed) if refused else nullcontext():
         train(config.model_copy(update={"max_steps": 3}), resume=True)
 

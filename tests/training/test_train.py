@@ -568,7 +568,7 @@ def test_a_run_whose_model_has_changed_is_not_continued(
     weights_["model.layers.1.mlp.up_proj.weight"][0, 0] += 0.5
     save_file(weights_, copied / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        UserError, match=r"checkpoint-00000006: the initial weights of model '.*model' or of teacher_model have"
+        UserError, match=r"checkpoint-00000006: changed since the run began: the initial weights of model '.*model'; "
     ):
         train(config, resume=True)
 
@@ -592,7 +592,8 @@ def test_a_run_goes_on_where_its_files_lie_elsewhere(
     moved = begun.model_copy(update=places | {"max_steps": 6})
     write_rows(count=3, name="elsewhere/questions.jsonl")
     with pytest.raises(
-        UserError, match=r"checkpoint-00000003: the rows of test '.*questions.jsonl' or prior '.*' have"
+        UserError,
+        match=r"checkpoint-00000003: changed since the run began: the rows of test '.*questions.jsonl' or prior '.*'; ",
     ):
         train(moved, resume=True)
     shutil.copy(test, places["test"])
