@@ -6,6 +6,7 @@ from pathlib import Path
 
 from selfdistill.config import TrainConfig, changes, load_saved, refuse_changes
 from selfdistill.errors import CannotResume, UserError, number_of
+from selfdistill.model import LoadedModel
 from selfdistill.training.checkpoint import Position, saved_position, settings_of
 from selfdistill.training.setup import data_fingerprint, reward_fingerprint
 from selfdistill.training.trainer import Trainer
@@ -88,6 +89,8 @@ def check_unchanged(
             "weights cannot be compared, so use the original path"
         )
     if "" not in (saved.model, position.model) and saved.model != position.model:
+        if trainer.loaded.adopted and saved.model.partition("+")[0] != position.model.partition("+")[0]:
+            raise CannotResume(f"{checkpoint}: {_not_as_it_was(trainer.loaded, config.dtype)}")
         raise CannotResume(
             f"{checkpoint}: the initial weights of model {config.model!r} or of teacher_model have changed; "
             "restore them"
@@ -96,6 +99,15 @@ def check_unchanged(
         raise CannotResume(
             f"{checkpoint}: the rows of test {config.test!r} or prior {config.prior!r} have changed; restore them"
         )
+
+
+def _not_as_it_was(loaded: LoadedModel, dtype: str) -> str:
+    """That a model which the caller has loaded is not the one of a run with this ``dtype``, and what to do."""
+    another = f", in {dtype}" if dtype not in ("auto", loaded.dtype) else ""
+    return (
+        f"the loaded model is not the one that the run began with{another} (train changes a loaded model in place); "
+        f"load it again{another}, or leave model and tokenizer out"
+    )
 
 
 def where(output_dir: Path, checkpoint: Path | None, position: Position, config: TrainConfig) -> str:

@@ -31,6 +31,7 @@ from selfdistill.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_whole,
+    saved_position,
     settings_of,
     trained_parameters,
 )
@@ -228,8 +229,8 @@ def _start_position(trainer: Trainer, checkpoint: Path | None) -> Position:
     position = Position(0, 0, data, model=trainer.initial_weights, test=asked, engine=name, rewards=rewards)
     if checkpoint is None:
         return position
+    check_unchanged(trainer, checkpoint, settings_of(checkpoint), saved_position(checkpoint), position)
     saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
-    check_unchanged(trainer, checkpoint, settings_of(checkpoint), saved, position)
     trainer.control = saved.control
     if saved.engine != name:
         before, now = saved.engine or "PyTorch", name or "PyTorch"
