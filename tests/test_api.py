@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import selfdistill as sd
 from selfdistill.config import CheckConfig
 from selfdistill.continual import add_skill
+from selfdistill.model import load_model
 
 ROWS = [{"prompt": f"Where is ticket {i}?", "completion": f"Shelf {'ABCD'[i % 4]}, box {i}."} for i in range(6)]
 TINY: dict[str, Any] = {"max_completion_length": 12, "mixed_precision": "no"}
@@ -856,3 +857,53 @@ def test_adapters_of_loaded_models_that_cannot_be_measured_are_refused(model: st
     for refused in (partial(sd.train, output_dir="run"), sd.plan, sd.check):
         with pytest.raises(sd.UserError, match=r"^model: it has an adapter; for a new one give the model without it "):
             refused(adapted, ROWS, tokenizer=tokenizer)
+
+
+def test_a_stopped_run_tells_its_checkpoints_and_what_it_lacks(model: str) -> None:
+    def stop(step: int, _model: Any, _metrics: Any) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sd.train(model, ROWS, output_dir="some/run", context="turns", on_step=stop, **RUN | {"save_steps": 1})
+    run = sd.Run("some/run")
+    assert run.checkpoints == [1]
+    for refused in (lambda: run.generate("Hello?"), lambda: sd.evaluate(run.final, ROWS)):
+        with pytest.raises(
+            sd.UserError, match=r"^model 'some/run/final': a run folder without a final model; resume its training"
+        ):
+            refused()
+    assert sd.export(run, step=run.checkpoints[-1], output_dir="stopped").is_dir()
+
+
+def test_generate_loads_the_model_as_the_run_did_or_as_it_is_told(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = sd.train(model, ROWS, output_dir="run", context="turns", lora_rank=2, dtype="bfloat16", **RUN)
+    from selfdistill.training import run as module
+
+    asked: list[tuple[str, str | None]] = []
+
+    def load(name: str, *, dtype: str, adapter_base: str | None) -> Any:
+        asked.append((dtype, adapter_base))
+        return load_model(name, dtype=dtype, adapter_base=adapter_base)
+
+    monkeypatch.setattr(module, "load_model", load)
+    for options in ({}, {"seed": 1}, {"dtype": "float32"}, {"dtype": "float32", "adapter_base": model}):
+        run.generate("Hello?", max_completion_length=2, **options)
+    assert asked == [("bfloat16", None), ("float32", None), ("float32", model)]
+
+
+def test_wrong_options_and_chats_of_generate_are_refused_by_name(model: str) -> None:
+    run = sd.train(model, ROWS, output_dir="run", context="turns", **RUN)
+    for options, told in (
+        ({"max_new_tokens": 9}, r"^generate: unknown option 'max_new_tokens', expected one of max_completion_length, "),
+        ({"temprature": 1}, r"^generate: unknown option 'temprature'; did you mean temperature\?$"),
+        ({"dtype": "bf16"}, r"^setting 'dtype': found 'bf16'"),
+        ({"temperature": -1}, r"^setting 'temperature': found -1"),
+    ):
+        with pytest.raises(sd.UserError, match=told):
+            run.generate("Hello?", **options)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello?"}]}]
+    replies = run.generate([parts, "Hello?"], max_completion_length=2)
+    assert replies[0] == replies[1]
+    told = r"^prompt: 1 bad row: prompt\[1\], column 'prompt\[0\].content': found null"
+    with pytest.raises(sd.UserError, match=told):
+        run.generate(["Hello?", [{"role": "user"}]])
