@@ -52,7 +52,7 @@ from selfdistill.evaluation import AskResult, CheckResult, EvalResult
 from selfdistill.evaluation import ask as ask_question
 from selfdistill.evaluation import check as run_check
 from selfdistill.evaluation import evaluate as run_evaluation
-from selfdistill.model import switched_back
+from selfdistill.model import switched_back, with_own_dtype
 from selfdistill.questions import QuestionsResult, with_questions
 from selfdistill.questions import make_questions as run_questions
 from selfdistill.runtime import planned_devices
@@ -80,7 +80,7 @@ def check(model: Model, data: Rows, *, tokenizer: Any = None, progress: bool = T
     with session(progress):
         name, loaded = model_of(model, tokenizer)
         path, rows = data_of(data)
-        config, anchors = check_config({"model": name, "data": path, **settings})
+        config, anchors = check_config(with_own_dtype({"model": name, "data": path, **settings}, loaded))
         return run_check(config, rows, on_best_device(loaded), anchors=anchors)
 
 
@@ -105,9 +105,11 @@ def train(
         output_dir: the run folder. An existing run is never overwritten.
         test: held-out rows on which the model is evaluated. In-memory rows are saved as ``test.jsonl``.
         tokenizer: of a loaded model.
-        resume: resume the run in ``output_dir`` with the settings saved there.
-        on_step: called as ``on_step(step, model, metrics)`` after every step, with the transformers model; ends the run
-            where it returns True. If it raises an exception, the run stops there with its progress saved.
+        resume: resume the run in ``output_dir`` with the settings saved there. Load a model that was trained in place
+            again, or leave ``model`` and ``tokenizer`` out: the run then loads it by its name.
+        on_step: called as ``on_step(step, model, metrics)`` after every step, with the transformers model (with
+            ``lora_rank`` a ``PeftModel``), which :func:`evaluate` takes; ends the run where it returns True. If it
+            raises an exception, the run stops there with its progress saved.
         progress: show bars and notes.
         settings: fields of :class:`TrainConfig`. ``anchors`` may also be rows in memory, saved as ``anchors.jsonl``.
 
@@ -123,7 +125,7 @@ def train(
         if "model" in given or tokenizer is not None:
             given["model"], loaded = model_of(given.get("model"), tokenizer)
         rows = rows_of_run(data, test, given)
-        config = train_config(given | rows.paths, resume=resume)
+        config = train_config(given | rows.paths, loaded, resume=resume)
         with repeating(config), rows.kept(), switched_back(loaded) if loaded else nullcontext():
             check_start(config, loaded, rows, resume=resume)
             if config.documents:
@@ -203,7 +205,7 @@ def evaluate(
     """Evaluate the new task, prior abilities and the distance from the base.
 
     Args:
-        model: the model; see :data:`Model`.
+        model: the model; see :data:`Model`. Also a ``PeftModel``.
         data: rows of the new task, with ``completion`` or ``answer``; see :data:`Rows`.
         base: the model before training, evaluated on the same items.
         tokenizer: of a loaded model and a loaded base.
@@ -214,10 +216,10 @@ def evaluate(
         UserError: settings, data or model are invalid.
     """
     with session(progress):
-        name, loaded = model_of(model, tokenizer, beside=base)
-        base_name, base_loaded = (None, None) if base is None else model_of(base, tokenizer, beside=model)
+        name, loaded = model_of(model, tokenizer, beside=base, trained=False)
+        base_name, base_loaded = (None, None) if base is None else model_of(base, tokenizer, model, trained=False)
         path, rows = data_of(data)
-        config = EvalConfig(model=name, data=path, base=base_name, **settings)
+        config = EvalConfig(**with_own_dtype({"model": name, "data": path, "base": base_name, **settings}, loaded))
         details = run_evaluation(config, rows, on_best_device(loaded), base_loaded)
         return EvalResult(name, path, details)
 

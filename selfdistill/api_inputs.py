@@ -23,7 +23,7 @@ from selfdistill.data import (
 from selfdistill.errors import UserError, closest
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, own_names, stages_of, whose
-from selfdistill.model import LoadedModel, adopt, check_base, to_best_device
+from selfdistill.model import LoadedModel, adopt, check_base, to_best_device, with_own_dtype
 from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say, say_note, world_size
 from selfdistill.training import OnStep, accelerator_state_kept, check_output_dir, check_parts
 
@@ -32,6 +32,7 @@ Model = str | os.PathLike[str] | Any
 
 A loaded model is moved to the best device and put into eval mode, and its dropout is set to zero. Its generation config
 gets the end token that the chat template writes, and a tokenizer without a usable pad token gets the end token as one.
+Its weights keep their data type, which is the call's ``dtype``.
 All of this remains after the call. What training freezes, and gradient checkpointing, is as before afterwards. With
 ``lora_rank`` the model is as before, too, and the adapter is in the run's ``final``.
 """
@@ -88,19 +89,22 @@ def _refuse_own_settings(given: dict[str, Any]) -> None:
             raise UserError(f"unknown setting {name!r}{hint}")
 
 
-def model_of(model: Model, tokenizer: Any, beside: Model | None = None) -> tuple[str, LoadedModel | None]:
+def model_of(
+    model: Model, tokenizer: Any, beside: Model | None = None, *, trained: bool = True
+) -> tuple[str, LoadedModel | None]:
     """The model's name, and the model itself if already loaded.
 
     Args:
         model: the model.
         tokenizer: of a loaded model.
         beside: another model of the same call, which may be the one that the tokenizer belongs to.
+        trained: see :func:`selfdistill.model.adopt`.
 
     Raises:
         UserError: the model cannot be used, or there is a tokenizer without a loaded model.
     """
     if not isinstance(model, str | os.PathLike):
-        loaded = adopt(model, tokenizer)
+        loaded = adopt(model, tokenizer, trained=trained)
         return loaded.name, loaded
     name = os.fspath(model)
     if tokenizer is not None and (beside is None or isinstance(beside, str | os.PathLike)):
@@ -292,12 +296,15 @@ def check_config(given: dict[str, Any]) -> tuple[CheckConfig, list[Demonstration
     return CheckConfig(**given | {"anchors": ("anchors",)}), load_prompts(rows, say_note, "anchors")
 
 
-def train_config(given: dict[str, Any], *, resume: bool) -> TrainConfig:
+def train_config(given: dict[str, Any], loaded: LoadedModel | None, *, resume: bool) -> TrainConfig:
     """The settings of a run: those given, over those saved in its folder if it is resumed."""
+    given = with_own_dtype(given, loaded)
     if not resume:
         return TrainConfig(**given)
     if "output_dir" in given and (Path(given["output_dir"]) / "config.yaml").exists():
         given.pop("documents", None)  # the saved settings name the questions made from them
+        if loaded is not None:
+            given.pop("dtype")  # the weights are compared, with their type
     return continued(given, TrainConfig)
 
 
@@ -375,7 +382,7 @@ def run_to_plan(
     given = {"output_dir": folder} | given_settings(model, output_dir, settings)
     given["model"], loaded = model_of(given.get("model", ""), tokenizer)
     rows = rows_of_run(data, test, given)
-    config = TrainConfig(**(given | rows.paths))
+    config = TrainConfig(**with_own_dtype(given | rows.paths, loaded))
     if config.documents:
         raise UserError("setting 'documents': make the questions first (selfdistill questions), then plan on them")
     return config, loaded, rows

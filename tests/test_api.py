@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ENDS, final_weights, same
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfdistill as sd
 from selfdistill.config import CheckConfig
 from selfdistill.continual import add_skill
+from selfdistill.model import load_model
 
 ROWS = [{"prompt": f"Where is ticket {i}?", "completion": f"Shelf {'ABCD'[i % 4]}, box {i}."} for i in range(6)]
 TINY: dict[str, Any] = {"max_completion_length": 12, "mixed_precision": "no"}
@@ -784,3 +787,159 @@ def test_silence_ends_where_it_began(model: str, capfd: pytest.CaptureFixture[st
         say("nothing")
     say("something")
     assert capfd.readouterr().err == "something\n"
+
+
+def test_a_refused_resume_leaves_a_loaded_model_as_it_was(model: str) -> None:
+    sd.train(model, ROWS, output_dir="run", context="turns", **RUN | {"save_steps": 1})
+    ours, tokenizer = loaded(model)
+    with torch.no_grad():
+        ours.get_output_embeddings().weight[0, 0] += 1
+    before = {name: p.detach().clone() for name, p in ours.state_dict().items()}
+    with pytest.raises(sd.UserError, match="the loaded model is not the one that the run began with"):
+        sd.train(ours, tokenizer=tokenizer, output_dir="run", resume=True, max_steps=3)
+    assert same(before, dict(ours.state_dict()))
+
+
+def test_a_model_that_a_run_has_trained_in_place_is_not_the_one_it_began_with(model: str) -> None:
+    ours, tokenizer = loaded(model)
+    given: dict[str, Any] = RUN | {"tokenizer": tokenizer, "output_dir": "run", "context": "turns", "max_steps": 3}
+
+    def stop(step: int, _model: Any, _metrics: Any) -> None:
+        if step == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sd.train(ours, ROWS, on_step=stop, **given)
+    told = (
+        r"^run/checkpoint-00000002: the loaded model is not the one that the run began with \(train changes a loaded "
+        "model in place\\); load it again, or leave model and tokenizer out, or start a new run in another output_dir$"
+    )
+    with pytest.raises(sd.UserError, match=told):
+        sd.train(ours, ROWS, resume=True, **given)
+    again, _ = loaded(model)
+    assert len(sd.train(again, ROWS, resume=True, **given).metrics) == 3
+    told = r"run began with, in float32 \(train changes .* in place\); load it again, in float32, or leave"
+    with pytest.raises(sd.UserError, match=told):
+        sd.train(again.bfloat16(), ROWS, resume=True, **given)
+    assert len(sd.train(output_dir="run", resume=True, max_steps=4).metrics) == 4
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_run_on_a_loaded_model_has_its_data_type(model: str, rank: int | None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def half() -> Any:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+
+    given: dict[str, Any] = {"tokenizer": tokenizer, "output_dir": "run", "context": "turns", "lora_rank": rank}
+    run = sd.train(half(), ROWS, **RUN | given | {"save_steps": 1})
+    assert run.config.dtype == "bfloat16"
+    exported = sd.export(run, step=2, output_dir="second")
+    assert same(*(weights(folder) for folder in (exported, run.final)))
+    assert len(sd.train(output_dir="run", resume=True, max_steps=3).metrics) == 3
+    for dtype in ({}, {"dtype": "auto"}, {"dtype": "bfloat16"}):
+        sd.train(half(), ROWS, resume=True, max_steps=3, **given | dtype)
+    assert sd.plan(half(), ROWS, tokenizer=tokenizer, context="turns", **RUN).config.dtype == "bfloat16"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def test_another_data_type_than_that_of_a_loaded_model_is_refused(model: str) -> None:
+    ours, tokenizer = loaded(model)
+    for refused in (
+        sd.check,
+        sd.evaluate,
+        partial(sd.train, output_dir="run"),
+        sd.plan,
+        partial(sd.memory_plan, memory="80GiB"),
+    ):
+        with pytest.raises(
+            sd.UserError,
+            match=r"^setting 'dtype': found 'bfloat16', but the loaded model is float32; load it in that type, or",
+        ):
+            refused(ours, ROWS, tokenizer=tokenizer, dtype="bfloat16")
+    given: dict[str, Any] = {"tokenizer": tokenizer, "max_completion_length": 4}
+    half = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    assert sd.evaluate(half, ROWS[:2], base=model, **given).kl == 0, "the base has the data type of the model"
+    assert sd.evaluate(model, ROWS[:2], base=half, dtype="bfloat16", **given).kl == 0
+
+
+def test_on_step_can_evaluate_a_model_with_an_adapter(model: str) -> None:
+    given: dict[str, Any] = RUN | {"context": "turns", "lora_rank": 2}
+    tokenizer, found = AutoTokenizer.from_pretrained(model), []
+
+    def measure(step: int, model_: Any, metrics: dict[str, Any]) -> None:
+        found.append(sd.evaluate(model_, ROWS, tokenizer=tokenizer, base=model, max_completion_length=8))
+
+    measured = sd.train(model, ROWS, output_dir="measured", on_step=measure, **given)
+    plain = sd.train(model, ROWS, output_dir="plain", **given)
+    assert same(weights(measured.final), weights(plain.final))
+    after = sd.evaluate(plain.final, ROWS, base=model, max_completion_length=8)
+    assert found[-1].kl == after.kl > 0
+
+
+def test_adapters_of_loaded_models_that_cannot_be_measured_are_refused(model: str) -> None:
+    ours, tokenizer = loaded(model)
+    prompts = get_peft_model(ours, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(sd.UserError, match=r"an adapter of kind PROMPT_TUNING cannot be merged"):
+        sd.evaluate(prompts, ROWS, tokenizer=tokenizer)
+    ours, tokenizer = loaded(model)
+    adapted = get_peft_model(ours, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    sd.evaluate(adapted.requires_grad_(False), ROWS[:2], tokenizer=tokenizer, max_completion_length=4)
+    with pytest.raises(sd.UserError, match=r"^model: it has an adapter; give the PeftModel that holds it$"):
+        sd.evaluate(ours, ROWS, tokenizer=tokenizer)
+    for refused in (partial(sd.train, output_dir="run"), sd.plan, sd.check):
+        with pytest.raises(sd.UserError, match=r"^model: it has an adapter; for a new one give the model without it "):
+            refused(adapted, ROWS, tokenizer=tokenizer)
+
+
+def test_a_stopped_run_tells_its_checkpoints_and_what_it_lacks(model: str) -> None:
+    def stop(step: int, _model: Any, _metrics: Any) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sd.train(model, ROWS, output_dir="some/run", context="turns", on_step=stop, **RUN | {"save_steps": 1})
+    run = sd.Run("some/run")
+    assert run.checkpoints == [1]
+    for refused in (lambda: run.generate("Hello?"), lambda: sd.evaluate(run.final, ROWS)):
+        with pytest.raises(
+            sd.UserError, match=r"^model 'some/run/final': a run folder without a final model; resume its training"
+        ):
+            refused()
+    assert sd.export(run, step=run.checkpoints[-1], output_dir="stopped").is_dir()
+
+
+def test_generate_loads_the_model_as_the_run_did_or_as_it_is_told(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = sd.train(model, ROWS, output_dir="run", context="turns", lora_rank=2, dtype="bfloat16", **RUN)
+    from selfdistill.training import run as module
+
+    asked: list[tuple[str, str | None]] = []
+
+    def load(name: str, *, dtype: str, adapter_base: str | None) -> Any:
+        asked.append((dtype, adapter_base))
+        return load_model(name, dtype=dtype, adapter_base=adapter_base)
+
+    monkeypatch.setattr(module, "load_model", load)
+    for options in ({}, {"seed": 1}, {"dtype": "float32"}, {"dtype": "float32", "adapter_base": model}):
+        run.generate("Hello?", max_completion_length=2, **options)
+    assert asked == [("bfloat16", None), ("float32", None), ("float32", model)]
+
+
+def test_wrong_options_and_chats_of_generate_are_refused_by_name(model: str) -> None:
+    run = sd.train(model, ROWS, output_dir="run", context="turns", **RUN)
+    for options, told in (
+        ({"max_new_tokens": 9}, r"^generate: unknown option 'max_new_tokens', expected one of max_completion_length, "),
+        ({"temprature": 1}, r"^generate: unknown option 'temprature'; did you mean temperature\?$"),
+        ({"dtype": "bf16"}, r"^setting 'dtype': found 'bf16'"),
+        ({"temperature": -1}, r"^setting 'temperature': found -1"),
+    ):
+        with pytest.raises(sd.UserError, match=told):
+            run.generate("Hello?", **options)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello?"}]}]
+    replies = run.generate([parts, "Hello?"], max_completion_length=2)
+    assert replies[0] == replies[1]
+    told = r"^prompt: 1 bad row: prompt\[1\], column 'prompt\[0\].content': found null"
+    with pytest.raises(sd.UserError, match=told):
+        run.generate(["Hello?", [{"role": "user"}]])

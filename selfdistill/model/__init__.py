@@ -47,6 +47,7 @@ from selfdistill.model.precision import (
     refuse_float16,
     resolved_precision,
     training_precision,
+    with_own_dtype,
 )
 from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
 from selfdistill.model.rollout_count import RolloutCount
@@ -141,4 +142,5 @@ __all__ = [
     "weight_tensors",
     "weights_fingerprint",
     "with_lora",
+    "with_own_dtype",
 ]

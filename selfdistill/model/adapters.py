@@ -55,14 +55,7 @@ def read_config(folder: Path, name: str) -> Any:
             f"model {name!r}: the adapter has no {WEIGHTS}, and pickled weights (.bin) are never read, because they "
             "can run code; convert them to safetensors"
         )
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    # Their virtual tokens or invocation tokens act outside the layers, where sampling and scoring do not see them.
-    if config.is_prompt_learning or config.is_adaption_prompt or getattr(config, "alora_invocation_tokens", None):
-        kind = "aLoRA" if kind == "LORA" else kind
-        raise UserError(
-            f"model {name!r}: an adapter of kind {kind} cannot be merged into its base, so it is not supported; use "
-            "one that changes the base's layers, such as LoRA"
-        )
+    _refuse_outside_layers(config, name)
     way = _initialisation(config)
     if way not in (None, *_BASE_KEPT, *_BASE_CHANGED_AGAIN):
         raise UserError(
@@ -74,17 +67,42 @@ def read_config(folder: Path, name: str) -> Any:
     return config
 
 
-def refuse_adapter(model: Any) -> None:
-    """Refuse a model that the caller has given an adapter.
+def _refuse_outside_layers(config: Any, name: str) -> None:
+    """Refuse an adapter whose virtual or invocation tokens act where sampling and scoring do not see them.
 
     Raises:
-        UserError: it has one.
+        UserError: it acts outside its base's layers.
     """
-    if hasattr(model, "peft_config"):
+    if config.is_prompt_learning or config.is_adaption_prompt or getattr(config, "alora_invocation_tokens", None):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        kind = "aLoRA" if kind == "LORA" else kind
+        raise UserError(
+            f"model {name!r}: an adapter of kind {kind} cannot be merged into its base, so it is not supported; use "
+            "one that changes the base's layers, such as LoRA"
+        )
+
+
+def without_adapter(model: Any, *, trained: bool) -> Any:
+    """What the caller has loaded: the model itself, or the base of a ``PeftModel`` that is not to be trained.
+
+    Raises:
+        UserError: it has an adapter and is to be trained, or it cannot be measured with it.
+    """
+    if not hasattr(model, "peft_config"):
+        return model
+    import_before_peft()
+    from peft import PeftModel
+
+    if trained:
         raise UserError(
             "model: it has an adapter; for a new one give the model without it (PeftModel.unload) and lora_rank, for "
             "a trained one merge it first (PeftModel.merge_and_unload), or give its folder"
         )
+    if not isinstance(model, PeftModel):
+        raise UserError("model: it has an adapter; give the PeftModel that holds it")
+    for config in model.peft_config.values():
+        _refuse_outside_layers(config, model.name_or_path)
+    return model.get_base_model()
 
 
 def changes_base(config: Any) -> bool:

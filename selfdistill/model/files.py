@@ -37,10 +37,12 @@ def resolve(name: str) -> str:
         return str(starter_model_path(name))
     if (path / "final").is_dir():
         return str(path / "final")
+    run = path.parent if path.name == "final" and not path.exists() else path
+    has_settings = any((run / settings).is_file() for settings in _SETTINGS)
+    if (run / "config.yaml").is_file() and not has_settings:
+        raise UserError(f"model {name!r}: a run folder without a final model; resume its training")
     if path.is_dir():
-        if not any((path / settings).is_file() for settings in _SETTINGS):
-            if (path / "config.yaml").is_file():
-                raise UserError(f"model {name!r}: a run folder without a final model; resume its training")
+        if not has_settings:
             raise UserError(f"model {name!r}: the folder has neither config.json nor adapter_config.json")
         return str(path)
     if path.is_file():

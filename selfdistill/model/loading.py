@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from selfdistill.config import EngineSettings
 from selfdistill.data import ChatFormat
 from selfdistill.errors import UserError
-from selfdistill.model.adapters import attach, merged, read_config, refuse_adapter
+from selfdistill.model.adapters import attach, merged, read_config, without_adapter
 from selfdistill.model.device import best_device, has_gpu
 from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
@@ -59,6 +59,8 @@ class LoadedModel:
     """Folder of the model's files on this machine, or of an adapter's base; None if there is none."""
     merged_adapter: bool = False
     """Whether an adapter was merged; a new adapter would then not fit the base that ``name`` refers to."""
+    adopted: bool = False
+    """Whether the caller has loaded it; see :func:`adopt`."""
     engine: EngineSettings | None = None
     """The engine that samples from the model; None: PyTorch. See :func:`selfdistill.model.engine.use_engine`."""
     rollout_count: RolloutCount = field(default_factory=RolloutCount)
@@ -75,6 +77,11 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> str:
+        """Data type of the weights, such as ``bfloat16``."""
+        return str(self.model.dtype).removeprefix("torch.")
 
     def chat(self, kwargs: Mapping[str, Any] | None = None, date: str | None = None) -> ChatFormat:
         """How the model's tokenizer encodes messages; see :class:`ChatFormat`."""
@@ -190,21 +197,21 @@ def load_tokenizer(path: str, base_path: str, name: str) -> Any:
     return tokenizer
 
 
-def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
+def adopt(model: Any, tokenizer: Any, name: str | None = None, *, trained: bool = True) -> LoadedModel:
     """Use a model that the caller has loaded, with its tokenizer.
 
     Dropout is disabled in it, and training changes its weights.
 
     Args:
-        model: a causal language model or an image-text model.
+        model: a causal language model or an image-text model; if it is not trained, also a ``PeftModel`` of one.
         tokenizer: its tokenizer, or an image-text model's processor, without which it reads no pictures.
         name: for messages and saved settings; default: where transformers loaded it from.
+        trained: whether it may be trained; then all weights frozen and an adapter are refused.
 
     Raises:
-        UserError: not a transformers model, no tokenizer, quantised or frozen weights, an adapter, or no end token.
+        UserError: not a transformers model, no tokenizer, quantised weights, no end token, or what ``trained`` says.
     """
-    refuse_adapter(model)
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(without_adapter(model, trained=trained), PreTrainedModel):
         found = type(model).__name__
         raise UserError(f"model: found {found}, expected a folder, a name or a transformers PreTrainedModel")
     tokenizer, processor = divided(tokenizer)
@@ -213,7 +220,7 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
         raise UserError(f"tokenizer: found {found}; a loaded model needs its tokenizer: give tokenizer=...")
     if getattr(model, "is_quantized", False):
         raise UserError("model: its weights are quantised, and quantised weights are not supported; load the original")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if trained and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("model: all its weights are frozen (requires_grad=False); unfreeze those to be trained")
     model.eval()
     disable_dropout(model)
@@ -222,7 +229,7 @@ def adopt(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     loaded = with_special_tokens(
         model, tokenizer, name, None if processor is None else PictureInputs(processor, model, name)
     )
-    loaded.files = local_folder(model.name_or_path) if model.name_or_path else None
+    loaded.files, loaded.adopted = local_folder(model.name_or_path) if model.name_or_path else None, True
     loaded.notes += notes
     return loaded
 

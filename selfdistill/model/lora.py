@@ -101,7 +101,7 @@ def check_base(loaded: LoadedModel) -> None:
     if not name:
         raise UserError(f"{cannot} has no name_or_path; {save}")
     try:
-        there = dict(load_model(name, dtype=str(loaded.model.dtype).removeprefix("torch.")).model.named_parameters())
+        there = dict(load_model(name, dtype=loaded.dtype).model.named_parameters())
     except UserError as error:
         raise UserError(f"{cannot} cannot be loaded again ({error}); {save}") from None
     if own.keys() != there.keys() or not all(_equal(own[tensor], there[tensor]) for tensor in own):

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from selfdistill.errors import UserError
 from selfdistill.model.device import has_gpu
 from selfdistill.model.fsdp import unsharded
+from selfdistill.model.loading import LoadedModel
 
 
 def bfloat16_is_fast() -> bool:
@@ -27,6 +28,23 @@ def bfloat16_is_fast() -> bool:
 def resolved_precision(setting: str) -> str:
     """``bf16`` or ``no`` for the setting ``mixed_precision``."""
     return setting if setting != "auto" else "bf16" if bfloat16_is_fast() else "no"
+
+
+def with_own_dtype(given: dict[str, Any], loaded: LoadedModel | None) -> dict[str, Any]:
+    """The settings with the data type of a loaded model as ``dtype``.
+
+    Raises:
+        UserError: another is given.
+    """
+    if loaded is None:
+        return given
+    asked = str(given.get("dtype", "auto")).removeprefix("torch.")
+    if asked not in ("auto", loaded.dtype):
+        raise UserError(
+            f"setting 'dtype': found {asked!r}, but the loaded model is {loaded.dtype}; load it in that type, or leave "
+            "dtype out"
+        )
+    return given | {"dtype": loaded.dtype if loaded.dtype in ("float32", "bfloat16") else "auto"}
 
 
 def refuse_float16(model: nn.Module, name: str) -> None:

@@ -8,6 +8,7 @@ from selfdistill.config import TrainConfig, changes, load_saved, refuse_changes
 from selfdistill.data import ContextEncoder
 from selfdistill.errors import CannotResume, UserError, number_of
 from selfdistill.methods import rules_of
+from selfdistill.model import LoadedModel
 from selfdistill.training.checkpoint import Position, saved_position, settings_of
 from selfdistill.training.setup import data_fingerprint, sha256_of
 from selfdistill.training.trainer import Trainer
@@ -92,6 +93,9 @@ def check_unchanged(checkpoint: Path, trainer: Trainer, digests: dict[str, str])
             f"{checkpoint}: model was {before!r} and is now {now!r}; with a merged adapter the "
             "weights cannot be compared, so use the original path"
         )
+    weights = digests.get("model")
+    if trainer.loaded.adopted and saved_position(checkpoint).digests.get("model", weights) != weights:
+        raise CannotResume(f"{checkpoint}: {_not_as_it_was(trainer.loaded, trainer.config.dtype)}")
     _refuse_changes(checkpoint, trainer.config, digests)
 
 
@@ -124,6 +128,15 @@ def _refuse_changes(checkpoint: Path, config: TrainConfig, digests: dict[str, st
     if changed:
         named = ", ".join(what.get(name, f"{name} of the training rows") for name in changed)
         raise CannotResume(f"{checkpoint}: changed since the run began: {named}; restore them")
+
+
+def _not_as_it_was(loaded: LoadedModel, dtype: str) -> str:
+    """That a model which the caller has loaded is not the one of a run with this ``dtype``, and what to do."""
+    another = f", in {dtype}" if dtype not in ("auto", loaded.dtype) else ""
+    return (
+        f"the loaded model is not the one that the run began with{another} (train changes a loaded model in place); "
+        f"load it again{another}, or leave model and tokenizer out"
+    )
 
 
 def where(output_dir: Path, checkpoint: Path | None, position: Position, config: TrainConfig) -> str:

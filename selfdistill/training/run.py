@@ -11,12 +11,16 @@ from typing import Any, overload
 
 from rich.console import Console
 
-from selfdistill.config import TrainConfig, load_saved
-from selfdistill.data import Demonstration, Message
-from selfdistill.errors import UserError, similar_inside
+from selfdistill.config import AskConfig, TrainConfig, load_saved
+from selfdistill.data import Message, load_demonstrations
+from selfdistill.errors import UserError, closest, similar_inside
 from selfdistill.evaluation import generate, note_on_environment, summary, system_turn_of, with_system_turn
 from selfdistill.model import LoadedModel, load_model, to_best_device
 from selfdistill.runtime import Printable, is_rank0, quiet_libraries, read_lines
+from selfdistill.training.checkpoint import list_checkpoints, saved_position
+
+OPTIONS = ("max_completion_length", "temperature", "top_p", "seed", "chat_template_kwargs", "dtype", "adapter_base")
+"""Of :meth:`Run.generate`."""
 
 
 @dataclass(frozen=True, repr=False, init=False)
@@ -45,6 +49,11 @@ class Run(Printable):
         return self.output_dir / "final"
 
     @property
+    def checkpoints(self) -> list[int]:
+        """The steps of the checkpoints, for ``selfdistill.export``."""
+        return [saved_position(path).step for path in list_checkpoints(self.output_dir)]
+
+    @property
     def config(self) -> TrainConfig:
         """The resolved settings."""
         return TrainConfig(**load_saved(self.output_dir / "config.yaml", TrainConfig))
@@ -59,11 +68,16 @@ class Run(Printable):
         """One dict per evaluation on ``test``, as in ``evaluations.jsonl``."""
         return read_lines(self.output_dir / "evaluations.jsonl")
 
-    @cached_property
-    def _loaded(self) -> LoadedModel:
-        note_on_environment(str(self.output_dir), self.config.model_dump())
-        with quiet_libraries():
-            return to_best_device(load_model(str(self.final)))
+    def _load(self, **options: Any) -> LoadedModel:
+        """The final model; loaded again if the options are not those of the last call."""
+        before, loaded = self.__dict__.pop("_loaded", (None, None))
+        if loaded is None or before != options:
+            note_on_environment(str(self.output_dir), self.config.model_dump())
+            del loaded  # before another takes its memory
+            with quiet_libraries():
+                loaded = to_best_device(load_model(str(self.final), **options))
+        self.__dict__["_loaded"] = options, loaded
+        return loaded
 
     @cached_property
     def _system_turn(self) -> str | None:
@@ -78,17 +92,19 @@ class Run(Printable):
     def generate(self, prompt: Any, *, system: str | None = None, **options: Any) -> Any:
         """Generate the final model's reply to a prompt, or its replies to a list of prompts. Greedy by default.
 
-        The first call loads the model; later calls reuse it. Tools are not shown; ``selfdistill.ask`` with an
-        environment plays an episode.
+        The first call loads the model; later calls with the same ``dtype`` and ``adapter_base`` reuse it. Tools are not
+        shown; ``selfdistill.ask`` with an environment plays an episode.
 
         Args:
             prompt: text (one user turn), or a list of prompts, each text or chat messages.
             system: a system turn before each prompt that has none; "": none. Default: that of the training rows, if
                 the same one begins all rows of the run.
-            options: ``max_completion_length`` (tokens; default: that of the run), ``temperature``, ``top_p``, ``seed``.
+            options: ``max_completion_length`` (tokens) and ``dtype``, by default those of the run; ``temperature``,
+                ``top_p``, ``seed``; ``adapter_base``, the base of an adapter, if it was moved.
 
         Raises:
-            UserError: the prompt is neither or has a system turn beside ``system``, or there is no final model.
+            UserError: the prompt is neither or has a system turn beside ``system``, an option is wrong, or there is no
+                final model.
         """
         if isinstance(prompt, list | tuple) and any(isinstance(one, dict) for one in prompt):
             raise UserError("prompt: found messages, expected text or a list of prompts; put the messages into a list")
@@ -96,13 +112,28 @@ class Run(Printable):
         if not isinstance(prompts, list | tuple) or not all(isinstance(one, str | list | tuple) for one in prompts):
             found = " ".join(repr(prompt).split())[:60]
             raise UserError(f"prompt: found {found}, expected text or a list of prompts")
-        defaults: dict[str, Any] = {
-            "max_completion_length": self.config.max_completion_length,
-            "chat_template_kwargs": self.config.chat_template_kwargs,
-        }
-        chats = with_system_turn([Demonstration(one).prompt for one in prompts], system, lambda: self._system_turn)
-        replies = generate(self._loaded, chats, **defaults | options)
+        options = self._options(options)
+        rows = load_demonstrations([{"prompt": one} for one in prompts], prompts_only=True, name="prompt")
+        chats = with_system_turn([row.prompt for row in rows], system, lambda: self._system_turn)
+        loaded = self._load(**{name: options.pop(name) for name in ("dtype", "adapter_base")})
+        replies = generate(loaded, chats, **options)
         return replies[0] if isinstance(prompt, str) else replies
+
+    def _options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The options of :meth:`generate` with those of the run that are not given.
+
+        Raises:
+            UserError: an option is unknown or has a wrong value.
+        """
+        for name in given:
+            if name not in OPTIONS:
+                hint = closest(name, OPTIONS, f", expected one of {', '.join(OPTIONS)}")
+                raise UserError(f"generate: unknown option {name!r}{hint}")
+        kept = ("max_completion_length", "chat_template_kwargs", "dtype")
+        options = {"adapter_base": None} | {name: getattr(self.config, name) for name in kept} | given
+        asked: dict[str, Any] = {name: value for name, value in options.items() if name != "top_p"}
+        AskConfig(run=str(self.final), question="", **asked)  # refuses wrong values
+        return options
 
     def print(self, console: Console) -> None:
         """Print what was trained, the first and last loss, and the evaluations."""

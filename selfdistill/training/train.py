@@ -216,8 +216,8 @@ def _start_position(trainer: Trainer, checkpoint: Path | None) -> Position:
     position = Position(0, 0, engine=name, digests=digests_of(trainer))
     if checkpoint is None:
         return position
-    saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
     check_unchanged(checkpoint, trainer, position.digests)
+    saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
     trainer.control = saved.control
     if saved.engine != name:
         before, now = saved.engine or "PyTorch", name or "PyTorch"
