@@ -28,7 +28,7 @@ LIMITS = {"cpu": 1, "wall": 10, "memory": 256 * 2**20, "file": 2**20, "files": 3
 """Most seconds of computing and of waiting, bytes of memory and of a file, and open files of a reply's process."""
 
 _CHILD = Path(__file__).with_name("code_child.py")
-_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FENCED = re.compile(r"^([ \t]*)```+[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _MOST_AT_ONCE = 8
 
 
@@ -45,9 +45,11 @@ class CodeResult:
 
 
 def code_in(reply: str) -> str:
-    """The first fenced block of a reply, closed or not, without the indentation of all its lines; else all of it."""
+    """The first fenced block of a reply, closed or not; if it is indented, without that. Else all of the reply."""
     block = _FENCED.search(reply)
-    return textwrap.dedent(block[1]) if block else reply
+    if block is None:
+        return reply
+    return textwrap.dedent(block[2]) if block[1] else block[2]
 
 
 def run_tests(replies: Sequence[str], tests: Sequence[Sequence[str]]) -> list[CodeResult]:

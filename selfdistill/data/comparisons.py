@@ -19,7 +19,7 @@ from selfdistill.data.differences import cut, side_by_side
 from selfdistill.data.rows import RowError, from_text
 from selfdistill.data.thinking import split_thinking
 from selfdistill.data.tool_calls import Calls, calls_in, calls_of, first_difference
-from selfdistill.data.words import includes, same_text, words_of
+from selfdistill.data.words import has_minus_of, includes, same_text, words_of
 
 MOST_LISTED = 5
 """Most words, or answers, in a line of feedback."""
@@ -86,10 +86,13 @@ def contains(reply: str, demonstration: Demonstration) -> Verdict:
     words, wanted = words_of(reply), list(map(words_of, answers))
     if not all(wanted):
         raise unusable("contains", demonstration, "it has no letters, digits or symbols")
-    if any(includes(words, one) for one in wanted):
+    found = [answer for answer, one in zip(answers, wanted, strict=True) if includes(words, one)]
+    if any(has_minus_of(reply, answer) for answer in found):
         return RIGHT
     if len(answers) > 1:
         return _wrong(f"expected one of {_listed(answers)}, found none of them")
+    if found:
+        return _wrong(f"expected {cut(_spoken(answers[0]))}, found it without its minus")
     return _wrong(f"expected {cut(_spoken(answers[0]))}, {_lacking(words, wanted[0])}")
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from selfdistill.data.columns import COLUMNS, OTHER_NAMES
 from selfdistill.data.rows import RawRow, describe_value, numbered, one_line, one_of, parse_json, quoted
@@ -30,8 +30,6 @@ _FORMATS_OF_TEXT = {
     ".tsv": "a table with tabs",
 }
 _NAMES = {**_FORMATS_OF_TEXT, ".parquet": "a parquet file", **_PACKED}
-_QUOTED = re.compile(r'"(?:(?:[^"]*"")+[^"]*)?"')
-"""A cell that only a writer of quoted cells makes: empty, or with doubled quotes."""
 _NARROW = {"float32": "float32", "float": "float32", "float16": "float16", "halffloat": "float16"}
 """NumPy's types of numbers with fewer bits than Python's, by their names in ``datasets`` and in Arrow."""
 _ONE_OBJECT = "one JSON object over several lines"
@@ -216,20 +214,11 @@ def _cell(cells: list[str], at: int) -> str:
     return cells[at].strip() if at < len(cells) else ""
 
 
-def _is_unquoted(text: str) -> bool:
-    """Whether nothing in a table with tabs shows that its cells are quoted, so that its quotes are text."""
-    header, *rows = [line.split("\t") for line in re.split("\r\n?|\n", text) if line.strip()] or [[]]
-    return not any(name.startswith('"') for name in header) and not any(
-        len(cells) != len(header) or any(map(_QUOTED.fullmatch, cells)) for cells in rows
-    )
-
-
 def _cells(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """The cells of each row that is not blank, with the number of its first line."""
     found, line = [], 1
     limit = csv.field_size_limit(2**31 - 1)  # by default, a document of 128 KiB is too long
-    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" and _is_unquoted(text) else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for cells in reader:
             found += [(line, cells)] if any(cells) else []
@@ -306,7 +295,7 @@ def answers_as_meant(rows: Iterable[Any], kind: str, classes: Sequence[str]) -> 
             return names.get(answer)  # -1 stands for none
         return float(str(narrow(answer))) if narrow and isinstance(answer, float) else answer
 
-    return [{**row, "answer": meant(row["answer"])} for row in rows] if names or narrow else rows
+    return [{**row, "answer": meant(row.get("answer"))} for row in rows] if names or narrow else rows
 
 
 # --- bytes and formats ---

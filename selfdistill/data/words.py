@@ -49,18 +49,6 @@ _GROUPS = regex.compile(
 )
 """Digits with thousands separators: commas (Indian groups, too), apostrophes or spaces."""
 
-_OPERAND_ENDS = rf"(?:(?<!{_LETTER}){_LETTER}|\\\p{{L}}+|[)\]}}]|[\^_]-?[\d.]+)"  # of x, 2\pi, (a+b) or x^2
-_OPERAND_BEGINS = rf"(?:{_LETTER}(?!{_IN_WORD})|\\\p{{L}}|\()"
-_SUBTRACTS = regex.compile(
-    rf"""
-    (?<=(?:\d|{_OPERAND_ENDS})\s*) - (?=\s*{_OPERAND_BEGINS})
-    | (?<![\p{{L}}\p{{N}}\^]) - (?={_OPERAND_BEGINS})
-    | (?<!\de) (?:(?<=\s)-(?=\s)|(?<=\S)-)  # 1e-5 is a number, and so is -5 in x: -5
-      (?: (?<={_OPERAND_ENDS}\s*-)(?=\s*\d) | (?<=\d\s*-)(?=\s*\d+(?:\.\d+)?\s?{_OPERAND_BEGINS}) )
-    """,
-    regex.VERSION1 | regex.VERBOSE,
-)
-"""A minus of a formula. Hyphens between words or plain numbers, as in ranges and dates, are punctuation."""
 _LATEX = (
     (regex.compile(r"(?<![\\$])(\$\$?)(?=[^\s$])([^$\n]+?)(?<=\S)\1(?![\d$])"), r" \2 "),  # $x$, not $5 to $6
     (regex.compile(r"\\[cdt]?frac\s*(?|\{\s*(\d+)\s*\}|(\d))\s*(?|\{\s*(\d+)\s*\}|(\d))"), r"\1/\2"),
@@ -68,17 +56,26 @@ _LATEX = (
     (regex.compile(r"\\(?:text|math|box|fbox|operatorname)\w*\s*(?=\{)"), ""),
     (regex.compile(r"(?<=\d)(?:\\[,!;:]|\{,\})(?=\d{3})"), ","),
     (regex.compile(r"\\([%$#&_{}])"), r"\1"),
-    (_SUBTRACTS, "\u2212"),
     (regex.compile(r"(?<=[\p{L}\p{N}])\\(?=\p{L})"), " "),  # 2\pi is 2 \pi, but a+\pi is not the grade a+
     (regex.compile(r"\\(?=\p{L})"), ""),
 )
+_FORMULA = regex.compile(
+    r"""
+    (?!\p{Lu}-\d+$|\d+-\p{Lu}$|-?[\d.,]+[eE]-\d+$)  # F-16 and 3-D are names, 1e-5 is a number
+    (?=.*(?:-\s*[^\d\s.]|[^\s(=]\s*-))(?=.*\p{L})  # a minus that is not part of a number alone
+    (?:\\(?:\p{L}+|[^\p{L}]) | (?<!\p{L})[a-zA-Z\p{Greek}](?!\p{L}) | [^\p{L}\p{M}\\"'?;@#&%~])+
+    """,
+    regex.VERBOSE | regex.DOTALL,
+)
+"""A formula with a minus: single letters, LaTeX commands, numbers and signs."""
+_NOT_OF_FORMULAS = regex.compile(r"[^\p{L}\p{N}.+\-=/^_<>|]")
 _SIGN_BEFORE_CURRENCY = regex.compile(r"-(\p{Sc})\s?(?=\d)")
 _CURRENCY_AFTER = regex.compile(
     rf"(?=[-\d])(?<![.\^]|{_IN_WORD})(-?\d+(?:\.\d+)*(?:\^-?\d+)?)\s?(\p{{Sc}})(?!\d)", regex.VERSION1
 )
 _PERCENT_BEFORE = regex.compile(r"(?<!\d\s?)%(\d+(?:\.\d+)?)")
 
-_MINUS = r"(?:(?<![\p{L}\p{N})\]])-)?"
+_MINUS = r"(?:(?<![\p{L}\p{N})\]}])-)?"
 _POWER_OF_TEN = rf"(?:e[+-]?\d{{1,4}}(?!{_IN_WORD}))?"
 _COMPOUND = r"(?:m/s|m\^|[jlnvw]/\p{L})"  # units such as m/s and W/m; 5m and 5k alone may be millions, thousands
 _TOKEN = regex.compile(
@@ -129,13 +126,10 @@ def words_of(text: str) -> list[str]:
       code and stays as written. The point separates decimals; commas, apostrophes and spaces separate thousands.
     - A run of letters, digits and their marks, with what a name begins or ends with: ``.net``, ``c++``, ``c#``, ``a+``.
     - A character of a script without spaces, with its marks.
-    - A minus of a formula, as in ``2x - 3`` and ``-\\sqrt{3}``.
     - Any other sign that is no punctuation: a currency (always before its number), ``+ = / & @ #`` and symbols; ``* _ ^
       ~ |`` only between letters or digits, and ``\\`` only before a digit, for elsewhere they are Markdown or LaTeX.
     """
-    text = unicodedata.normalize("NFKC", plain(_TRADE_MARKS.sub(" ", text)).casefold())
-    for pattern, replacement in _LATEX:
-        text = pattern.sub(replacement, text)
+    text = _without_latex(text)
     text = _SIGN_BEFORE_CURRENCY.sub(r"\1-", _ungrouped(text))
     text = _PERCENT_BEFORE.sub(r"\1%", _CURRENCY_AFTER.sub(r"\2\1", text))
     words: list[str] = []
@@ -146,6 +140,25 @@ def words_of(text: str) -> list[str]:
         if size := _size_of_power(tokens):
             words[-size:] = ["".join(words[-size:])]
     return words
+
+
+def _without_latex(text: str) -> str:
+    """The text in lower case, with its LaTeX as plain signs."""
+    text = unicodedata.normalize("NFKC", plain(_TRADE_MARKS.sub(" ", text)).casefold())
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def has_minus_of(text: str, wanted: str) -> bool:
+    """Whether a wanted formula stands in the text with its minus signs, spaces and brackets aside.
+
+    :func:`words_of` drops these signs, as hyphens. Texts that are no formula with a minus are always there.
+    """
+    if not _FORMULA.fullmatch(plain(wanted).strip()):
+        return True
+    one, other = (_NOT_OF_FORMULAS.sub("", _ungrouped(_without_latex(x))) for x in (wanted, text))
+    return one.strip(".") in other
 
 
 def _size_of_power(tokens: Sequence[regex.Match[str]]) -> int:
