@@ -219,7 +219,7 @@ def evaluate(
         path, rows = data_of(data)
         config = EvalConfig(model=name, data=path, base=base_name, **settings)
         details = run_evaluation(config, rows, on_best_device(loaded), base_loaded)
-        return EvalResult(name, path, details)
+        return EvalResult(name, path, replies=details.pop("replies"), details=details)
 
 
 def compare(
@@ -247,7 +247,7 @@ def compare(
         UserError: a mistake the user can fix.
         RunStopped: a signal stopped the comparison; its progress is saved.
     """
-    with session(progress, resume=resume):
+    with session(progress, resume=resume, alone="compare"):
         given = given_settings(model, output_dir, settings)
         if not isinstance(given.get("model", ""), str):
             raise UserError("model: found a loaded model, but every run loads its own; save it and give its folder")
@@ -281,7 +281,7 @@ def learn(
         UserError: a mistake the user can fix.
         RunStopped: a signal stopped the action; repeat the call to resume.
     """
-    with session(progress):
+    with session(progress, alone="learn"):
         config, in_memory = learn_config({"action": action, "state": state} | settings, {"data": data, "test": test})
         return run_action(config, in_memory)
 
@@ -332,7 +332,7 @@ def make_questions(
     Raises:
         UserError: a mistake the user can fix.
     """
-    with session(progress):
+    with session(progress, alone="make_questions"):
         places: dict[str, Any] = {"model": model, "documents": documents, "output_dir": output_dir}
         config = QuestionsConfig(**places | settings)
         return QuestionsResult(Path(config.output_dir), run_questions(config))
@@ -373,7 +373,7 @@ def export(
     ``step`` writes the model of that step's checkpoint instead. ``merge`` merges a LoRA adapter into its base, which
     ``adapter_base`` names if it was moved.
     """
-    with session(progress):
+    with session(progress, alone="export"):
         places: dict[str, Any] = {"run": run, "output_dir": output_dir, "adapter_base": adapter_base}
         return run_export(ExportConfig(**places, step=step, merge=merge))
 
@@ -391,6 +391,6 @@ def merge(
 
     ``subtract`` may be left out if ``add`` is an adapter, whose base it then is.
     """
-    with session(progress):
+    with session(progress, alone="merge"):
         places: dict[str, Any] = {"model": model, "add": add, "subtract": subtract, "output_dir": output_dir}
         return run_merge(MergeConfig(**places, scale=scale))

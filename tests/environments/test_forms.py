@@ -292,7 +292,7 @@ def test_a_reward_of_the_protocol_is_a_plain_number(make: Make, reward: str) -> 
 def test_what_is_no_reward_or_no_feedback_is_a_mistake(make: Make, returned: str) -> None:
     environment = make(RETURNS.replace("{}, {}", f"(), True, {returned}"))()
     environment.reset(ROW)
-    with pytest.raises(UserError, match=r"step returned \(.*\), expected True or False, a reward from 0 to 1, or a pair"):
+    with pytest.raises(UserError, match=r"step returned \(.*\), expected True or False, a reward from 0 to 1, or"):
         environment.step(said("3"))
     environment.close()
 
