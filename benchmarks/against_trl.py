@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
 from selfdistill.config.train import TrainConfig
-from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.data.sources import packaged
 from selfdistill.methods.slots import Completion
 from selfdistill.model.starter import starter_model_path
 from selfdistill.training.selection import BatchPart

@@ -27,8 +27,8 @@ from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from selfdistill.config import EngineSettings, TrainConfig
-from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.data.sources import packaged
 from selfdistill.model import LoadedModel, Rollout, Sampling, engine_for, load_model, sample, use_engine
 from selfdistill.training.train import train
 

@@ -43,7 +43,7 @@ def compare(vocabulary: int, width: int, parts: int, repeats: int) -> None:
 
     def fused() -> None:
         value, _ = chunked_loss(
-            Divergence(), student_ND, head, (head.weight,), tokens_N, weights_N, teacher_ND, teacher_head
+            Divergence(), student_ND, head, (head.weight,), tokens_N, weights_N, (teacher_ND, teacher_head)
         )
         value.backward()
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 from measure import alternate
 
-from selfdistill.data.bundled import packaged
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.data.sources import packaged
 from selfdistill.model.loading import load_model
 from selfdistill.model.sampling import Sampling, sample
 

@@ -23,8 +23,8 @@ import torch
 from limits import bandwidth, product_rate
 
 from selfdistill.config.train import TrainConfig
-from selfdistill.data.bundled import packaged
 from selfdistill.data.encoding import Example
+from selfdistill.data.sources import packaged
 from selfdistill.methods.slots import Completion, SequenceSource
 from selfdistill.model.head import body_and_head
 from selfdistill.model.loading import LoadedModel

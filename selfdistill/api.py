@@ -56,7 +56,7 @@ from selfdistill.model import switched_back
 from selfdistill.questions import QuestionsResult, with_questions
 from selfdistill.questions import make_questions as run_questions
 from selfdistill.runtime import planned_devices
-from selfdistill.training import Fit, Plan, Run
+from selfdistill.training import Fit, Plan, Run, repeating
 from selfdistill.training import export as run_export
 from selfdistill.training import merge as run_merge
 from selfdistill.training import plan as run_plan
@@ -124,7 +124,7 @@ def train(
             given["model"], loaded = model_of(given.get("model"), tokenizer)
         rows = rows_of_run(data, test, given)
         config = train_config(given | rows.paths, resume=resume)
-        with rows.kept(), switched_back(loaded) if loaded else nullcontext():
+        with repeating(config), rows.kept(), switched_back(loaded) if loaded else nullcontext():
             check_start(config, loaded, rows, resume=resume)
             if config.documents:
                 config = with_questions(config)
@@ -151,7 +151,7 @@ def plan(
     with session(progress), tempfile.TemporaryDirectory() as folder:
         config, loaded, rows = run_to_plan(model, data, test, output_dir, tokenizer, settings, folder)
         check_adapter(config, loaded)
-        with rows.kept(planned=True):
+        with repeating(config), rows.kept(planned=True):
             return run_plan(config, loaded, own_files=rows.names, temporary=folder)
 
 
@@ -254,7 +254,7 @@ def compare(
         rows = rows_of_run(data, test, given)
         given |= rows.paths
         config = continued(given, CompareConfig) if resume else CompareConfig(**given)
-        with rows.kept():
+        with repeating(config), rows.kept():
             return run_comparison(config, resume=resume, own_files=rows.names)
 
 
@@ -283,7 +283,8 @@ def learn(
     """
     with session(progress, alone="learn"):
         config, in_memory = learn_config({"action": action, "state": state} | settings, {"data": data, "test": test})
-        return run_action(config, in_memory)
+        with repeating(config):
+            return run_action(config, in_memory)
 
 
 def ask(

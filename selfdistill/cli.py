@@ -1,4 +1,4 @@
-"""The command line: parse, call the function of the same name in :mod:`selfdistill.api`, print the result.
+"""The command line: parse, call the function of the command, mostly in :mod:`selfdistill.api`, print the result.
 
 A user's mistake prints one line on standard error and exits with code 2. Heavy imports are inside the commands, so that
 ``--help`` and errors about options are fast.
@@ -144,6 +144,9 @@ def _of_the_machine(error: Exception, command: str) -> tuple[str, int] | None:
             return f"another process of this run {what}; its checkpoints are intact, continue with --resume ({text})", 3
     if unrepeatable := re.match(r".* does not have a deterministic implementation", text):
         return f"setting 'deterministic': {unrepeatable[0]}; leave it out", 2
+    if re.match("Deterministic behavior was enabled .* it uses CuBLAS", text):
+        found = "found that cuBLAS was used before; set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
+        return f"setting 'deterministic': {found}", 2
     if is_out_of_memory(error):
         advice, trains = _saving(command)
         if unused := re.search(r"([\d.]+ [MG]iB) is reserved by PyTorch but unallocated.* (PYTORCH_\S+=\S+)", text):

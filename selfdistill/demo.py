@@ -71,7 +71,7 @@ REPLY_TOKENS = 48
 _T = TypeVar("_T")
 
 
-def demo(output_dir: str | None = None, seed: int = 0) -> dict[str, Any]:
+def demo(output_dir: str | None, seed: int) -> dict[str, Any]:
     """Run the demo: print a table, the trade-off and replies before and after, and save all in ``output_dir``.
 
     Args:

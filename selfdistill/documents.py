@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import regex
 
 from selfdistill.data import WORD, first_ten, join_surrogates, plain, spaced
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 from selfdistill.runtime import say
 
 if TYPE_CHECKING:
@@ -160,8 +160,7 @@ def _documents(path: str) -> dict[Path, str]:
     if not chosen:
         raise UserError(f"documents {path!r}: no file of {', '.join(KINDS)}{', found ' * bool(others)}{found}")
     if others:
-        count = len(names) - len(chosen)
-        files = "1 file" if count == 1 else f"{count} files"
+        files = number_of(len(names) - len(chosen), "file")
         say(f"note: documents {path!r}: skipped {files} not of type {', '.join(KINDS)}: {found}")
     for file in chosen:
         package = _NEEDS.get(file.suffix.lower())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +336,40 @@ def test_rows_in_memory_are_learnt_as_what_was_given(
     monkeypatch.setattr(add_skill, "train", stop)
     with pytest.raises(sd.RunStopped, match=r"^state 'memory': stopped while learning data; rerun the same command"):
         sd.learn("add", twice, **given | {"name": "more"})
+
+
+@pytest.mark.parametrize(
+    ("command", "first_use"),
+    [
+        ("train", "api.with_questions"),
+        ("plan", "training.plan.Trainer"),
+        ("compare", "comparison.compare.load_for_training"),
+        ("learn", "continual.add_skill.load_for_training"),
+    ],
+)
+def test_what_makes_a_run_repeat_is_set_before_a_gpu_is_used(
+    model: str, monkeypatch: pytest.MonkeyPatch, command: str, first_use: str
+) -> None:
+    """On a CPU that is taken for a GPU: cuBLAS reads its variable at its first use in a process, and never again."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr("selfdistill.training.setup.has_gpu", lambda: True)
+
+    def use(*_: Any, **__: Any) -> None:
+        raise sd.UserError(f"used with {os.environ.get('CUBLAS_WORKSPACE_CONFIG')}")
+
+    module, name = f"selfdistill.{first_use}".rsplit(".", 1)
+    monkeypatch.setattr(import_module(module), name, use)  # some packages have a function of a module's name
+    Path("documents.txt").write_text("The office is in Room 12.", encoding="utf-8")
+    given = RUN | {"deterministic": True, "context": "turns"}
+    calls: dict[str, Callable[[], object]] = {
+        "train": lambda: sd.train(model, output_dir="run", documents="documents.txt", **given),
+        "plan": lambda: sd.plan(model, ROWS, **given),
+        "compare": lambda: sd.compare(model, ROWS, test=ROWS, output_dir="all", **given),
+        "learn": lambda: sd.learn("add", ROWS, state="state", model=model, test=ROWS[:3], name="tickets", **given),
+    }
+    with pytest.raises(sd.UserError, match=r"^used with :4096:8$"):
+        calls[command]()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 def test_comparing_learning_exporting_and_reporting(model: str) -> None:

@@ -731,6 +731,18 @@ def cannot_repeat(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", fail)
 
 
+def used_before(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError(
+            "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
+            "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses "
+            "CuBLAS and you have CUDA >= 10.2. To enable deterministic behavior in this case, you must set an "
+            "environment variable before running your PyTorch application"
+        )
+
+    monkeypatch.setattr("selfdistill.training.trainer.Trainer.step", fail)
+
+
 def no_host_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise MemoryError
@@ -790,6 +802,12 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
         cannot_repeat,
         "--deterministic true",
         "setting 'deterministic': put_ does not have a deterministic implementation; leave it out",
+    ),
+    (
+        used_before,
+        "--deterministic true",
+        "setting 'deterministic': found that cuBLAS was used before; set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the "
+        "environment",
     ),
     (
         no_host_memory,

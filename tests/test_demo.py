@@ -14,7 +14,7 @@ import pytest
 from selfdistill import demo as module
 from selfdistill.cli import main
 from selfdistill.config.train import TrainConfig
-from selfdistill.data.bundled import packaged
+from selfdistill.data.sources import packaged
 from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.runtime.tracking import read_lines
 

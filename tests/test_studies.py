@@ -16,8 +16,8 @@ from results_pages import results_text
 
 from selfdistill.continual.learn import retention_matrix
 from selfdistill.continual.ledger import Ledger
-from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.data.sources import packaged
 from selfdistill.runtime.tracking import read_lines
 
 STUDIES = Path(__file__).resolve().parents[1] / "studies"

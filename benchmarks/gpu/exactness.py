@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from selfdistill.config import TrainConfig
-from selfdistill.data.bundled import packaged
+from selfdistill.data.sources import packaged
 from selfdistill.errors import UserError
 from selfdistill.methods.slots import Completion
 from selfdistill.model import Sampling, load_for_training, sample, sample_seed

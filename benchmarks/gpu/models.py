@@ -136,18 +136,22 @@ def needs_bitsandbytes() -> None:
         raise NotRun("bitsandbytes is not installed, so nothing with 8-bit moments or 4-bit weights was tried")
 
 
-def rows(bench: Bench, count: int, prompt: int, completion: int) -> str:
-    """File with so many rows, whose prompts and completions have about so many tokens of the byte tokenizer."""
-    file = bench.scratch / f"rows-{count}-{prompt}-{completion}.jsonl"
+def rows(bench: Bench, count: int, prompt: int, completion: int, *, alike: bool = False) -> str:
+    """File with so many rows, whose prompts and completions have about so many tokens of the byte tokenizer.
+
+    Prompts begin with their number, so that no pass shares their beginning; or, if ``alike``, they end with it.
+    """
+    file = bench.scratch / f"rows-{count}-{prompt}-{completion}{'-alike' * alike}.jsonl"
+    asked, said = "where is it? " * 999, "it is there. " * 999
     lines = [
-        {"prompt": f"{i:02} " + "where is it? " * 999, "completion": f"{i:02} " + "it is there. " * 999}
+        {
+            "prompt": asked[: prompt - 2] + f"{i:02}" if alike else f"{i:02} {asked}"[:prompt],
+            "completion": f"{i:02} {said}"[:completion],
+            "document": "It is there.",
+        }
         for i in range(count)
     ]
-    cut = [
-        {"prompt": x["prompt"][:prompt], "completion": x["completion"][:completion], "document": "It is there."}
-        for x in lines
-    ]
-    file.write_text("".join(json.dumps(line) + "\n" for line in cut), encoding="utf-8")
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return str(file)
 
 

@@ -12,10 +12,12 @@ from statistics import mean
 from bench import Bench, Check, Found, NotRun
 from models import rows, small_model, starter
 
-from selfdistill.data.bundled import packaged
+from selfdistill.data.sources import packaged
 from selfdistill.runtime import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
+STUDY_SECONDS = 180.0
+"""Less is not worth beginning the studies: a first run, after the base was measured, would be stopped (an estimate)."""
 
 
 def check_trl(bench: Bench, found: Found) -> None:
@@ -41,6 +43,8 @@ def check_trl(bench: Bench, found: Found) -> None:
 
 def check_study(bench: Bench, found: Found) -> None:
     """``make study`` with the starter model for what time there is; its lines are beside the results."""
+    if bench.cuda and bench.seconds < STUDY_SECONDS:
+        raise NotRun(f"{bench.seconds:.0f} s are left, and a first run may take {STUDY_SECONDS:.0f} s")
     starter(bench)
     results, minutes = bench.out / "study", bench.seconds / 60 - 0.5
     files = sorted((ROOT / "configs" / "study" / "anchors").glob("*.yaml"))

@@ -15,7 +15,7 @@ from models import WHOLE, make_trainer, needs_bitsandbytes, rows, settings, shap
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import load_demonstrations
-from selfdistill.training.memory import memory_plan
+from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.traced_step import Device
 
 DEPTHS = (1, 3)
@@ -69,7 +69,7 @@ def check_setup(bench: Bench, found: Found, values: dict[str, Any]) -> None:
     times, plans, peaks = {}, {}, {}
     for depth in DEPTHS:
         config = shape_settings(bench, depth, values)
-        plan = memory_plan(config, load_demonstrations(config.data), Device(bench.device, "bf16"))
+        plan = MemoryPlanner(config, load_demonstrations(config.data), Device(bench.device, "bf16")).plan(config)
         plans[depth] = plan.peak
         times[depth], peaks[depth] = measured(bench, config, depth)
         gc.collect()

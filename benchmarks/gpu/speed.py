@@ -24,6 +24,7 @@ from selfdistill.loss.divergence import Divergence
 from selfdistill.model import LoadedModel, Sampling, add_lora, sample, sample_seed, sampling
 from selfdistill.model.device import PASS_TOKENS, loss_tokens, pass_tokens
 from selfdistill.model.head import body_and_head
+from selfdistill.model.prefix_cache import shared_prefixes
 
 SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
@@ -177,8 +178,7 @@ def check_loss(bench: Bench, found: Found) -> None:
                         (head.weight,),
                         tokens_N,
                         weights_N,
-                        teacher_ND,
-                        teacher_head,
+                        (teacher_ND, teacher_head),
                         chunk_size=size,
                     )
                     value.backward()
@@ -213,12 +213,22 @@ def check_pass(bench: Bench, found: Found) -> None:
     found.add("tokens that the package assumes", pass_tokens(bench.device))
 
 
-def step_seconds(bench: Bench, out: str, **values: Any) -> tuple[Callable[[], Any], list[dict[str, Any]]]:
-    """A function that does a step, and where it puts its metrics."""
+class TimedStep(NamedTuple):
+    """A step that can be repeated."""
+
+    run: Callable[[], None]
+    metrics: list[dict[str, Any]]
+    """Of each run so far."""
+    contexts: dict[str, list[list[int]]]
+    """Token ids before the completions, by whose they are."""
+
+
+def timed_step(bench: Bench, out: str, *, alike: bool = False, **values: Any) -> TimedStep:
+    """A step on long prompts, which begin ``alike`` or not."""
     layers = 2
     common: dict[str, Any] = {
         "model": shape_folder(bench, layers),
-        "data": rows(bench, 16, 400 if bench.cuda else 100, 40),
+        "data": rows(bench, 16, 400 if bench.cuda else 100, 40, alike=alike),
         "batch_size": 16 if bench.cuda else 4,
         "max_completion_length": 64 if bench.cuda else 4,
         "max_steps": 9,
@@ -229,20 +239,26 @@ def step_seconds(bench: Bench, out: str, **values: Any) -> tuple[Callable[[], An
     }
     run = make_trainer(settings(bench, out, **common | values), shape_model(bench, layers, torch.float32))
     metrics: list[dict[str, Any]] = []
-    return lambda: metrics.append(run.step(0)), metrics
+    examples = run.stages[0].task.examples[: common["batch_size"]]
+    contexts = {"student": [x.student_ids for x in examples], "teacher": [x.teacher_ids or [] for x in examples]}
+    return TimedStep(lambda: metrics.append(run.step(0)), metrics, contexts)
 
 
 def check_sharing(bench: Bench, found: Found) -> None:
     """A step on prompts that begin alike, with shared prefixes computed once and with each prompt in full."""
-    step, metrics = step_seconds(bench, "sharing")
+    step = timed_step(bench, "sharing", alike=True)
+    for name, contexts in step.contexts.items():
+        groups = shared_prefixes(contexts, pass_tokens(bench.device))
+        saved = sum((len(group) - 1) * length for group, length in groups)
+        found.add(f"{name}: share of the prompts that is saved", saved / sum(map(len, contexts)), at_least=0.2)
 
     def apart() -> None:
         with patch.dict(PASS_TOKENS, {bench.device: 10**9}):
-            step()
+            step.run()
 
-    alternate({"shared": step, "apart": apart}, 3)
+    alternate({"shared": step.run, "apart": apart}, 3)
     for part in ("rollout", "teacher", "student"):
-        shared, alone = (sorted(m[f"time/{part}_s"] for m in metrics[2 + i :: 2])[1] for i in (0, 1))
+        shared, alone = (sorted(m[f"time/{part}_s"] for m in step.metrics[2 + i :: 2])[1] for i in (0, 1))
         found.add(f"{part}: shared against apart", shared / alone)
 
 
@@ -250,15 +266,15 @@ def check_compile(bench: Bench, found: Found) -> None:
     """A step with the layers compiled and without."""
     if not bench.cuda:
         raise NotRun("compiling takes half a minute")
-    plain, plain_metrics = step_seconds(bench, "plain", lora_rank=0, teacher="live")
+    plain = timed_step(bench, "plain", lora_rank=0, teacher="live")
     began = now()
-    compiled, compiled_metrics = step_seconds(bench, "compiled", lora_rank=0, teacher="live", torch_compile=True)
-    compiled()
+    compiled = timed_step(bench, "compiled", lora_rank=0, teacher="live", torch_compile=True)
+    compiled.run()
     found.add("compiling, with a first step", now() - began, "s")
-    compiled_metrics.clear()
-    times = alternate({"compiled": compiled, "plain": plain}, 3)
+    compiled.metrics.clear()
+    times = alternate({"compiled": compiled.run, "plain": plain.run}, 3)
     found.add("step: compiled against plain", times["compiled"] / times["plain"])
-    student = [sorted(m["time/student_s"] for m in metrics[1:])[1] for metrics in (compiled_metrics, plain_metrics)]
+    student = [sorted(m["time/student_s"] for m in step.metrics[1:])[1] for step in (compiled, plain)]
     found.add("student: compiled against plain", student[0] / student[1])
 
 

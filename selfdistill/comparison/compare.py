@@ -23,6 +23,7 @@ from selfdistill.comparison.plots import Curve, trade_off
 from selfdistill.config import (
     CompareConfig,
     TrainConfig,
+    as_begun,
     dump_yaml,
     load_saved,
     refuse_changes,
@@ -32,7 +33,14 @@ from selfdistill.data import Demonstration, anchor_prompts, load_demonstrations
 from selfdistill.errors import RESUME, EngineFailed, RunFailed, RunStopped, UserError, number_of
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
 from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, uses
-from selfdistill.model import LoadedModel, load_for_training, refuse_float16, start_fingerprint
+from selfdistill.model import (
+    LoadedModel,
+    load_for_training,
+    network_fingerprint,
+    refuse_float16,
+    resolved_precision,
+    start_fingerprint,
+)
 from selfdistill.runtime import StopRequests, folder_lock, read_lines, say, write_atomically
 from selfdistill.training import check_output_dir, check_parts, list_checkpoints, remove_checkpoint, steps_of, train
 
@@ -108,22 +116,21 @@ def _lock_new(folder: Path, held: ExitStack, own_files: Sequence[str]) -> None:
 
 
 def _settled(config: CompareConfig, folder: Path, resume: bool, own_files: Sequence[str]) -> CompareConfig:
-    """Validate the settings, add the runs of a resumed comparison, and replace the context ``auto``.
+    """Validate the settings, add the runs of a resumed comparison, and resolve those that are ``auto``.
 
-    The context becomes that of the resumed comparison, or the best one.
+    They become those of the resumed comparison; in a new one the context becomes the best one.
 
     Raises:
         UserError: a fixed setting has changed, or an input is invalid.
     """
     written = folder / "config.yaml"
     if resume and written.exists():
-        saved = CompareConfig(**load_saved(written, CompareConfig))
-        if config.context == "auto":
-            config = config.model_copy(update={"context": saved.context})
-        if config.template_date is None:
-            config = config.model_copy(update={"template_date": saved.template_date})
+        there = load_saved(written, CompareConfig)
+        saved, config = CompareConfig(**there), as_begun(config, there)
         refuse_changes(written, saved, config)
         config = with_runs_of(saved, config, written)
+    else:
+        config = config.model_copy(update={"mixed_precision": resolved_precision(config.mixed_precision)})
     given_by = "arms" if config.arms else "vary"
     if "auto" in [kind.values.get("context") for kind in kinds_of(config)]:
         raise UserError(f"setting {given_by!r}: context 'auto' means the best one; name the contexts to compare")
@@ -168,6 +175,7 @@ def _begin(
     began = {
         "the demonstrations": rows_fingerprint({"": demonstrations}),
         "the base": start_fingerprint(base) or config.model,  # one with a merged adapter is known by its place
+        "config.json of the base": network_fingerprint(base),
         "the test rows or prior questions": evaluator.questions.fingerprint(),
         "the anchors": rows_fingerprint({str(at): anchor_prompts(name) for at, name in enumerate(config.anchors)}),
     }
@@ -224,7 +232,7 @@ def _run_all(
 def _check_unchanged(folder: Path, began: dict[str, str], config: CompareConfig) -> None:
     """Compare the fingerprints of the inputs, and the places of those without one, with those in the folder.
 
-    An earlier release kept no fingerprint of anchors, and an empty one of a base with a merged adapter.
+    An earlier release kept no fingerprint of anchors or config.json, and an empty one of a base with a merged adapter.
 
     Raises:
         UserError: the demonstrations, the base, the evaluation data or the anchors have changed.
@@ -235,7 +243,7 @@ def _check_unchanged(folder: Path, began: dict[str, str], config: CompareConfig)
     there = json.loads(file.read_text(encoding="utf-8"))
     before = CompareConfig(**load_saved(folder / "config.yaml", CompareConfig))
     moved = {"the base": before.model != config.model, "the anchors": before.anchors != config.anchors}
-    if changed := [what for what, new in began.items() if (there[what] != new if there.get(what) else moved[what])]:
+    if changed := [what for what, new in began.items() if (there[what] != new if there.get(what) else moved.get(what))]:
         drops = config.on_long_prompt == "drop" and "the demonstrations" in changed
         added = ", leave out added runs that drop further rows" if drops else ""
         raise UserError(

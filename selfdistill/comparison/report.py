@@ -51,7 +51,7 @@ class Table:
 
 
 def report(config: ReportConfig) -> Json:
-    """Write the report and print its path.
+    """Write the report.
 
     Returns:
         ``output`` (path) and ``summary`` (its sentences).

@@ -17,6 +17,7 @@ from selfdistill.config.commands import (
 )
 from selfdistill.config.files import (
     MAY_CHANGE,
+    as_begun,
     changes,
     continued,
     dump_yaml,
@@ -56,6 +57,7 @@ __all__ = [
     "TaskSettings",
     "TrainConfig",
     "TrainingSettings",
+    "as_begun",
     "changes",
     "continued",
     "dump_yaml",

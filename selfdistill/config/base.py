@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
 from selfdistill.config.trl_names import trl_hint
-from selfdistill.data import CODE, JUDGE, SCORER_NAMES, Turns, by_name, known_or_own
+from selfdistill.data import CODE, JUDGE, SCORER_NAMES, LearntTurns, by_name, known_or_own
 from selfdistill.environments import name_of_functions
 from selfdistill.errors import UserError, closest
 
@@ -263,7 +263,7 @@ class ModelSettings(EngineSettings):
     a hub name, or a file of the package, e.g. ``bundled:shop.test.jsonl``."""
     split: str = "train"
     """Split of ``data`` to read, from a folder or data set with several."""
-    turns: Turns = "auto"
+    turns: LearntTurns = "auto"
     """Which replies of a chat to learn. ``last``: the last one. ``all``: every one after the prompt. ``auto``: all in
     rows with tool calls or tool turns, else the last one."""
     max_prompt_length: int | None = Field(default=None, ge=1)
@@ -274,9 +274,9 @@ class ModelSettings(EngineSettings):
     batch_size: int = Field(default=32, ge=1)
     """Prompts per optimizer step, over all processes and micro-batches. The official code uses 32."""
     scorer: str | None = None
-    """Scorer for rows that name none: ``exact`` (the default), ``contains``, ``choice``, ``regex``, ``tool_call``,
-    ``code`` (runs code that the model writes), ``judge``, or your own function as
-    ``python:package.module.function``; in Python also the function itself."""
+    """Scorer for rows that name none: ``exact`` (the default), ``contains``, ``choice``, ``regex``, ``tool_call`` (the
+    default for demonstrated tool calls), ``code`` (runs code that the model writes), ``judge``, or your own function
+    as ``python:package.module.function``; in Python also the function itself."""
     judge_url: str | None = None
     """OpenAI-compatible API of the ``judge``, e.g. ``http://localhost:8000/v1``; data and replies are sent there. The
     key is read from ``SELFDISTILL_JUDGE_KEY`` or, for api.openai.com only, ``OPENAI_API_KEY``."""
@@ -304,10 +304,7 @@ class ModelSettings(EngineSettings):
         except ValueError:
             raise ValueError("a day such as 2026-01-31") from None
 
-    @field_validator("judge_url")
-    @classmethod
-    def _plain_address(cls, value: str | None) -> str | None:
-        return plain_address(value)
+    _plain_address = field_validator("judge_url")(plain_address)
 
     @model_validator(mode="after")
     def _judge_has_an_address(self) -> ModelSettings:
@@ -387,10 +384,7 @@ class QuestionSettings(Settings):
     phrasings: int = Field(default=2, ge=0)
     """Paraphrases of each question for training, in addition to the one held out for the test."""
 
-    @field_validator("writer_url")
-    @classmethod
-    def _plain_writer_address(cls, value: str | None) -> str | None:
-        return plain_address(value)
+    _plain_writer_address = field_validator("writer_url")(plain_address)
 
     @model_validator(mode="after")
     def _writer_has_a_name(self) -> QuestionSettings:

@@ -19,6 +19,7 @@ SettingsOfRuns = TypeVar("SettingsOfRuns", TrainConfig, CompareConfig)
 
 MAY_CHANGE = (
     "max_steps",
+    "adapter_base",
     "deterministic",
     "torch_compile",
     "fsdp",
@@ -44,11 +45,13 @@ MAY_CHANGE = (
 """Settings that may change when a run is resumed. With ``test_split``, the rows must stay those it began with."""
 AUTO = ("context", "mixed_precision")
 """Settings whose value ``auto`` is resolved when a run begins, as null is. A resumed run keeps what it began with."""
+BEGUN_WITH = ("template_date", *AUTO)
+"""Settings that, left open, depend on the day, on the machine or on a measurement."""
 MAY_MOVE = ("model", "teacher_model", "data", "test", "prior", "anchors", "general_prompts")
 """Paths that may change on resume: the contents are compared with those the run began with."""
 COMPARE_MAY_CHANGE = (
     *("methods", "seeds", "learning_rates", "vary", "arms"),
-    *("logging_steps", "report_to", "judge_url", "teacher_cache_mib", *OPEN),
+    *("adapter_base", "logging_steps", "report_to", "judge_url", "teacher_cache_mib", *OPEN),
 )
 """Settings that may change when a comparison is resumed: it may get more runs, but all must match."""
 COMPARE_MAY_MOVE = ("model", "data", "test", "prior", "anchors")
@@ -115,6 +118,12 @@ def continued(given: dict[str, Any], kind: type[SettingsOfRuns]) -> SettingsOfRu
     config = kind(**before | {key: given[key] for key in given.keys() - open_})
     refuse_changes(path, saved, config)
     return config
+
+
+def as_begun(config: SettingsOfRuns, saved: dict[str, Any]) -> SettingsOfRuns:
+    """The settings of a resumed run, where :data:`BEGUN_WITH` left open became when it began: those in ``saved``."""
+    left_open = [name for name in BEGUN_WITH if getattr(config, name) in (None, "auto") and name in saved]
+    return config.model_copy(update={name: saved[name] for name in left_open})
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], *, but: tuple[str, ...] = ()) -> list[str]:

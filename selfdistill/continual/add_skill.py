@@ -43,6 +43,7 @@ from selfdistill.model import (
     LoadedModel,
     load_for_training,
     refuse_float16,
+    resolved_precision,
     start_fingerprint,
     training_precision,
     use_engine,
@@ -88,6 +89,8 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
         ledger = _opened(config, run, splits["train"])
         if ledger.template_date is not None:
             config = config.model_copy(update={"template_date": ledger.template_date})
+        if config.mixed_precision == "auto":
+            config = config.model_copy(update={"mixed_precision": ledger.measured_with["mixed_precision"]})
         used = begin(ledger, config, splits)
         say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in used.items()))
         say_learnt(used["test"], used["train"])
@@ -148,7 +151,8 @@ def _opened(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]
         if config.template_date is not None and ledger.template_date is not None:
             fixed["template_date"] = ledger.template_date
         for key, value in fixed.items():
-            if getattr(config, key) != value:
+            is_open = key == "mixed_precision" and config.mixed_precision == "auto"
+            if getattr(config, key) != value and not is_open:
                 raise UserError(
                     f"setting {key!r}: all scores in {config.state} were measured with {value!r}; use the same"
                 )
@@ -170,7 +174,8 @@ def _opened(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]
         if not config.lora_rank:
             refuse_float16(base.model, config.model)
         date = base.chat(date=config.template_date).date
-        config = config.model_copy(update={"template_date": date})
+        precision = resolved_precision(config.mixed_precision)
+        config = config.model_copy(update={"template_date": date, "mixed_precision": precision})
         write_json(folder / "base.json", measure_model(base, [], prior, config))
         state = {"model": _absolute(config.model), "weights": start_fingerprint(base), "template_date": date}
         state |= {key: getattr(config, key) for key in MEASURED_WITH}
@@ -270,6 +275,7 @@ class _NewSkill:
         """The result of a step, read from its file or computed."""
         file = self._folder / f"{name}.json"
         if not file.exists():
+            self._stop_where_asked()
             write_json(file, measure())
         self._stop_where_asked()
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -6,7 +6,6 @@ from selfdistill.data.bundled import (
     anchor_prompts,
     drift_prompts,
     is_packaged,
-    packaged,
 )
 from selfdistill.data.chat_format import NEXT_TURN, ChatFormat, TemplateRefusal, thought_and_said
 from selfdistill.data.columns import COLUMNS
@@ -37,11 +36,9 @@ from selfdistill.data.episodes import Replies, changed_when_shown_anew, notes_on
 from selfdistill.data.feedback import with_feedback, with_guide
 from selfdistill.data.hints import Hint, HintPart, context_of, first_steps_and_answer, first_words, hintable, no_part
 from selfdistill.data.images import (
-    MOST_PIXELS,
     PICTURE_FOLDER,
     Picture,
     PictureRefusal,
-    PictureTokens,
     PromptIds,
     continued_by,
     pictures_in,
@@ -49,8 +46,8 @@ from selfdistill.data.images import (
     shown_text,
 )
 from selfdistill.data.messages import (
+    LearntTurns,
     Message,
-    Turns,
     as_transcript,
     not_object,
     said_in,
@@ -90,7 +87,7 @@ from selfdistill.data.scorers import (
     verdicts,
 )
 from selfdistill.data.shapes import draw_shapes
-from selfdistill.data.sources import Note, located
+from selfdistill.data.sources import Note, located, packaged
 from selfdistill.data.template_columns import schema_of
 from selfdistill.data.text_ids import texts_of
 from selfdistill.data.words import WORD, includes, plain, spaced, words_of
@@ -100,7 +97,6 @@ __all__ = [
     "COLUMNS",
     "GIVEN",
     "JUDGE",
-    "MOST_PIXELS",
     "NEXT_TURN",
     "PACKAGE",
     "PICTURE_FOLDER",
@@ -116,12 +112,12 @@ __all__ = [
     "Hint",
     "HintPart",
     "Lacks",
+    "LearntTurns",
     "Message",
     "Note",
     "NothingFits",
     "Picture",
     "PictureRefusal",
-    "PictureTokens",
     "PromptIds",
     "RawRow",
     "Replies",
@@ -129,7 +125,6 @@ __all__ = [
     "RowProblem",
     "Rows",
     "TemplateRefusal",
-    "Turns",
     "Verdict",
     "anchor_kinds",
     "anchor_prompts",

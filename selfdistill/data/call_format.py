@@ -86,14 +86,16 @@ class CallFormat:
         return bool(self.name or self.begin.strip() or self.parameters)
 
     def shown(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages in the template's form."""
+        """The messages in the template's form.
+
+        Calls are numbered within their turn, so that a turn alone has the ids that it has in a chat.
+        """
         made: list[Message] = []
         waiting: list[str] = []
-        number = 0
         for message in messages:
             if "tool_calls" in message:
                 calls, waiting = [], []
-                for call in message["tool_calls"]:
+                for number, call in enumerate(message["tool_calls"]):
                     function = call["function"]
                     if self.arguments_as_text:
                         text = json.dumps(function["arguments"], ensure_ascii=False)
@@ -102,7 +104,6 @@ class CallFormat:
                         call = {"id": f"call{number:05d}", **call}
                         waiting.append(call["id"])
                     calls.append(call)
-                    number += 1
                 message = {**message, "tool_calls": calls}
             elif message["role"] == "tool" and waiting:
                 message = {"tool_call_id": waiting[0], **message}

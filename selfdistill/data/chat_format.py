@@ -232,8 +232,8 @@ class ChatFormat:
             ``tool_calls``, the whole text as its content, and under ``invalid`` the reason, in words for a model.
         """
         form = self._template.calls
-        text = self._decoded(ids, form.written if form else "")
-        opened = open_thought(str(self.tokenizer.decode(list(prompt[-8:]))))
+        text = self.decode(ids, form.written if form else "")
+        opened = self.opened_thought(prompt)
         thought, said = split_thinking(text, begun=opened is not None)
         head = text[: len(text) - len(said)]
         if not thought.strip() and (said or opened):
@@ -261,14 +261,14 @@ class ChatFormat:
         head, whole = self._texts.ids(context, split=True), self._texts.ids(context + continuation, split=True)
         return self._texts.begin + whole[: len(head)], whole[len(head) :]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode a reply, skipping special tokens except thinking and tool tags."""
-        return self._decoded(ids)
-
-    def _decoded(self, ids: Sequence[int], also: str = "") -> str:
-        """As :meth:`decode`, with the control tokens that ``also`` names."""
+    def decode(self, ids: Sequence[int], also: str = "") -> str:
+        """Decode a reply, skipping special tokens except thinking and tool tags, and the tokens that ``also`` names."""
         text = self._texts.decode(ids, also)
         return (text if self.tokenizer.chat_template else text.partition(NEXT_TURN)[0]).strip()
+
+    def opened_thought(self, prompt: Sequence[int]) -> tuple[str, str] | None:
+        """The tags of the thought with which a prompt ends, for the reply to continue; None if it ends with none."""
+        return open_thought(str(self.tokenizer.decode(list(prompt[-8:]))))  # a tag may take several tokens
 
     def _prepared(
         self, messages: Sequence[Message], options: Mapping[str, Any]
@@ -300,5 +300,4 @@ class ChatFormat:
 
 def thought_and_said(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int]) -> tuple[str, str]:
     """Split a reply into its thought and its final text, given the token ids of prompt and reply."""
-    begun = open_thought(str(chat.tokenizer.decode(list(prompt[-8:])))) is not None
-    return split_thinking(chat.decode(ids), begun=begun)
+    return split_thinking(chat.decode(ids), begun=chat.opened_thought(prompt) is not None)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ LIMITS = {"cpu": 1, "wall": 10, "memory": 256 * 2**20, "file": 2**20, "files": 3
 """Most seconds of computing and of waiting, bytes of memory and of a file, and open files of a reply's process."""
 
 _CHILD = Path(__file__).with_name("code_child.py")
-_FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _MOST_AT_ONCE = 8
 
 
@@ -44,9 +45,9 @@ class CodeResult:
 
 
 def code_in(reply: str) -> str:
-    """The first fenced block of a reply, closed or not, else all of it."""
+    """The first fenced block of a reply, closed or not, without the indentation of all its lines; else all of it."""
     block = _FENCED.search(reply)
-    return block[1] if block else reply
+    return textwrap.dedent(block[1]) if block else reply
 
 
 def run_tests(replies: Sequence[str], tests: Sequence[Sequence[str]]) -> list[CodeResult]:

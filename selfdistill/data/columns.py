@@ -98,7 +98,7 @@ def misnamed_in(problem: str, row: Mapping[str, Any]) -> str | None:
     return misnamed(row, *lacking) if lacking else None
 
 
-def notes_on_unread(rows: Sequence[Mapping[str, Any]], useless: Sequence[str] = ()) -> list[str]:
+def notes_on_unread(rows: Sequence[Mapping[str, Any]], useless: Sequence[str]) -> list[str]:
     """A note that names the columns that are not used, each with the column it may be meant as.
 
     Not if rows have that column, or it would be ``useless``.

@@ -230,7 +230,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Template:
+class ContextTemplate:
     """The user's own text replaces the last user turn, with {prompt}, {demonstration} and {document} filled in."""
 
     name: ClassVar[str] = "template"
@@ -331,7 +331,7 @@ def options_of(kind: type[Context]) -> dict[str, Option]:
     return {option.name: Option(types[option.name], option.metadata.get("least", 1)) for option in found}
 
 
-_KINDS: tuple[type[Context], ...] = (Turns, ExampleAnswer, FewShot, Document, Template, Rewritten)
+_KINDS: tuple[type[Context], ...] = (Turns, ExampleAnswer, FewShot, Document, ContextTemplate, Rewritten)
 CONTEXTS = {kind.name: kind for kind in _KINDS}
 OPTIONS = {name: options_of(kind) for name, kind in CONTEXTS.items()}
 """The options of each context."""

@@ -17,10 +17,10 @@ from typing import Any, get_args
 
 from selfdistill.data.call_results import notes_on_calls
 from selfdistill.data.columns import COLUMNS, is_empty, misnamed, misnamed_in, missing, notes_on_unread, refused
-from selfdistill.data.images import Picture, in_order, in_parts, marked, pictures_of, refuse_late, saved, undecoded
+from selfdistill.data.images import Picture, in_order, in_parts, marked, pictures_of, refuse_late, saved
 from selfdistill.data.messages import (
+    LearntTurns,
     Message,
-    Turns,
     as_written,
     chat_of,
     check_json,
@@ -56,7 +56,7 @@ class Demonstration:
     answer: Any = None
     """What a scorer compares the reply with; default: the completion."""
     scorer: str | None = None
-    """Name of the scorer for this row; default: the command's setting, else ``exact``."""
+    """Name of the scorer for this row; default: the command's setting, else :func:`.scorers.default_scorer`'s."""
     row: int = 0
     """Position in the whole set, from 0; part of every sample's seed."""
     source: str = ""
@@ -145,7 +145,7 @@ def load_demonstrations(
     split_advice: str | None = None,
     note: Note | None = None,
     lacks: Lacks | None = None,
-    turns: Turns = "auto",
+    turns: LearntTurns = "auto",
     prompts_only: bool = False,
     name: str = "data",
 ) -> list[Demonstration]:
@@ -176,8 +176,8 @@ def load_demonstrations(
     Raises:
         UserError: the data cannot be read or has no rows; an unknown ``turns``; or rows are invalid.
     """
-    if turns not in get_args(Turns):
-        raise UserError(f"turns {turns!r}: expected {one_of(get_args(Turns))}")
+    if turns not in get_args(LearntTurns):
+        raise UserError(f"turns {turns!r}: expected {one_of(get_args(LearntTurns))}")
     said = note or _nobody
     chosen = Split(split, split_advice or f"(setting {'test_split' if split is None else 'split'!r})")
     try:
@@ -185,7 +185,7 @@ def load_demonstrations(
             name = os.fspath(data)
             rows = read_rows(name, chosen, said)
         else:
-            rows = rows_in_memory(undecoded(data), name, chosen, said, as_row)
+            rows = rows_in_memory(data, name, chosen, said, as_row)
     except OSError as error:
         raise UserError(f"{error.filename or name}: cannot be read: {error.strerror}") from error
     if not rows:
@@ -325,7 +325,7 @@ def _demonstration(
     form: str,
     completion_required: bool,
     prompts_only: bool,
-    learnt: Turns,
+    learnt: LearntTurns,
     pictures: Sequence[Picture],
     problems: list[str],
 ) -> Demonstration:
@@ -362,7 +362,7 @@ def _demonstration(
 
 
 def _prompt_and_replies(
-    row: dict[str, Any], form: str, chat: Any, required: bool, learnt: Turns, problems: list[str]
+    row: dict[str, Any], form: str, chat: Any, required: bool, learnt: LearntTurns, problems: list[str]
 ) -> tuple[list[Message], list[Message]]:
     """The turns up to the one that is answered, and the replies that are learnt; ``chat`` is the column ``form``."""
     if form == "messages":

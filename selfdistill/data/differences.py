@@ -12,11 +12,14 @@ def cut(text: str, start: int = 0) -> str:
     return ("..." if start else "") + text[start:end] + ("..." if len(text) > end else "")
 
 
+def same_start(one: str, other: str) -> int:
+    """How many characters both texts begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def side_by_side(expected: str, found: str) -> str:
     """``expected ..., found ...``. Long texts are cut around the place where they first differ."""
     start = 0
     if max(len(expected), len(found)) > SHOWN:
-        pairs = enumerate(zip(expected, found, strict=False))
-        first = next((at for at, (one, other) in pairs if one != other), min(len(expected), len(found)))
-        start = max(0, first - SHOWN // 2)
+        start = max(0, same_start(expected, found) - SHOWN // 2)
     return f"expected {cut(expected, start)}, found {cut(found, start)}"

@@ -10,6 +10,7 @@ from typing import TypeVar
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import Context
 from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.differences import same_start
 from selfdistill.data.episodes import Replies, encode_replies, turns_of
 from selfdistill.data.images import PictureRefusal, by_digest
 from selfdistill.data.messages import Message, uses_tools
@@ -273,7 +274,7 @@ def _text_changes(examples: Sequence[Example], chat: ChatFormat) -> str | None:
 
 def _difference(meant: str, found: str) -> tuple[str, str]:
     """Excerpts of the two texts from the word before their first difference."""
-    same = next((i for i, (a, b) in enumerate(zip(meant, found, strict=False)) if a != b), min(len(meant), len(found)))
+    same = same_start(meant, found)
     start = max(0, same - 10)
     return meant[start : same + 20], found[start : same + 20]
 

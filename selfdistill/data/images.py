@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,7 +77,7 @@ class Picture:
 class PromptIds(list[int]):
     """Token ids of a prompt, with its pictures."""
 
-    def __init__(self, ids: Sequence[int], pictures: Sequence[Picture] = ()) -> None:
+    def __init__(self, ids: Sequence[int], pictures: Sequence[Picture]) -> None:
         super().__init__(ids)
         self.pictures = tuple(pictures)
         """In the order of the prompt; a picture that is shown twice appears twice."""
@@ -247,20 +247,20 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def undecoded(rows: Any) -> Any:
-    """A ``datasets.Dataset`` whose pictures stay bytes or paths until needed; anything else unchanged."""
-    features = getattr(rows, "features", None)
-    if not features or not hasattr(rows, "cast_column"):
-        return rows
-    import datasets
-
-    bare = datasets.Image(decode=False)
-    for column in PICTURE_COLUMNS:
-        feature = features.get(column)
-        if isinstance(feature, datasets.Image):
+    """A ``datasets.Dataset`` whose pictures, and other media, stay bytes or paths until needed."""
+    for column, feature in rows.features.items():
+        if (bare := _undecoded(feature)) != feature:
             rows = rows.cast_column(column, bare)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            rows = rows.cast_column(column, datasets.List(bare))
     return rows
+
+
+def _undecoded(feature: Any) -> Any:
+    """A column's type in which media, at any depth, are bytes and paths."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
+    if hasattr(feature, "embed_storage"):
+        return replace(feature, decode=False)
+    return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
 
 
 def saved(pictures: Sequence[Picture], folder: Path) -> list[str]:

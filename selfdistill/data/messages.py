@@ -22,7 +22,7 @@ object}}``, each with an ``id`` if one was given; its content may then be "". A 
 ``tool_call_id``.
 """
 
-Turns = Literal["auto", "last", "all"]
+LearntTurns = Literal["auto", "last", "all"]
 """Which assistant turns of a chat are learnt; ``auto``: all if it has tool calls or tool turns, else the last."""
 
 _WANT_COMPLETION = "text or a list of one assistant message"
@@ -216,7 +216,7 @@ def uses_tools(turns: Sequence[Message]) -> bool:
     return any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns)
 
 
-def first_learnt(turns: Sequence[Message], learnt: Turns) -> int:
+def first_learnt(turns: Sequence[Message], learnt: LearntTurns) -> int:
     """Where a chat that ends with the assistant is divided into prompt and replies."""
     if learnt == "last" or (learnt == "auto" and not uses_tools(turns)):
         return len(turns) - 1

@@ -12,14 +12,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from selfdistill.data.columns import COLUMNS, OTHER_NAMES
 from selfdistill.data.rows import RawRow, describe_value, numbered, one_line, one_of, parse_json, quoted
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 
 _PACKED = {".gz": "a gzip file", ".zst": "a zstd file"}
 """Endings that may follow those of text files, and what they are."""
@@ -30,6 +30,10 @@ _FORMATS_OF_TEXT = {
     ".tsv": "a table with tabs",
 }
 _NAMES = {**_FORMATS_OF_TEXT, ".parquet": "a parquet file", **_PACKED}
+_QUOTED = re.compile(r'"(?:(?:[^"]*"")+[^"]*)?"')
+"""A cell that only a writer of quoted cells makes: empty, or with doubled quotes."""
+_NARROW = {"float32": "float32", "float": "float32", "float16": "float16", "halffloat": "float16"}
+"""NumPy's types of numbers with fewer bits than Python's, by their names in ``datasets`` and in Arrow."""
 _ONE_OBJECT = "one JSON object over several lines"
 """A format that no ending stands for."""
 FILE_TYPES = (*_FORMATS_OF_TEXT, ".parquet")
@@ -200,7 +204,7 @@ def _table(path: str, text: str, delimiter: str) -> list[RawRow]:
     found = []
     for line, cells in rows:
         fits = len(cells) == len(header)
-        count = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+        count = number_of(len(cells), "cell")
         problem = None if fits else f"found {count}, expected {len(header)} ({', '.join(names)})"
         value = {header[at]: cells[at] or None for at in used} if fits else None
         found.append(RawRow(f"line {line}", f"{path}:{line}", value, problem))
@@ -212,11 +216,20 @@ def _cell(cells: list[str], at: int) -> str:
     return cells[at].strip() if at < len(cells) else ""
 
 
+def _is_unquoted(text: str) -> bool:
+    """Whether nothing in a table with tabs shows that its cells are quoted, so that its quotes are text."""
+    header, *rows = [line.split("\t") for line in re.split("\r\n?|\n", text) if line.strip()] or [[]]
+    return not any(name.startswith('"') for name in header) and not any(
+        len(cells) != len(header) or any(map(_QUOTED.fullmatch, cells)) for cells in rows
+    )
+
+
 def _cells(path: str, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """The cells of each row that is not blank, with the number of its first line."""
     found, line = [], 1
     limit = csv.field_size_limit(2**31 - 1)  # by default, a document of 128 KiB is too long
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" and _is_unquoted(text) else csv.QUOTE_MINIMAL
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         for cells in reader:
             found += [(line, cells)] if any(cells) else []
@@ -259,10 +272,41 @@ def _read_parquet(path: str) -> list[RawRow]:
 
     try:
         # Not read_table(path): that would read a `key=value` folder of the path as a column.
-        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+        table = pyarrow.parquet.ParquetFile(path).read()
+        rows = table.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: not a readable parquet file: {one_line(error)}") from error
-    return numbered(path, rows)
+    types = dict(zip(table.schema.names, map(str, table.schema.types), strict=True))
+    return numbered(path, answers_as_meant(rows, types.get("answer", ""), _classes(table.schema)))
+
+
+def _classes(schema: Any) -> Sequence[str]:
+    """The names of the classes that numbers in the column ``answer`` stand for, where ``datasets`` has written them."""
+    try:
+        names: Sequence[str] = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["answer"]["names"]
+    except (TypeError, KeyError, ValueError):  # no metadata, another column or another type
+        return ()
+    return names
+
+
+def answers_as_meant(rows: Iterable[Any], kind: str, classes: Sequence[str]) -> Iterable[Any]:
+    """Rows whose answers are what a typed column means by them: a class's name, and 3.7 for 3.700000047683716.
+
+    Args:
+        rows: dicts.
+        kind: the type of the column ``answer``.
+        classes: the names of the classes that its numbers stand for.
+    """
+    import numpy
+
+    names, narrow = dict(enumerate(classes)), numpy.dtype(_NARROW[kind]).type if kind in _NARROW else None
+
+    def meant(answer: Any) -> Any:
+        if names and isinstance(answer, int):
+            return names.get(answer)  # -1 stands for none
+        return float(str(narrow(answer))) if narrow and isinstance(answer, float) else answer
+
+    return [{**row, "answer": meant(row["answer"])} for row in rows] if names or narrow else rows
 
 
 # --- bytes and formats ---

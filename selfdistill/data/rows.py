@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 
 Made = TypeVar("Made")
 
@@ -167,7 +167,7 @@ def check_rows(
 def _bad_rows(bad: Sequence[RowProblem], total: int) -> str:
     if len(bad) == total > 1 and len({problem.reason for problem in bad}) == 1:
         return f"all {total} rows: {_reason(bad)}"
-    return f"{'1 bad row' if len(bad) == 1 else f'{len(bad)} bad rows'}: {by_reason(bad, ', ')}"
+    return f"{number_of(len(bad), 'bad row')}: {by_reason(bad, ', ')}"
 
 
 class RowProblem(NamedTuple):

@@ -19,7 +19,7 @@ from selfdistill.data.chat_format import ChatFormat, thought_and_said
 from selfdistill.data.code_tests import run_tests
 from selfdistill.data.comparisons import COMPARISONS, Verdict, answers_in, as_text, reference, said, unusable
 from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, Lacks
-from selfdistill.data.messages import said_in
+from selfdistill.data.messages import said_in, uses_tools
 from selfdistill.data.named import GIVEN, is_own, own_function
 from selfdistill.data.rows import RowError, one_line
 from selfdistill.errors import UserError
@@ -30,11 +30,15 @@ _Scorer = Callable[[str, dict[str, Any]], Any]
 
 
 def scored_text(chat: ChatFormat, prompt: Sequence[int], ids: Sequence[int], row: Demonstration, scorer: str) -> str:
-    """The final text of a reply as its scorer compares it: for ``tool_call`` with the template's calls as lines."""
+    """The final text of a reply as its scorer compares it: for ``tool_call`` with the template's calls as lines.
+
+    A call that cannot be read becomes a line that the scorer cannot read either.
+    """
     _, said = thought_and_said(chat, prompt, ids)
     if scorer != "tool_call" or not chat.writes_calls:
         return said
-    return said_in(chat.message_of(ids, prompt, row.template_options))
+    message = chat.message_of(ids, prompt, row.template_options)
+    return said_in(message) + "\nAction:" * ("invalid" in message)
 
 
 def verdict(name: str, reply: str, demonstration: Demonstration) -> Verdict:
@@ -105,8 +109,9 @@ def score(name: str, reply: str, demonstration: Demonstration) -> bool:
 
 
 def default_scorer(demonstration: Demonstration, setting: str | None) -> str:
-    """Name of the row's own scorer, else ``setting``, else ``exact``."""
-    return demonstration.scorer or setting or "exact"
+    """Name of the row's own scorer, else ``setting``, else ``exact``, or ``tool_call`` for a demonstration of calls."""
+    shows_calls = demonstration.answer is None and uses_tools(demonstration.episode[-1:])
+    return demonstration.scorer or setting or ("tool_call" if shows_calls else "exact")
 
 
 def is_scorable(demonstration: Demonstration, setting: str | None) -> bool:
@@ -124,39 +129,49 @@ def nothing_to_score(setting: str | None) -> Lacks:
     return lacks
 
 
-def doubt_about(demonstrations: Sequence[Demonstration], setting: str | None) -> str | None:
+def doubt_about(
+    demonstrations: Sequence[Demonstration], setting: str | None, chat: ChatFormat | None = None
+) -> str | None:
     """A note that names demonstrated completions that their scorers reject, and what would accept them; else None.
 
     Args:
         demonstrations: demonstrations whose answers their scorers can use.
         setting: scorer for rows that name none. Rows for the judge get no note, because asking it takes time.
+        chat: writes demonstrated calls as the model would; None: they are lines of text.
     """
     by_scorer: dict[str, list[Demonstration]] = {}
     for row in demonstrations:
         if row.completion:
             by_scorer.setdefault(default_scorer(row, setting), []).append(row)
     by_scorer.pop(JUDGE, None)
-    doubts = [doubt for name, rows in by_scorer.items() if (doubt := _doubt(name, rows))]
+    doubts = [doubt for name, rows in by_scorer.items() if (doubt := _doubt(name, rows, chat))]
     return "; ".join(doubts) or None
 
 
-def _doubt(name: str, rows: Sequence[Demonstration]) -> str | None:
-    found = verdicts([(name, said(row), row) for row in rows])
+def _doubt(name: str, rows: Sequence[Demonstration], chat: ChatFormat | None) -> str | None:
+    found = verdicts([(name, _demonstrated(row, name, chat), row) for row in rows])
     rejected = [row.source for row, one in zip(rows, found, strict=True) if one.reward != 1]
     if not rejected:
         return None
     # Any answer is a pattern, too, so that regex fits would say little.
-    fitting = [other for other in SCORER_NAMES if other != "regex" and all(_accepts(other, row) for row in rows)]
+    fitting = [other for other in SCORER_NAMES if other != "regex" and all(_accepts(other, row, chat) for row in rows)]
     instead = f", {' or '.join(fitting)} would accept all" if fitting else ""
     places = ", ".join(rejected[:3]) + (f" and {len(rejected) - 3} more" if len(rejected) > 3 else "")
     return f"scorer {name!r} rejects {len(rejected)} of {len(rows)} demonstrated completions{instead}: {places}"
 
 
-def _accepts(name: str, row: Demonstration) -> bool:
+def _accepts(name: str, row: Demonstration, chat: ChatFormat | None) -> bool:
     try:
-        return score(name, said(row), row)
+        return score(name, _demonstrated(row, name, chat), row)
     except UserError:
         return False
+
+
+def _demonstrated(row: Demonstration, scorer: str, chat: ChatFormat | None) -> str:
+    """The completion as the scorer compares it if a model repeats it."""
+    if chat is None or not uses_tools(row.episode[-1:]):
+        return said(row)
+    return scored_text(chat, (), chat.encode_reply(row.episode[-1], row.template_options), row, scorer)
 
 
 def _by_function(name: str, reply: str, demonstration: Demonstration) -> Verdict:

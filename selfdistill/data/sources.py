@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from selfdistill.data.images import undecoded
-from selfdistill.data.readers import expected_types, is_data_file, is_readable, kind_of, read_file
+from selfdistill.data.readers import answers_as_meant, expected_types, is_data_file, is_readable, kind_of, read_file
 from selfdistill.data.rows import RawRow, describe_value, first_ten, numbered, one_line, one_of
 from selfdistill.errors import UserError, similar_inside
 
@@ -118,13 +118,12 @@ def rows_in_memory(data: Any, name: str, split: Split, note: Note, as_row: Calla
     if hasattr(data, "columns"):  # a DataFrame, which would yield its columns
         found = type(data).__name__
         raise UserError(f"{name}: found a {found}; convert it with datasets.Dataset.from_pandas or from_polars")
-    rows = list(data)
-    return [
-        RawRow(place, getattr(row, "source", "") or place, value, None if isinstance(value, dict) else _not_dict(value))
-        for place, row, value in zip(
-            (f"{name}[{number}]" for number in range(len(rows))), rows, map(as_row, rows), strict=True
-        )
-    ]
+    rows = []
+    for number, row in enumerate(_of_set(data)):
+        place, value = f"{name}[{number}]", as_row(row)
+        problem = None if isinstance(value, dict) else _not_dict(value)
+        rows.append(RawRow(place, getattr(row, "source", "") or place, value, problem))
+    return rows
 
 
 def _not_dict(value: Any) -> str:
@@ -269,4 +268,12 @@ def _read_set(path: str, split: Split, note: Note, *, saved: bool) -> list[RawRo
             "the file itself"
         )
     folder = path if saved else ""
-    return [replace(raw, folder=folder) for raw in numbered(path, undecoded(rows))]
+    return [replace(raw, folder=folder) for raw in numbered(path, _of_set(rows))]
+
+
+def _of_set(rows: Any) -> Iterable[Any]:
+    """The rows of a ``datasets.Dataset``: its media are not decoded, and answers are what they mean; any others."""
+    if not getattr(rows, "features", None) or not hasattr(rows, "cast_column"):
+        return rows
+    answer = rows.features.get("answer")
+    return answers_as_meant(undecoded(rows), getattr(answer, "dtype", ""), getattr(answer, "names", ()))

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from selfdistill.data.call_format import PROBE_RESULT, PROBE_TOOL, CallFormat, probe, probe_call
+from selfdistill.data.differences import same_start
 from selfdistill.data.images import as_parts
 from selfdistill.data.messages import Message
 from selfdistill.data.template_clock import pinned
@@ -169,11 +170,6 @@ class Template:
         """Where the last turn begins in a whole chat, which may lack the thought with which the prompt ends."""
         if whole.startswith(prompt):
             return len(prompt)
-        same = _common(whole, before_thought(prompt))
+        same = same_start(whole, before_thought(prompt))
         tokens = self._added.finditer(whole)
         return next((token.start() for token in tokens if token.start() < same < token.end()), same)
-
-
-def _common(one: str, other: str) -> int:
-    """Characters with which both texts begin."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

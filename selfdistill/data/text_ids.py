@@ -43,15 +43,16 @@ class TextIds:
         """Any added token."""
         self._swallowing = {name for name, token in added.items() if token.rstrip}
         special = {name for name, token in added.items() if token.special}
-        self.end_names = [name for name in tokenizer.convert_ids_to_tokens(list(end_token_ids)) if name in special]
+        ends = tokenizer.convert_ids_to_tokens(list(end_token_ids))
+        self.end_names = [name for name in ends if name in special or (name in added and not _OF_REPLIES.search(name))]
         of_replies = {name for name in added if _OF_REPLIES.search(name)}.difference(self.end_names)
         of_reply_ids = tokenizer.convert_tokens_to_ids(sorted(of_replies))
-        special_ids = tokenizer.convert_tokens_to_ids(sorted(special))
+        special_ids = tokenizer.convert_tokens_to_ids(sorted(special.union(self.end_names)))
         self._skipped = {*special_ids, *tokenizer.all_special_ids}.difference(of_reply_ids)
         has_channels = all(name in added for name in CHANNEL_TOKENS)
         self._channels = Channels(*tokenizer.convert_tokens_to_ids([*CHANNEL_TOKENS])) if has_channels else None
         # A template may also write tokens that are not special, such as <|User|>.
-        control = special | of_replies | {name for name in added if name.strip() and name in template}
+        control = special.union(of_replies, self.end_names, [n for n in added if n.strip() and n in template])
         # Next to a token that swallows white space, that of a text is encoded on its own.
         edges = [r"\A\s+", r"\s+\Z"] if self._swallowing else []
         self.in_texts = _any_of(list(control))
@@ -62,7 +63,7 @@ class TextIds:
         """The special tokens that the tokenizer puts in front of a text; those that it appends are left out."""
 
     def decode(self, ids: Sequence[int], also: str = "") -> str:
-        """Decode a reply, skipping special tokens except thinking and tool tags and those named in ``also``.
+        """Decode a reply, skipping special and end tokens except thinking and tool tags and those named in ``also``.
 
         A thought in a channel of its own gets tags; see :class:`Channels`.
         """

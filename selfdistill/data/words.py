@@ -20,6 +20,11 @@ _LETTER = rf"[[\p{{L}}\p{{M}}]--[{UNSPACED}]]"
 _INVISIBLE = regex.compile(r"[\p{Cf}\uFE00-\uFE0F\u0640]+")
 _TRADE_MARKS = regex.compile("[\u2122\u00ae\u00a9\u2120]")  # NFKC would make letters of them
 _POWER = regex.compile(r"(?<=[\p{L}\p{Nd})\]}])(?=[\u00b2\u00b3\u00b9\u2070\u2074-\u207b])")
+_SQUARED = {  # NFKC would make m2 of m²
+    code: "".join(chr(int(part, 16)) for part in unicodedata.decomposition(chr(code)).split()[1:])
+    for code in (*range(0x339F, 0x33A7), 0x33A8, 0x33AF)
+}
+_JOINED = {**_SQUARED, 0x2116: "No "}
 _TOUCHING = regex.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])|(?<=[\u2080-\u2089])(?=\d)")  # 2½ is not 21/2
 _OTHER_DIGIT = regex.compile(r"(?![0-9])\p{Nd}")
 _ALIKE = str.maketrans(
@@ -44,6 +49,18 @@ _GROUPS = regex.compile(
 )
 """Digits with thousands separators: commas (Indian groups, too), apostrophes or spaces."""
 
+_OPERAND_ENDS = rf"(?:(?<!{_LETTER}){_LETTER}|\\\p{{L}}+|[)\]}}]|[\^_]-?[\d.]+)"  # of x, 2\pi, (a+b) or x^2
+_OPERAND_BEGINS = rf"(?:{_LETTER}(?!{_IN_WORD})|\\\p{{L}}|\()"
+_SUBTRACTS = regex.compile(
+    rf"""
+    (?<=(?:\d|{_OPERAND_ENDS})\s*) - (?=\s*{_OPERAND_BEGINS})
+    | (?<![\p{{L}}\p{{N}}\^]) - (?={_OPERAND_BEGINS})
+    | (?<!\de) (?:(?<=\s)-(?=\s)|(?<=\S)-)  # 1e-5 is a number, and so is -5 in x: -5
+      (?: (?<={_OPERAND_ENDS}\s*-)(?=\s*\d) | (?<=\d\s*-)(?=\s*\d+(?:\.\d+)?\s?{_OPERAND_BEGINS}) )
+    """,
+    regex.VERSION1 | regex.VERBOSE,
+)
+"""A minus of a formula. Hyphens between words or plain numbers, as in ranges and dates, are punctuation."""
 _LATEX = (
     (regex.compile(r"(?<![\\$])(\$\$?)(?=[^\s$])([^$\n]+?)(?<=\S)\1(?![\d$])"), r" \2 "),  # $x$, not $5 to $6
     (regex.compile(r"\\[cdt]?frac\s*(?|\{\s*(\d+)\s*\}|(\d))\s*(?|\{\s*(\d+)\s*\}|(\d))"), r"\1/\2"),
@@ -51,6 +68,7 @@ _LATEX = (
     (regex.compile(r"\\(?:text|math|box|fbox|operatorname)\w*\s*(?=\{)"), ""),
     (regex.compile(r"(?<=\d)(?:\\[,!;:]|\{,\})(?=\d{3})"), ","),
     (regex.compile(r"\\([%$#&_{}])"), r"\1"),
+    (_SUBTRACTS, "\u2212"),
     (regex.compile(r"(?<=[\p{L}\p{N}])\\(?=\p{L})"), " "),  # 2\pi is 2 \pi, but a+\pi is not the grade a+
     (regex.compile(r"\\(?=\p{L})"), ""),
 )
@@ -89,11 +107,11 @@ def plain(text: str) -> str:
     """The text with one spelling for characters that look or mean the same; white space and letter case stay.
 
     NFKC with ASCII digits, straight quotes and one hyphen; no invisible characters. Powers become ``^2``, and a
-    fraction keeps apart from the number before it. Accents and vowel signs stay.
+    fraction keeps apart from the number before it, a number from the sign No. before it. Accents and vowel signs stay.
     """
     if text.isascii():
         return text
-    text = _TOUCHING.sub(" ", _POWER.sub("^", _INVISIBLE.sub("", text)))
+    text = _TOUCHING.sub(" ", _POWER.sub("^", _INVISIBLE.sub("", text.translate(_JOINED))))
     text = unicodedata.normalize("NFKC", text).translate(_ALIKE)
     return _OTHER_DIGIT.sub(lambda digit: str(unicodedata.decimal(digit[0])), text)
 
@@ -111,6 +129,7 @@ def words_of(text: str) -> list[str]:
       code and stays as written. The point separates decimals; commas, apostrophes and spaces separate thousands.
     - A run of letters, digits and their marks, with what a name begins or ends with: ``.net``, ``c++``, ``c#``, ``a+``.
     - A character of a script without spaces, with its marks.
+    - A minus of a formula, as in ``2x - 3`` and ``-\\sqrt{3}``.
     - Any other sign that is no punctuation: a currency (always before its number), ``+ = / & @ #`` and symbols; ``* _ ^
       ~ |`` only between letters or digits, and ``\\`` only before a digit, for elsewhere they are Markdown or LaTeX.
     """

@@ -2,7 +2,6 @@
 
 from selfdistill.environments.factory import IN_PYTHON, make_environment, name_of_functions
 from selfdistill.environments.protocol import Environment, EnvironmentFactory, Step
-from selfdistill.environments.runner import ToolRunner
 from selfdistill.environments.shop import PRODUCTS, price_of, stock_of
 from selfdistill.environments.threads import THREADS, in_threads
 
@@ -13,7 +12,6 @@ __all__ = [
     "Environment",
     "EnvironmentFactory",
     "Step",
-    "ToolRunner",
     "in_threads",
     "make_environment",
     "name_of_functions",

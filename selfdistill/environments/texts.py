@@ -106,7 +106,7 @@ def without_addresses(text: str) -> str:
     return _ADDRESS.sub("", text)
 
 
-def cleaned(text: str, most: int | None = None) -> str:
+def cleaned(text: str, most: int | None) -> str:
     """At most ``most`` characters, without control characters or halves of surrogate pairs; never blank."""
     cut = " ... (cut)" if most is not None and len(text) > most else ""
     text = join_surrogates(text[:most]).replace("\r\n", "\n").replace("\r", "\n")

@@ -109,11 +109,12 @@ class VerifiersEpisode:
 
     def step(self, message: Message) -> Step:
         """The object's response, or its rubric's reward if one of its stop conditions is met."""
+        _, normalised = self._library()
         if message.get("invalid"):
             answer = self._no_tools.answer(message)
-            self._messages += self._library()[1]([_said(message), *answer.observations])
+            self._messages += normalised([_said(message), *answer.observations])
             return answer
-        said = self._library()[1]([_raw(message)])
+        said = normalised([_raw(message)])
         self._state["trajectory"].append(self._trajectory_step(said))
         self._messages += said
         returned = self._host.attempt("env_response", self._respond)
@@ -121,7 +122,7 @@ class VerifiersEpisode:
             return returned
         if returned is None:
             return self._end()
-        answers = self._library()[1](returned)
+        answers = normalised(returned)
         self._messages += answers
         names = {call.id: call.name for call in getattr(said[0], "tool_calls", None) or ()}
         own = {call.get("id") for call in _calls(message)}

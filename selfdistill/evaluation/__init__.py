@@ -1,10 +1,10 @@
-"""Evaluate models; nothing here trains."""
+"""Evaluate models; nothing here trains the model that it is given."""
 
-from selfdistill.evaluation.answers import Answers, answer, check_answers
+from selfdistill.evaluation.answers import answer, check_answers
 from selfdistill.evaluation.asked import AskResult, ask
 from selfdistill.evaluation.check import LAYOUTS, best_context, check, check_run
 from selfdistill.evaluation.check_result import CheckResult
-from selfdistill.evaluation.distances import DRIFT_PROMPTS, DRIFT_TOKENS, Distance, Drift, mean_loss
+from selfdistill.evaluation.distances import DRIFT_PROMPTS, DRIFT_TOKENS, Distance, drift_from, mean_loss
 from selfdistill.evaluation.endpoint import Endpoint
 from selfdistill.evaluation.episodes import unscored
 from selfdistill.evaluation.eval_result import EvalResult, summary
@@ -27,11 +27,9 @@ __all__ = [
     "DRIFT_TOKENS",
     "LAYOUTS",
     "SYSTEM_TURN",
-    "Answers",
     "AskResult",
     "CheckResult",
     "Distance",
-    "Drift",
     "Endpoint",
     "EvalResult",
     "Evaluation",
@@ -44,6 +42,7 @@ __all__ = [
     "check_answers",
     "check_inputs",
     "check_run",
+    "drift_from",
     "encode_priors",
     "evaluate",
     "generate",

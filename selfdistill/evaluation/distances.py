@@ -19,7 +19,7 @@ from selfdistill.model import ForwardOutput, ForwardPass, LoadedModel, Sampling,
 ANSWER_TOKENS = 32
 """Maximum length of an answer to a general prompt, in tokens."""
 DRIFT_PROMPTS, DRIFT_TOKENS = 3, 16
-"""Prompts of :class:`Drift`, and the maximum length of their answers in tokens."""
+"""Prompts of :func:`drift_from`, and the maximum length of their answers in tokens."""
 _ROWS = 8  # prompts per batch
 Own = Sequence[Sequence[bool]] | None
 """Whether each token of each completion is the model's own; None if all are."""
@@ -67,11 +67,9 @@ class Distance:
         return float(torch.cat([forward_kl(mine, base) for base, mine in parts]).mean())
 
 
-class Drift(Distance):
+def drift_from(base: LoadedModel, forward_pass: ForwardPass, chat: ChatFormat) -> Distance:
     """A small :class:`Distance`, cheap enough to measure during training."""
-
-    def __init__(self, base: LoadedModel, forward_pass: ForwardPass, chat: ChatFormat) -> None:
-        super().__init__(base, forward_pass, chat, drift_prompts()[:DRIFT_PROMPTS], DRIFT_TOKENS)
+    return Distance(base, forward_pass, chat, drift_prompts()[:DRIFT_PROMPTS], DRIFT_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -166,8 +164,7 @@ def summed_loss(
         student.head_parameters,
         tokens_N,
         _weights(tokens_N, own),
-        teacher.hidden_ND if teacher else None,
-        teacher.head if teacher else None,
+        (teacher.hidden_ND, teacher.head) if teacher else None,
         chunk_size=student.chunk_tokens,
     )
 

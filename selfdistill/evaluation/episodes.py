@@ -204,7 +204,7 @@ def episode_scores(answers: Answers) -> dict[str, Any]:
     }
 
 
-def notes_on_calls(episodes: Sequence[Completion]) -> list[str]:
+def note_on_unused_tools(episodes: Sequence[Completion]) -> list[str]:
     """A note if tools were shown but no reply called one, not even with an invalid call; else empty."""
     messages = [message for episode in episodes for message in episode.messages]
     shown = any(episode.example.demonstration.tools for episode in episodes)

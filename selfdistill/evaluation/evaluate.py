@@ -28,7 +28,7 @@ from selfdistill.evaluation.distances import ANSWER_TOKENS, Between, between
 from selfdistill.evaluation.episodes import (
     encoded,
     episode_scores,
-    notes_on_calls,
+    note_on_unused_tools,
     player_of,
     rows_of,
     unscored,
@@ -136,7 +136,7 @@ class EvaluationSet:
         check_answers(self.demonstrations, scorer)
         if scorer and all(row.scorer for row in self.demonstrations):
             say(f"note: every row has its own scorer, so scorer {scorer} is ignored")
-        if doubt := doubt_about(self.demonstrations, scorer):
+        if doubt := doubt_about(self.demonstrations, scorer, self.chat):
             say_note(doubt, topic="scorer")
 
     @property
@@ -302,7 +302,7 @@ def evaluate(
         questions = EvaluationSet(loaded, for_base.demonstrations, priors, config, config.context, demonstrations)
     with training_precision(loaded.model, config.mixed_precision, *([base.model] if base else [])):
         result, answers = _measured(loaded, questions, config, judge, config.model)
-        for note in notes_on_calls(answers.episodes):
+        for note in note_on_unused_tools(answers.episodes):
             say_note(note)
         result["settings"] = _reported(config)
         result["scorers"] = questions.scorers

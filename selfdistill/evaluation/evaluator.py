@@ -137,14 +137,7 @@ class Evaluator:
         bare, kind = self.questions, parse_context(context)
         if any(kind.lacks(row) for row in bare.demonstrations):
             return None
-        questions = EvaluationSet(
-            base,
-            bare.demonstrations,
-            {},
-            bare.config,
-            context,
-            self._data,
-        )
+        questions = EvaluationSet(base, bare.demonstrations, {}, bare.config, context, self._data)
         if questions.dropped:
             asked = len(bare.demonstrations)
             say(f"dropped {questions.dropped} of {asked} rows of {self._test} for the {what}: too long with {context}")

@@ -20,6 +20,7 @@ from selfdistill.data import (
     RowProblem,
     by_reason,
     context_of,
+    default_scorer,
     doubt_about,
     is_scorable,
     notes_on,
@@ -28,7 +29,7 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
 from selfdistill.evaluation.check_result import Layout
 from selfdistill.evaluation.distances import kl_along, summed_loss
-from selfdistill.evaluation.episodes import encoded, notes_on_calls, player_of, rows_of
+from selfdistill.evaluation.episodes import encoded, note_on_unused_tools, player_of, rows_of
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.spill import (
     Anchors,
@@ -105,13 +106,13 @@ class Measure:
             check_answers(measured, config.scorer)
         for note in notes_on(self.rows, self.chat):
             say_note(note)
-        if by_scorer and (doubt := doubt_about(measured, config.scorer) or self._word_for_word()):
+        if by_scorer and (doubt := doubt_about(measured, config.scorer, self.chat) or self._word_for_word()):
             say_note(doubt, topic="scorer")
-        self.kept = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
+        self.prefix_cache = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
-        for note in notes_on_calls(self.student.episodes):
+        for note in note_on_unused_tools(self.student.episodes):
             say_note(note)
-        self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.kept)
+        self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.prefix_cache)
         began = clock(loaded.device)
         rollouts = self._rollouts()
         self.rollout_s = (clock(loaded.device) - began) / len(self.rows)
@@ -124,7 +125,8 @@ class Measure:
         named = self.config.scorer or any(
             d.scorer or d.answer is not None for d in (row.demonstration for row in self.rows)
         )
-        length = sum(len(row.completion_ids) for row in self.rows) / len(self.rows)
+        compared = [row for row in self.rows if default_scorer(row.demonstration, None) == "exact"]
+        length = sum(len(row.completion_ids) for row in compared) / max(1, len(compared))
         if named or length < LONG_REPLY:
             return None
         return (
@@ -143,9 +145,10 @@ class Measure:
         kept = [row for row, length in zip(made, lengths, strict=True) if length <= window]
         if len(kept) < len(made) and (config.on_long_prompt == "error" or not kept):
             who = "prompt" if context is None else "teacher's prompt"
-            text = (f"{who} and demonstration have ", f" tokens, limit {window} (the model's context window)")
+            before = f"{who} and demonstration have "
+            after = f" tokens, limit {window} (the model's context window)"
             long = [pair for pair in zip(made, lengths, strict=True) if pair[1] > window]
-            bad = [RowProblem(row.demonstration.source, text[0], str(length), text[1]) for row, length in long]
+            bad = [RowProblem(row.demonstration.source, before, str(length), after) for row, length in long]
             raise UserError(
                 f"{len(bad)} of {len(made)} rows do not fit: {by_reason(bad)}; drop them with on_long_prompt drop"
             )
@@ -169,7 +172,7 @@ class Measure:
         if len(fits) == len(self.rows):
             return self.accuracy_of(self.student), self.student_logp
         rows = [row for row in self.rows if row.demonstration.row in fits]
-        logp = self._logp([row.student_ids for row in rows], rows, self.kept)
+        logp = self._logp([row.student_ids for row in rows], rows, self.prefix_cache)
         if not self.scored:
             return None, logp
         right = [c for row, c in zip(self.rows, self.student.correct, strict=True) if row.demonstration.row in fits]
@@ -209,7 +212,9 @@ class Measure:
         return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(self.rows, rollouts, strict=True)]
 
     @torch.no_grad()
-    def _logp(self, contexts: list[list[int]], rows: Sequence[Example], kept: PrefixCache | None) -> float | None:
+    def _logp(
+        self, contexts: list[list[int]], rows: Sequence[Example], prefix_cache: PrefixCache | None
+    ) -> float | None:
         """Mean log-probability of the demonstrations, nats per token; None if no row has a completion."""
         pairs = [(ids, row) for ids, row in zip(contexts, rows, strict=True) if row.completion_ids]
         total, count = 0.0, 0
@@ -217,7 +222,7 @@ class Measure:
             seen, part = zip(*pairs[start : start + 8], strict=True)
             ids, own = [row.completion_ids for row in part], [row.is_own for row in part]
             with self._arithmetic():
-                scores = self.forward_pass(self.loaded.model, seen, ids, kept)
+                scores = self.forward_pass(self.loaded.model, seen, ids, prefix_cache)
                 total -= float(summed_loss(CrossEntropy(), scores, ids, own=own)[0])
             count += sum(map(sum, own))
         return total / count if count else None
@@ -231,7 +236,7 @@ class Measure:
         """
         rows = self._shown(context, hint)
         prompts = [row.teacher_ids or [] for row in rows]
-        kept = self.forward_pass.keep(prompts, KEPT_BYTES)
+        prefix_cache = self.forward_pass.keep(prompts, KEPT_BYTES)
         answers = self._answer(prompts, rows)
         if hint == 1:
             self.teacher_said[context] = answers
@@ -241,8 +246,10 @@ class Measure:
             rollouts = [self.rollout_of[row.demonstration.row] for row in rows[part]]
             ids = [rollout.ids for rollout in rollouts]
             with self._arithmetic():
-                student = self.forward_pass(self.loaded.model, [row.student_ids for row in rows[part]], ids, self.kept)
-                teacher = self.forward_pass(self.loaded.model, prompts[part], ids, kept)
+                student = self.forward_pass(
+                    self.loaded.model, [row.student_ids for row in rows[part]], ids, self.prefix_cache
+                )
+                teacher = self.forward_pass(self.loaded.model, prompts[part], ids, prefix_cache)
                 of_all_N = summed_loss(Divergence(), student, ids, teacher)[1]["loss"].cpu()
             is_own = [rollout.is_own for rollout in rollouts]
             kl_N.append(of_all_N[torch.tensor([one for row in is_own for one in row])])
@@ -253,7 +260,7 @@ class Measure:
             context=context,
             items=len(rows),
             accuracy=self.accuracy_of(answers),
-            logp=self._logp(prompts, rows, kept),
+            logp=self._logp(prompts, rows, prefix_cache),
             kl=float(kl.mean()),
             kl_by_position=by_position,
             length=sum(answers.lengths) / len(rows),

@@ -232,12 +232,12 @@ def _pair_ids(loaded: LoadedModel, chat: ChatFormat, context: str, continuation:
 
 def prior_abilities(
     loaded: LoadedModel,
-    scorer: ForwardPass,
+    forward_pass: ForwardPass,
     chat: ChatFormat,
     priors: Sequence[EncodedPrior],
     *,
-    batch_size: int = 16,
-    who: str = "model",
+    batch_size: int,
+    who: str,
 ) -> list[PriorResult]:
     """Accuracy on each prior file.
 
@@ -246,7 +246,7 @@ def prior_abilities(
 
     Args:
         loaded: the model.
-        scorer: runs its forward passes.
+        forward_pass: runs it.
         chat: encodes and decodes replies to questions.
         priors: from :func:`encode_priors`.
         batch_size: pairs per forward pass.
@@ -259,7 +259,9 @@ def prior_abilities(
         if questions:
             results.append(_replied(loaded, prior, questions, chat, what))
             continue
-        loglikelihoods, greedy = _loglikelihoods(loaded, scorer, prior.contexts, prior.continuations, batch_size, what)
+        loglikelihoods, greedy = _loglikelihoods(
+            loaded, forward_pass, prior.contexts, prior.continuations, batch_size, what
+        )
         rows = [row for row in prior.rows if isinstance(row, Choices)]
         right: list[bool] = []
         right_norm, at = 0, 0
@@ -315,7 +317,7 @@ def _replied(
 @torch.no_grad()
 def _loglikelihoods(
     loaded: LoadedModel,
-    scorer: ForwardPass,
+    forward_pass: ForwardPass,
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     batch_size: int,
@@ -328,7 +330,7 @@ def _loglikelihoods(
     with ProgressBar(f"{what}, batch", len(batches)) as reporter:
         for number, batch in enumerate(batches):
             chosen = [continuations[i] for i in batch]
-            scores = scorer(loaded.model, [contexts[i] for i in batch], chosen)
+            scores = forward_pass(loaded.model, [contexts[i] for i in batch], chosen)
             logps_NV = scores.head(scores.hidden_ND).float().log_softmax(-1)
             tokens_N = torch.tensor([t for ids in chosen for t in ids], device=logps_NV.device)
             picked = logps_NV.gather(-1, tokens_N[:, None])[:, 0].split([len(ids) for ids in chosen])

@@ -110,7 +110,7 @@ Anchors = Mapping[str, Sequence[Demonstration]]
 """Prompts by source."""
 
 
-def read_anchors(config: CheckConfig, loaded: Sequence[Demonstration] | None = None) -> Anchors:
+def read_anchors(config: CheckConfig, loaded: Sequence[Demonstration] | None) -> Anchors:
     """The prompts for ``spill`` by source; empty if it is not measured. Prints notes about those of the user.
 
     Args:

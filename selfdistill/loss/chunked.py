@@ -34,8 +34,7 @@ def chunked_loss(
     head_parameters: Sequence[Tensor],
     tokens_N: Tensor,
     weights_N: Tensor,
-    teacher_hidden_ND: Tensor | None = None,
-    teacher_head: Head | None = None,
+    teacher: tuple[Tensor, Head] | None = None,
     *,
     chunk_size: int | None = None,
     base: tuple[Tensor, Head] | None = None,
@@ -56,23 +55,20 @@ def chunked_loss(
             ``requires_grad=False`` are skipped. They may be tied to the embeddings.
         tokens_N: ids of the completion tokens.
         weights_N: weight of each token (see :mod:`selfdistill.loss.token_weights`); receives no gradient.
-        teacher_hidden_ND: the teacher's hidden states for the same tokens; its D may differ. None for
+        teacher: the teacher's hidden states for the same tokens, whose D may differ, and its head. None for
             :class:`CrossEntropy` without a teacher.
-        teacher_head: the teacher's head; default ``student_head``.
         chunk_size: tokens per chunk; default: enough for ``CHUNK_LOGITS`` logits, but at least ``CHUNK_TOKENS``.
         base: the base model's hidden states for the same tokens and its head, if the loss needs them.
         weighting: an extra per-token factor on loss and gradient; receives no gradient.
 
     Returns:
-        The scalar loss, and detached per-token statistics of shape (N,): ``loss``, those of :func:`token_statistics`,
+        The scalar loss, and detached per-token statistics of shape (N,): ``loss``, those of :meth:`Pair.statistics`,
         and ``factor`` with a ``weighting``.
 
     Raises:
-        UserError: ``chunk_size`` is below 1.
+        UserError: ``chunk_size`` is below 1, or ``weighting`` returns another shape.
     """
-    chunks = _Chunks(
-        loss, (student_hidden_ND, student_head), head_parameters, tokens_N, weights_N, teacher_hidden_ND, teacher_head
-    )
+    chunks = _Chunks(loss, (student_hidden_ND, student_head), head_parameters, tokens_N, weights_N, teacher)
     statistics = chunks.run(_chunk_size(student_hidden_ND, student_head, chunk_size), base, weighting)
     value = (weights_N.detach() * statistics["loss"]).sum()
     if chunks.differentiate:
@@ -113,12 +109,10 @@ class _Chunks:
         head_parameters: Sequence[Tensor],
         tokens_N: Tensor,
         weights_N: Tensor,
-        teacher_hidden_ND: Tensor | None,
-        teacher_head: Head | None,
+        teacher: tuple[Tensor, Head] | None,
     ) -> None:
-        self.loss, self.tokens_N = loss, tokens_N
+        self.loss, self.tokens_N, self.teacher = loss, tokens_N, teacher
         self.hidden_ND, self.head = student
-        self.teacher_hidden_ND, self.teacher_head = teacher_hidden_ND, teacher_head or self.head
         self.trainable = [parameter for parameter in head_parameters if parameter.requires_grad]
         self.hidden_moves = self.hidden_ND.requires_grad
         self.inputs = [self.hidden_ND, *self.trainable] if self.hidden_moves else self.trainable
@@ -132,7 +126,7 @@ class _Chunks:
         tiny = torch.finfo(weights_N.dtype).tiny
         self.scale = torch.cat([weights_N.detach().abs(), weights_N.new_full((1,), tiny)]).amax()
         self.scaled_N = weights_N.detach() / self.scale
-        self.weight_VD = plain_weight(self.head, teacher_head)
+        self.weight_VD = plain_weight(self.head, None if teacher is None else teacher[1])
 
     def run(self, size: int, base: tuple[Tensor, Head] | None, weighting: Weighting | None) -> dict[str, Tensor]:
         """Add every chunk to ``gradients``; returns the statistics of all tokens."""
@@ -153,9 +147,7 @@ class _Chunks:
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight_VD is None):
             logits_nV = self.head(hidden_nD)
         with torch.no_grad():
-            teacher_nV = None
-            if self.teacher_hidden_ND is not None:
-                teacher_nV = self.teacher_head(self.teacher_hidden_ND[rows].to(dtype))
+            teacher_nV = None if self.teacher is None else self.teacher[1](self.teacher[0][rows].to(dtype))
             base_nV = None if base is None else base[1](base[0][rows].to(dtype))
             pair = Pair(logits_nV, teacher_nV, base_nV)
             del teacher_nV, base_nV
@@ -163,7 +155,7 @@ class _Chunks:
             if weight_VD is not None:
                 del logits_nV
             statistics, scale_n = pair.statistics(tokens_n), self.scaled_N[rows]
-            factor_n = None if weighting is None else weighting(pair, tokens_n)  # before the loss overwrites the pair
+            factor_n = None if weighting is None else _factors(weighting, pair, tokens_n)
             statistics["loss"], slope_nV = loss.value_and_slope(pair, statistics, tokens_n)
             if factor_n is not None:
                 statistics["factor"] = factor_n
@@ -201,6 +193,15 @@ def _rounded_factors(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _factors(weighting: Weighting, pair: Pair, tokens_n: Tensor) -> Tensor:
+    """The factors of some tokens, (n,); computed before the loss, which overwrites the pair."""
+    factor_n = weighting(pair, tokens_n)
+    if (shape := getattr(factor_n, "shape", None)) != tokens_n.shape:
+        found = repr(factor_n)[:60] if shape is None else f"shape {tuple(shape)}"
+        raise UserError(f"slot 'weighting': returned {found}, expected one factor per token, shape (n,)")
+    return factor_n
 
 
 def plain_weight(head: Head, teacher_head: Head | None = None) -> Tensor | None:

@@ -31,6 +31,10 @@ def _differentiable(value_N: Tensor, slope_NV: Tensor, log_p_NV: Tensor) -> Tens
 
 
 def _reverse_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """KL(p||q) = sum_v p_v (log p_v - log q_v): equation 1 of SDFT (arXiv 2601.19897).
+
+    Entries with p_v = 0 contribute 0. Where the teacher's logit is -inf and the student's is not, log q is -1.7e38.
+    """
     p_NV, gap_NV = log_p_NV.detach().exp(), log_p_NV.detach() - log_q_NV
     value_N = dot(p_NV, gap_NV)
     return _differentiable(value_N, _reverse_kl_slope(p_NV, gap_NV, value_N), log_p_NV)
@@ -42,6 +46,11 @@ def _reverse_kl_slope(p_NV: Tensor, gap_NV: Tensor, value_N: Tensor) -> Tensor:
 
 
 def _jsd(log_p_NV: Tensor, log_q_NV: Tensor, weight: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence b KL(q||M) + (1-b) KL(p||M) with M = (1-b) p + b q, b = ``weight``.
+
+    Used by SDPO (arXiv 2601.20802) and OPSD (arXiv 2601.18734) with b = 0.5. As b approaches 0, the value approaches
+    b * forward KL; as b approaches 1, (1-b) * reverse KL.
+    """
     p_NV, gap_NV = log_p_NV.detach().exp(), log_p_NV.detach() - log_q_NV
     return _differentiable(*_jsd_and_slope(p_NV, log_q_NV.exp(), gap_NV, weight), log_p_NV)
 
@@ -131,25 +140,6 @@ def forward_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor
     return kl(log_softmax(teacher_logits_BTV.detach()), log_softmax(student_logits_BTV))
 
 
-def reverse_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor) -> Tensor:
-    """KL(student || teacher) = sum_v p_v (log p_v - log q_v) per token, over the whole vocabulary.
-
-    Equation 1 of SDFT (arXiv 2601.19897). Arguments, shapes and units as in :func:`forward_kl`. Entries with p_v = 0
-    contribute 0. Where the teacher's logit is -inf and the student's is not, log q is taken as -1.7e38.
-    """
-    return _reverse_kl(log_softmax(student_logits_BTV), log_softmax(teacher_logits_BTV.detach()))
-
-
-def jsd(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, weight: float = 0.5) -> Tensor:
-    """Generalised Jensen-Shannon divergence b KL(q||M) + (1-b) KL(p||M) with M = (1-b) p + b q, b = ``weight``.
-
-    Used by SDPO (arXiv 2601.20802) and OPSD (arXiv 2601.18734) with b = 0.5. Arguments, shapes and units as in
-    :func:`forward_kl`. ``weight`` is in (0, 1). As b approaches 0, the value approaches b * forward KL; as b approaches
-    1, (1-b) * reverse KL.
-    """
-    return _jsd(log_softmax(student_logits_BTV), log_softmax(teacher_logits_BTV.detach()), weight)
-
-
 @dataclass(frozen=True)
 class Divergence:
     """A per-token loss between student p and teacher q.
@@ -222,6 +212,8 @@ class Divergence:
 
     def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
         """Per-token loss, shape (N,), in nats, with q itself as the target, and without a pull.
+
+        Training does not call it, but :meth:`value_and_slope`.
 
         Args:
             student_logits_NV: any leading dimensions, any float dtype; carries the gradient.
@@ -308,7 +300,7 @@ class CrossEntropy:
     """Negative log-likelihood, -log p(token): the loss of supervised fine-tuning. Needs no teacher."""
 
     def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
-        """Per-token loss, shape (N,), in nats; ``teacher_logits_NV`` is ignored."""
+        """Per-token loss, shape (N,), in nats, as of :meth:`Divergence.per_token`; ``teacher_logits_NV`` is ignored."""
         return -pick(log_softmax(student_logits_NV), tokens_N)
 
     def value_and_slope(self, pair: Pair, statistics: dict[str, Tensor], tokens_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,7 +337,11 @@ class Pair:
         return Pair(self.log_p_NV, target.log_probs(self.log_q_NV, self.log_p_NV, self.log_base_NV))
 
     def statistics(self, tokens_N: Tensor) -> dict[str, Tensor]:
-        """See :func:`token_statistics`."""
+        """Per-token statistics, each of shape (N,), in nats.
+
+        ``entropy`` of the student and ``student_logp`` of the tokens. With a teacher also ``teacher_logp``,
+        ``forward_kl`` = KL(q||p) and ``reverse_kl`` = KL(p||q), both over the whole vocabulary.
+        """
         found = {"entropy": -dot(self.p_NV, self.log_p_NV), "student_logp": pick(self.log_p_NV, tokens_N)}
         if self.log_q_NV is not None and self.q_NV is not None and self.gap_NV is not None:
             found["teacher_logp"] = pick(self.log_q_NV, tokens_N)
@@ -360,14 +356,3 @@ def _by_autograd(loss: Divergence, pair: Pair, tokens_N: Tensor) -> tuple[Tensor
         value_N = loss.from_log_probs(leaf_NV, pair.log_q_NV, tokens_N)
         (slope_NV,) = torch.autograd.grad(value_N.sum(), leaf_NV)
     return value_N.detach(), _through_log_softmax(slope_NV, pair.p_NV)
-
-
-def token_statistics(
-    student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor
-) -> dict[str, Tensor]:
-    """Detached per-token statistics, each of shape (N,), in nats.
-
-    ``entropy`` of the student and ``student_logp`` of the tokens. With a teacher also ``teacher_logp``, ``forward_kl``
-    = KL(q||p) and ``reverse_kl`` = KL(p||q), both over the whole vocabulary.
-    """
-    return Pair(student_logits_NV, teacher_logits_NV).statistics(tokens_N)

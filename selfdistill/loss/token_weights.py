@@ -48,7 +48,7 @@ def token_weights(mask_BT: Tensor, *, skip_first_tokens: int, normalisation: Nor
     return kept_BT.float() / (kept_B1 * (kept_B1 > 0).sum()).clamp(min=1)
 
 
-def importance_weights(student_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor, cap: float = 2.0) -> Tensor:
+def importance_weights(student_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor, cap: float) -> Tensor:
     """Truncated importance weight of each sequence: its mean over retained tokens of min(p_student / p_sampler, cap).
 
     Corrects for a sampling engine whose probabilities differ from the training model's (SDFT, arXiv 2601.19897, cap 2).

@@ -11,21 +11,20 @@ A method is a function that maps settings to stages, the package's in a file of 
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
-from selfdistill.config import MethodName, MethodSettings, TrainConfig
-from selfdistill.data import Demonstration, Lacks, is_own, one_line
+from selfdistill.config import MethodName, MethodSettings, TrainConfig, without_defaults
+from selfdistill.data import Demonstration, Lacks, is_own
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import to_score, verdicts_on
 from selfdistill.methods.encoders import encoder_of
-from selfdistill.methods.episodes import EpisodeRules, EpisodeSamples, episode_rules, play, rules_of, with_environment
+from selfdistill.methods.episodes import EpisodeRules, episode_rules, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts, repeated_prompts
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
+from selfdistill.methods.own import check_losses, own_errors, own_stages
 from selfdistill.methods.prefixes import GuidedSamples
 from selfdistill.methods.samples_file import SamplesFile
 from selfdistill.methods.sequences import Completion, DatasetCompletions
@@ -54,7 +53,6 @@ __all__ = [
     "DemonstrationExamples",
     "EpisodeRow",
     "EpisodeRules",
-    "EpisodeSamples",
     "GuidedAfterFailure",
     "GuidedSamples",
     "Method",
@@ -64,12 +62,14 @@ __all__ = [
     "Selection",
     "State",
     "begun",
+    "check_losses",
     "check_steps",
     "encoder_of",
     "episode_rules",
     "examples_of_prompts",
     "lacks_of",
     "limits_of",
+    "own_errors",
     "own_names",
     "play",
     "repeated_prompts",
@@ -129,32 +129,11 @@ def _made(config: TrainConfig) -> tuple[Method, ...]:
     """What the function of the method makes of the settings.
 
     Raises:
-        UserError: the method rejects the settings; or it is the user's and cannot be imported, raises an error or
-            returns something else.
+        UserError: the method rejects the settings; or it is the user's and cannot be used.
     """
     if not is_own(config.method):
         return METHODS[config.method](config)
-    function = function_of(config.method)
-    try:
-        found = function(config)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"method {config.method!r} failed ({_place(error, function)}): {what}") from error
-    stages = (found,) if isinstance(found, Method) else found
-    if not (isinstance(stages, tuple) and stages and all(isinstance(stage, Method) for stage in stages)):
-        shown = " ".join(repr(found).split())[:60]
-        raise UserError(f"method {config.method!r} returned {shown}, expected a Method, or a tuple of them for stages")
-    return stages
-
-
-def _place(error: BaseException, function: Callable[..., Any]) -> str:
-    """File and line of the user's at which the function failed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    file = getattr(getattr(function, "__code__", None), "co_filename", None)
-    last = ([frame for frame in frames if frame.filename == file] or frames)[-1]
-    return f"{Path(last.filename).name}:{last.lineno}"
+    return own_stages(config)
 
 
 def _task(method: Method, share: float) -> Parts:
@@ -234,8 +213,5 @@ def uses(config: TrainConfig, name: str) -> bool:
 
 def unused_settings(config: TrainConfig) -> list[str]:
     """Settings with non-default values that the method does not use."""
-    fields = TrainConfig.model_fields
-    given = [
-        name for name in _OF_METHODS if getattr(config, name) != fields[name].get_default(call_default_factory=True)
-    ]
-    return [name for name in given if not uses(config, name)]
+    given = without_defaults(config)
+    return [name for name in _OF_METHODS if name in given and not uses(config, name)]

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pydantic import Field
 
 from selfdistill.config import Settings, TrainConfig
-from selfdistill.methods.grpo import grpo
+from selfdistill.methods.grpo import grpo_method
 from selfdistill.methods.guides import GuidedAfterFailure, GuidedExamples, Unit
 from selfdistill.methods.slots import Method, own_settings, sampling_of
 
@@ -35,7 +35,8 @@ class ActguideSettings(Settings):
 
 def actguide(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO on groups, some samples of which saw a guide."""
-    own, (rewarded,) = own_settings(config, ActguideSettings), grpo(config)
+    own = own_settings(config, ActguideSettings)
+    rewarded = grpo_method(config)
     group, cap = rewarded.sequence.per_example, config.importance_cap
     groups = GuidedAfterFailure(
         sampling_of(config),

@@ -29,6 +29,11 @@ GROUP = 8
 
 def grpo(config: TrainConfig) -> tuple[Method, ...]:
     """Groups of student samples, advantages from a scorer, cross-entropy."""
+    return (grpo_method(config),)
+
+
+def grpo_method(config: TrainConfig) -> Method:
+    """GRPO itself, from which its relatives are made."""
     group = config.num_generations or GROUP
     if group < 2:
         raise UserError(
@@ -39,15 +44,13 @@ def grpo(config: TrainConfig) -> tuple[Method, ...]:
         raise UserError(
             f"setting 'scorer': {config.method} scores at every step, for which the judge is too slow; use another"
         )
-    return (
-        Method(
-            examples=ScoredExamples(config),
-            sequence=StudentSamples(sampling_of(config), group, config.seed),
-            loss=CrossEntropy(),
-            checker=ScorerChecker(config.scorer),
-            select=GroupAdvantages(group),
-            importance_cap=engine_cap(config),
-        ),
+    return Method(
+        examples=ScoredExamples(config),
+        sequence=StudentSamples(sampling_of(config), group, config.seed),
+        loss=CrossEntropy(),
+        checker=ScorerChecker(config.scorer),
+        select=GroupAdvantages(group),
+        importance_cap=engine_cap(config),
     )
 
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from selfdistill.config import Settings, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.methods.failures import ModelInTurn, OthersSuccesses, RescuedAdvantages, SuccessesInOrder
-from selfdistill.methods.grpo import grpo
+from selfdistill.methods.grpo import grpo_method
 from selfdistill.methods.slots import Method, own_settings, sampling_of
 
 
@@ -39,7 +39,8 @@ class NpoSettings(Settings):
 
 def npo(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO, with a sample of another model where all of the student's fail."""
-    own, (rewarded,), first = own_settings(config, NpoSettings), grpo(config), config.teacher_model
+    own = own_settings(config, NpoSettings)
+    rewarded, first = grpo_method(config), config.teacher_model
     if first is None:
         raise UserError("setting 'teacher_model': npo needs a later checkpoint, to learn from its right samples")
     how: dict[str, Any] = {"sampling": sampling_of(config), "seed": config.seed, "batch_size": config.batch_size}

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from selfdistill.config import Settings, TrainConfig
 from selfdistill.methods.examples import ScoredExamples
-from selfdistill.methods.grpo import grpo
+from selfdistill.methods.grpo import grpo_method
 from selfdistill.methods.prefixes import GuidedSamples, ShortestPrefixes, Where
 from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.slots import Method, own_settings
@@ -43,7 +43,8 @@ class PopeSettings(Settings):
 
 def pope(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO on two groups per prompt: samples of the prompt alone, and samples that continue a prefix."""
-    own, (rewarded,) = own_settings(config, PopeSettings), grpo(config)
+    own = own_settings(config, PopeSettings)
+    rewarded = grpo_method(config)
     assert isinstance(rewarded.sequence, StudentSamples)
     group, sampling = rewarded.sequence.num_generations, rewarded.sequence.sampling
     search = ShortestPrefixes(sampling, config.seed, config.batch_size, **own.model_dump(), config=config)

@@ -25,7 +25,7 @@ from selfdistill.config import Settings, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.loss import Divergence, Target
 from selfdistill.methods.attempts import AttemptExamples, Shown, attempts_of
-from selfdistill.methods.grpo import grpo
+from selfdistill.methods.grpo import grpo_method
 from selfdistill.methods.slots import Method, own_settings, teacher_of
 from selfdistill.model import TeacherRule
 
@@ -52,7 +52,7 @@ class SdpoSettings(Settings):
 
 def sdpo(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO's samples and verdicts, and a teacher that sees what is known after sampling."""
-    own, (rewarded,) = own_settings(config, SdpoSettings), grpo(config)
+    own, rewarded = own_settings(config, SdpoSettings), grpo_method(config)
     attempts, share = attempts_of(config, rewarded.sequence.per_example, own.show, own.context), own.trust_region
     target = None if share is None else Target(teacher=share, base=1 - share)
     method = replace(

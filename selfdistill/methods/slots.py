@@ -47,7 +47,10 @@ class Selection(Protocol):
         ...
 
     def longest(self, example: Example, tokens: int, encode: ContextEncoder) -> Example:
-        """The example with about the longest context that samples of this many tokens can give; for memory plans."""
+        """The example with about the longest context that samples of this many tokens can give.
+
+        For memory plans, and for resumed runs, which must show samples to the teacher in the same words.
+        """
         ...
 
 
@@ -108,7 +111,8 @@ class Method:
     sequence: SequenceSource
     """Whose tokens are scored."""
     loss: Divergence | CrossEntropy
-    """The per-token loss; that of the first step, with ``loss_at``."""
+    """The per-token loss; that of the first step, with ``loss_at``. It, or ``weighs_base``, says whether any step needs
+    the model before the first step."""
     loss_at: LossAt | None = None
     """The loss of each step, if it changes from step to step. It depends only on the step, so a resumed run has
     nothing to restore."""
@@ -127,7 +131,7 @@ class Method:
     relative_weights: bool = False
     """Divide each token's factor by its mean over the completion, which takes a second pass through the heads."""
     weighs_base: bool = False
-    """Whether the factor depends on the model before the first step."""
+    """Whether the factor, or the loss of a later step, depends on the model before the first step."""
     base_sees_context: bool = False
     """Whether that model reads the teacher's context, in place of the student's prompt."""
     checker: Checker | None = None
@@ -151,6 +155,9 @@ class Method:
             if isinstance(found, type) or not isinstance(found, kinds):
                 expected = " or ".join(_KIND_NAMES.get(kind, kind.__name__) for kind in kinds)
                 raise TypeError(f"slot {slot!r}: found {found!r:.60}, expected {expected}")
+        for pair in self.also:
+            if not (isinstance(pair, tuple) and [*map(type, pair)] == [str, Method]):
+                raise TypeError(f"slot 'also': found {pair!r:.60}, expected pairs, as also=(('name', method),)")
 
     @property
     def needs_base(self) -> bool:

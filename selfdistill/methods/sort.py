@@ -22,7 +22,7 @@ from torch import Tensor
 from selfdistill.config import Settings, TrainConfig
 from selfdistill.loss import Pair, pick
 from selfdistill.methods.failures import PlannedExamples, References
-from selfdistill.methods.grpo import grpo
+from selfdistill.methods.grpo import grpo_method
 from selfdistill.methods.slots import Method, own_settings
 from selfdistill.model import TeacherRule
 
@@ -38,7 +38,8 @@ class SortSettings(Settings):
 
 def sort(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO plus weighted cross-entropy on references."""
-    own, (rewarded,) = own_settings(config, SortSettings), grpo(config)
+    own = own_settings(config, SortSettings)
+    rewarded = grpo_method(config)
 
     def weight(pair: Pair, tokens_N: Tensor) -> Tensor:
         logp_N = pick(pair.log_p_NV, tokens_N)

@@ -26,7 +26,7 @@ from selfdistill.config import Settings, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.loss import Pair, pick
 from selfdistill.methods.examples import ScoredExamples
-from selfdistill.methods.grpo import GroupAdvantages, grpo
+from selfdistill.methods.grpo import GroupAdvantages, grpo_method
 from selfdistill.methods.prefixes import GivenPrefixes, MicroGroups
 from selfdistill.methods.slots import Method, own_settings, sampling_of
 
@@ -55,7 +55,8 @@ class TrapoSettings(Settings):
 
 def trapo(config: TrainConfig) -> tuple[Method, ...]:
     """GRPO on micro-groups, plus cross-entropy on their given prefixes."""
-    own, (rewarded,) = own_settings(config, TrapoSettings), grpo(config)
+    own = own_settings(config, TrapoSettings)
+    rewarded = grpo_method(config)
     if config.num_generations not in (None, sum(own.sizes)):
         raise UserError(
             f"setting 'num_generations': found {config.num_generations}, but the micro-groups of trapo have "

@@ -3,7 +3,7 @@
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
 from selfdistill.model.device import deterministic, has_gpu
-from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, use_engine
+from selfdistill.model.engine import Engine, engine_for, prompts_at_a_time, use_engine
 from selfdistill.model.episode_sampling import TurnSampler
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, check_matching, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
@@ -11,7 +11,6 @@ from selfdistill.model.forward import ForwardOutput, ForwardPass
 from selfdistill.model.four_bits import (
     can_be_in_4bit,
     count_of,
-    dequantised,
     is_in_4bit,
     set_compute_dtype,
     weight_tensors,
@@ -21,7 +20,6 @@ from selfdistill.model.fsdp import (
     full_tensor,
     full_tensors,
     is_sharded,
-    local_tensor,
     root_unsharded,
     shard,
     unsharded,
@@ -34,13 +32,14 @@ from selfdistill.model.loading import (
     load_matching,
     load_model,
     matched,
+    network_fingerprint,
     start_fingerprint,
     to_best_device,
     weights_fingerprint,
 )
 from selfdistill.model.lora import add_lora, check_base, describe_lora, with_lora
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
-from selfdistill.model.pictures import KEPT_BYTES, PictureInputs, freeze_vision, is_image_text, vision_weights
+from selfdistill.model.pictures import KEPT_BYTES, freeze_vision, is_image_text, vision_weights
 from selfdistill.model.precision import (
     bfloat16_is_fast,
     cached_casts,
@@ -69,7 +68,6 @@ __all__ = [
     "LiveTensors",
     "LoadedModel",
     "Optim",
-    "PictureInputs",
     "PrefixCache",
     "Rollout",
     "RolloutCount",
@@ -91,9 +89,7 @@ __all__ = [
     "check_matching",
     "check_room",
     "checkpoint_activations",
-    "close_engine",
     "count_of",
-    "dequantised",
     "describe_lora",
     "deterministic",
     "distribute_like",
@@ -112,11 +108,11 @@ __all__ = [
     "load_for_training",
     "load_matching",
     "load_model",
-    "local_tensor",
     "make_optimizer",
     "matched",
     "merged",
     "moment_bytes",
+    "network_fingerprint",
     "overwrite_tensor",
     "prompts_at_a_time",
     "refuse_autocast",

@@ -22,7 +22,14 @@ from selfdistill.model.device import captured, has_graphs
 from selfdistill.model.fsdp import is_sharded
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
-from selfdistill.model.preallocated import PreallocatedLayer, can_be_fixed, extend, fix, preallocate
+from selfdistill.model.preallocated import (
+    PreallocatedLayer,
+    can_be_fixed,
+    extend,
+    fix,
+    mask_without_reading,
+    preallocate,
+)
 from selfdistill.model.weights import first_line
 from selfdistill.runtime import say_note
 
@@ -47,6 +54,8 @@ class ReadRows:
     """Logits of the token after each row."""
     mask_BL: Tensor
     """1 where the cache holds a token of the row, 0 at padding."""
+    padded: list[bool]
+    """Whether the row has padding, known without waiting for the device."""
     shift_B: Tensor
     """Offset of the next token's position from the number of tokens before it: 0, unless the model gives pictures
     two-dimensional positions."""
@@ -64,15 +73,17 @@ class GrowingSteps:
     def __init__(self, loaded: LoadedModel, rows: ReadRows, most: int) -> None:
         self._model = loaded.model
         self.cache, self.mask_BL = rows.cache, rows.mask_BL
+        self._padded = rows.padded
         self._position_B = rows.mask_BL.sum(1) + rows.shift_B
         preallocate(self.cache, most)
+        mask_without_reading(self.cache)
 
     def __call__(self, token_B: Tensor) -> Tensor:
         """Append a token to each row; returns the logits of the next, ``logits_BV``."""
         self._grow_mask(1)
         logits_BV: Tensor = self._model(
             input_ids=token_B[:, None],
-            attention_mask=self.mask_BL,
+            attention_mask=self.mask_BL if any(self._padded) else None,
             position_ids=self._position_B[:, None],
             past_key_values=self.cache,
             use_cache=True,
@@ -101,10 +112,12 @@ class GrowingSteps:
         """How many rows of a layer, of so many, are copied at most: all where its memory is full."""
         return rows
 
-    def keep(self, index_B: Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         """Drop all rows but these."""
+        index_B = torch.tensor(rows, device=self.mask_BL.device)
         select_rows(self.cache, index_B)
         self.mask_BL, self._position_B = self.mask_BL[index_B], self._position_B[index_B]
+        self._padded = [self._padded[row] for row in rows]
 
 
 class FixedSteps:
@@ -210,9 +223,10 @@ class FixedSteps:
         """How many rows of a layer, of so many, are copied at most: those that stay."""
         return rows // 2
 
-    def keep(self, index_B: Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         """Drop all rows but these."""
         self._run = None  # first, because a captured pass holds memory
+        index_B = torch.tensor(rows, device=self.mask_BL.device)
         select_rows(self.cache, index_B)
         self.mask_BL, self._position_B1 = self.mask_BL[index_B], self._position_B1[index_B]
         self._token_B1 = torch.zeros_like(self._position_B1)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
     """
     if device.type != "cuda":
         return run
-    stream, graph = _capture_stream(device), torch.cuda.CUDAGraph()
+    stream, graph = side_streams(device).capture, torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
         with torch.cuda.stream(stream):  # is left even if the capture fails at its end
@@ -161,10 +161,21 @@ def captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
     return replay
 
 
+class SideStreams(NamedTuple):
+    """Streams of a GPU for work beside that of its main one."""
+
+    capture: torch.cuda.Stream
+    average: torch.cuda.Stream
+
+
 @cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures, because libraries keep memory for each stream."""
-    return torch.cuda.Stream(device)
+def side_streams(device: torch.device) -> SideStreams:
+    """The same for the whole process, because libraries keep memory for each stream.
+
+    PyTorch has 32 of them and gives them out in turn. So one that was made anew for each update of the average would
+    sometimes be the one that captures, and a capture does not allow the waiting of another thread on its stream.
+    """
+    return SideStreams(torch.cuda.Stream(device), torch.cuda.Stream(device))
 
 
 def staging(count: int, place: torch.device, kind: str) -> Tensor:
@@ -192,9 +203,11 @@ REPEATING_WORKSPACES = (":4096:8", ":16:8")
 def deterministic(kind: str) -> Iterator[None]:
     """Use only deterministic operations on a GPU, where not all are.
 
-    Follows https://docs.pytorch.org/docs/stable/notes/randomness.html. Attention uses PyTorch's own or the
-    memory-efficient kernels, not those of FlashAttention and cuDNN, which may sum gradients in any order. A
-    nondeterministic operation raises a ``RuntimeError``. CPUs are always deterministic, so nothing changes there.
+    Follows https://docs.pytorch.org/docs/stable/notes/randomness.html. Attention uses the memory-efficient kernel or
+    plain products (``SDPBackend.MATH``), not FlashAttention and cuDNN, which may sum gradients in any order. By
+    PyTorch's source the memory-efficient kernel takes no grouped queries, so without a mask these use plain products,
+    which hold all scores. A nondeterministic operation raises a ``RuntimeError``. CPUs are always deterministic, so
+    nothing changes there.
     """
     if kind != "cuda":
         yield

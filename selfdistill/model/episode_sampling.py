@@ -135,7 +135,8 @@ class TurnSampler:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        return ReadRows(cache, logits_BV, mask_BL, torch.zeros_like(filled_B))
+        padded = [pad > 0 or len(x.ids) < done for pad, x in zip(pads, known, strict=True)]
+        return ReadRows(cache, logits_BV, mask_BL, padded, torch.zeros_like(filled_B))
 
 
 def _taken(cache: DynamicCache, mask_BL: Tensor, places: Sequence[int], *, release: bool) -> list[States]:

@@ -86,7 +86,7 @@ class ForwardPass:
         model: Any,
         contexts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
-        kept: PrefixCache | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> ForwardOutput:
         """Run the model over each context followed by its completion; differentiable unless under ``no_grad``.
 
@@ -97,10 +97,10 @@ class ForwardPass:
         layers, which would be recompiled for each layer's cache. With sharded models all are computed in full.
 
         Args:
-            model: the network to run. With ``kept``, its weights must be the same at every call.
+            model: the network to run. With ``prefix_cache``, its weights must be the same at every call.
             contexts: token ids, at least one per context.
             completions: token ids.
-            kept: cached states of the contexts, for a model with fixed weights; needs ``no_grad``.
+            prefix_cache: cached states of the contexts, for a model with fixed weights; needs ``no_grad``.
         """
         assert all(contexts), "an empty context predicts no first token"
         if self._pictures is not None:  # now, as a shared or cached beginning is read without pictures
@@ -115,9 +115,9 @@ class ForwardPass:
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
         passes: list[tuple[list[int], list[int], Callable[..., Tensor]]] = []  # rows, tokens already read, forward
-        held = kept.kept(body, config, contexts) if kept else []
-        if kept and held:
-            cache, filled_B = kept.cache(body, config, [contexts[row] for row in held])
+        held = prefix_cache.kept(body, config, contexts) if prefix_cache else []
+        if prefix_cache and held:
+            cache, filled_B = prefix_cache.cache(body, config, [contexts[row] for row in held])
             passes.append((held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B, self._window)))
         left = sorted(set(range(len(contexts))) - set(held))
         # Train mode means gradient checkpointing (see set_recomputing).

@@ -5,12 +5,13 @@ Legend: B batch, T completion tokens, N tokens without padding, D hidden size, V
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from selfdistill.model.loading import LoadedModel
+if TYPE_CHECKING:  # it imports the pictures, which import this module
+    from selfdistill.model.loading import LoadedModel
 
 
 def unwrap(model: Any) -> Any:

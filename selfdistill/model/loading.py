@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ from selfdistill.model.weights import (
     refuse_other_vocabulary,
 )
 from selfdistill.runtime import library_warnings, say
+
+_OF_FILES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""What ``config.json`` says of its files. The type of the weights is part of their fingerprint."""
 
 
 @dataclass
@@ -351,6 +355,21 @@ def start_fingerprint(loaded: LoadedModel) -> str:
     Merging may round differently on another machine.
     """
     return "" if loaded.merged_adapter else weights_fingerprint(loaded.model)
+
+
+def network_fingerprint(loaded: LoadedModel) -> str:
+    """SHA-256 of ``config.json`` without what only describes its files; empty if the model has no files.
+
+    The file, because what transformers makes of it differs between releases.
+    """
+    file = None if loaded.files is None else loaded.files / "config.json"
+    if file is None or not file.is_file():
+        return ""
+    said = json.loads(
+        file.read_text(encoding="utf-8"),
+        object_hook=lambda part: {name: value for name, value in part.items() if name not in _OF_FILES},
+    )
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def load_matching(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from selfdistill.data import Picture, PictureRefusal, pictures_in
 from selfdistill.errors import UserError
 from selfdistill.model.files import local_folder
+from selfdistill.model.head import unwrap
 from selfdistill.model.picture_features import Features, Recent, joined, joined_features, takes_features
 
 KEPT_BYTES = 2**28
@@ -103,7 +104,7 @@ def pictures_for(model: Any, path: str, tokenizer: Any, name: str) -> PictureInp
     Raises:
         UserError: its processor cannot be loaded or used.
     """
-    model = _causal(model)
+    model = unwrap(model)
     if not reads_pictures(model.config, local_folder(path)):
         return None
     return PictureInputs(load_processor(path, tokenizer, name), model, name)
@@ -216,7 +217,7 @@ class PictureInputs:
 
         So they do not depend on the batch, nor on which features are kept.
         """
-        causal = _causal(model)
+        causal = unwrap(model)
         tower = vision_weights(causal)[0]
         kind = tower.device.type
         arithmetic = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -229,12 +230,14 @@ class PictureInputs:
 
     def allowed(self, logits_BV: Tensor) -> Tensor:
         """Logits without the picture token, which no reply may contain: the model would expect a picture."""
-        return logits_BV.index_fill(-1, torch.tensor([self.token_id], device=logits_BV.device), -torch.inf)
+        logits_BV = logits_BV.clone()
+        logits_BV[:, self.token_id] = -torch.inf  # unlike an index on the device, this copies nothing to it
+        return logits_BV
 
     def _seen(self, picture: Picture, model: Any) -> dict[str, Tensor]:
         """A picture's pixels and what else its processor makes of it, on the model's device and in its data type."""
         made = self._pixels(picture.digest, partial(self._processed, picture, 1))
-        device, dtype = next(model.parameters()).device, _causal(model).dtype
+        device, dtype = next(model.parameters()).device, unwrap(model).dtype
         return {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in made.items()}
 
     def _processed(self, picture: Picture, number: int) -> dict[str, Tensor]:
@@ -278,14 +281,9 @@ def beside_language(model: Any) -> str:
     return rf"{re.escape(around)}\.(?!{re.escape(own)}\.).*"
 
 
-def _causal(model: Any) -> Any:
-    """An image-text model, also inside a ``PeftModel``."""
-    return model.base_model.model if hasattr(model, "peft_config") else model
-
-
 def _body(model: Any) -> Any:
     """An image-text model without its head, also inside a ``PeftModel``."""
-    return _causal(model).base_model
+    return unwrap(model).base_model
 
 
 def has_own_positions(model: Any) -> bool:

@@ -163,3 +163,14 @@ def preallocate(cache: DynamicCache, most: int) -> None:
     for number, layer in enumerate(layers):
         if type(layer) is DynamicLayer:
             layers[number] = PreallocatedLayer(layer, most)
+
+
+def mask_without_reading(cache: DynamicCache) -> None:
+    """Have transformers make the mask of a single token without looking for padding, for which it waits for the device.
+
+    It does that for caches whose layers say that they may be compiled, if all do.
+    """
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if isinstance(layer, PreallocatedLayer | DynamicSlidingWindowLayer):
+            layer.is_compileable = True

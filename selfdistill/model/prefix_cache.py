@@ -27,7 +27,7 @@ READ_TOKENS = 2048
 PROBE_GAP = 300
 """Padding in the start-up probe: longer than the local window of models that do not declare it as sliding."""
 
-Context = tuple[int, ...]
+ContextIds = tuple[int, ...]
 """Token ids."""
 States = list[tuple[Tensor, ...]]
 """Keys and values of some tokens, layer by layer, each (H, L, C)."""
@@ -138,10 +138,10 @@ class PrefixCache:
 
     def __init__(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self._blocks: dict[Context, list[Context]] | None = None  # cached context -> those that are read with it
-        self._prefixes: dict[Context, States] = {}
-        self._states: dict[Context, States] = {}  # of all but the shared prefix and the last token
-        self._shared: dict[Context, int] = {}  # length of the shared prefix
+        self._blocks: dict[ContextIds, list[ContextIds]] | None = None  # cached context -> those that are read with it
+        self._prefixes: dict[ContextIds, States] = {}
+        self._states: dict[ContextIds, States] = {}  # of all but the shared prefix and the last token
+        self._shared: dict[ContextIds, int] = {}  # length of the shared prefix
         unique = sorted({tuple(context) for context in contexts if len(context) > 1})
         for start in range(0, len(unique), SEARCH_WINDOW):
             window = unique[start : start + SEARCH_WINDOW]
@@ -155,7 +155,7 @@ class PrefixCache:
             self._blocks = _blocks(self._affordable(body, config))
         return [number for number, context in enumerate(contexts) if tuple(context) in self._blocks]
 
-    def _affordable(self, body: Any, config: Any) -> dict[Context, int]:
+    def _affordable(self, body: Any, config: Any) -> dict[ContextIds, int]:
         """The contexts that fit into the budget, with the length of each one's shared prefix."""
         if not self._shared:
             return {}
@@ -185,7 +185,7 @@ class PrefixCache:
             fill(layer, [[part[number] for part in parts] for parts in rows])
         return cache, torch.tensor([len(context) - 1 for context in contexts], device=layers[0].device)
 
-    def _parts(self, body: Any, config: Any, context: Context) -> list[States]:
+    def _parts(self, body: Any, config: Any, context: ContextIds) -> list[States]:
         """The states of the shared prefix and of the tokens after it, omitting empty parts."""
         assert self._blocks is not None
         shared = self._shared[context]
@@ -215,15 +215,15 @@ def fill(layer: Any, rows: Sequence[Sequence[tuple[Tensor, ...]]]) -> None:
     layer.keys, layer.values = pair
 
 
-def _blocks(shared: Mapping[Context, int]) -> dict[Context, list[Context]]:
+def _blocks(shared: Mapping[ContextIds, int]) -> dict[ContextIds, list[ContextIds]]:
     """For each context, those that are read with it: they share a prefix and have about the same length."""
-    by_prefix: defaultdict[Context, list[Context]] = defaultdict(list)
+    by_prefix: defaultdict[ContextIds, list[ContextIds]] = defaultdict(list)
     for context, length in shared.items():
         if len(context) - 1 > length:
             by_prefix[context[:length]].append(context)
-    blocks: dict[Context, list[Context]] = {context: [] for context in shared}
+    blocks: dict[ContextIds, list[ContextIds]] = {context: [] for context in shared}
     for contexts in by_prefix.values():
-        block: list[Context] = []
+        block: list[ContextIds] = []
         for context in sorted(contexts, key=len):
             if (len(block) + 1) * (len(context) - 1 - shared[context]) > READ_TOKENS:
                 block = []

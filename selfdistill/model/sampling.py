@@ -121,7 +121,7 @@ def sample_at_its_longest(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     at: Callable[[str], object],
-    kind: str = "cpu",
+    kind: str,
 ) -> None:
     """Sample the first and the last token, as if samples ended just before the last: the peak memory of sampling.
 
@@ -141,7 +141,7 @@ def sample_at_its_longest(
     with cached_casts(loaded.model):
         at("prompts")
         rows = read(loaded, prompts)
-        logits_BV = rows.logits_BV
+        logits_BV, rows.padded = rows.logits_BV, [True] * len(prompts)  # as other prompts would be
         at("states")
         steps = steps_for(loaded, rows, between + 1, kind)
         steps.skip(between)
@@ -153,7 +153,7 @@ def sample_at_its_longest(
         choose(logits_BV.float(), sampling, uniform_B)
         if len(prompts) > 1:
             at("rows that stay")
-            steps.keep(torch.arange(steps.copied(len(prompts))))
+            steps.keep(list(range(steps.copied(len(prompts)))))
 
 
 def cut_at_next_turn(loaded: LoadedModel, rollout: Rollout) -> Rollout:
@@ -221,7 +221,7 @@ def decode(
                 break
             if len(going) <= steps.staying(len(alive)):  # finished rows leave the batch
                 keep_B = torch.tensor(going, device=device)
-                steps.keep(keep_B)
+                steps.keep(going)
                 alive, alive_B, token_B = [alive[row] for row in going], alive_B[keep_B], token_B[keep_B]
                 if uniform_BT is not None:
                     uniform_BT = uniform_BT[keep_B.to(uniform_BT.device)]
@@ -311,10 +311,12 @@ def read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> ReadRows:
             f"model {loaded.name!r}: does not support a key/value cache, which sampling needs; use another model"
         )
     places = {key: number for number, key in enumerate(unique)}
-    index_B = torch.tensor([places[key] for key in keys], device=device)
+    index = [places[key] for key in keys]
+    index_B = torch.tensor(index, device=device)
     if len(rows) < len(prompts):
         select_rows(cache, index_B)
-    return ReadRows(cache, logits_BV[index_B], mask_BL[index_B], shift_B[index_B])
+    padded = [pads[place] > 0 for place in index]
+    return ReadRows(cache, logits_BV[index_B], mask_BL[index_B], padded, shift_B[index_B])
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:

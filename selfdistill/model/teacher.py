@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from selfdistill.model.device import staging
+from selfdistill.model.device import side_streams, staging
 from selfdistill.model.fsdp import distribute_like, local_tensor
 from selfdistill.model.loading import LoadedModel
 
@@ -152,7 +152,7 @@ class Teacher:
             device = next(self._student.parameters()).device
             stream = None
             if device.type == "cuda":  # in parallel with sampling's kernels, but after the optimizer's
-                stream = torch.cuda.Stream(device)
+                stream = side_streams(device).average
                 stream.wait_stream(torch.cuda.current_stream(device))
             self._moving = self._thread.submit(self._move, rate, stream)
             return

@@ -173,7 +173,7 @@ class VllmServers(VllmSampling):
                 raise _rival(client)
 
         try:
-            self._from_rank0(lambda: self._each(clients, replace))
+            self._on_rank0(lambda: self._each(clients, replace))
         finally:
             self._files.remove(folder)
 
@@ -193,18 +193,16 @@ class VllmServers(VllmSampling):
         (name,) = self._from_rank0(lambda: [f"{folder.parent.name}-{folder.name}"])
         body = {"lora_name": name, "lora_path": str(folder)}
         before, self._adapters = self._adapters, [*self._adapters, _Adapter(name, folder, digest)]
-        self._from_rank0(lambda: self._each(self._clients, lambda client: client.post("/v1/load_lora_adapter", body)))
+        self._on_rank0(lambda: self._each(self._clients, lambda client: client.post("/v1/load_lora_adapter", body)))
         self._forget(before)
 
     def _forget(self, adapters: Sequence[_Adapter]) -> None:
-        self._from_rank0(
-            lambda: self._each(self._clients if adapters else [], lambda client: _unload(client, adapters))
-        )
+        self._on_rank0(lambda: self._each(self._clients if adapters else [], lambda client: _unload(client, adapters)))
         self._adapters = [adapter for adapter in self._adapters if adapter not in adapters]
         for adapter in adapters:
             self._files.remove(adapter.folder)
 
-    def _check_labels(self, label: str) -> list[None]:
+    def _check_labels(self, label: str) -> None:
         """Check that the servers still have the weights to sample from.
 
         Raises:
@@ -213,7 +211,6 @@ class VllmServers(VllmSampling):
         for client in self._clients:
             if _label(client) != label:
                 raise _rival(client)
-        return []
 
     # --- sampling ---
 
@@ -228,7 +225,7 @@ class VllmServers(VllmSampling):
         label = self._synchronise(loaded)
         asked = self._requests(prompts, sampling, seeds, own, loaded.end_token_ids)
         rollouts = self._together(lambda: self._answers(asked, greedy=sampling.temperature == 0))
-        self._from_rank0(lambda: self._check_labels(label))
+        self._on_rank0(lambda: self._check_labels(label))
         return rollouts
 
     def _requests(
@@ -290,13 +287,12 @@ class VllmServers(VllmSampling):
                 rollouts[numbers[future]] = future.result()
         return [rollouts[number] for number in range(len(requests))]
 
-    def _each(self, clients: Sequence[VllmClient], work: Callable[[VllmClient], object]) -> list[None]:
+    def _each(self, clients: Sequence[VllmClient], work: Callable[[VllmClient], object]) -> None:
         """Run ``work`` for these servers in parallel."""
         if not clients:
-            return []
+            return
         with self._pool(len(clients)) as pool:
             list(pool.map(work, clients))
-        return []
 
     @contextmanager
     def _pool(self, count: int) -> Iterator[ThreadPoolExecutor]:
@@ -324,6 +320,10 @@ class VllmServers(VllmSampling):
     def _from_rank0(self, work: Callable[[], list[Result]]) -> list[Result]:
         """Rank 0's result, on all ranks."""
         return all_gather(self._together(lambda: work() if is_rank0() else []))
+
+    def _on_rank0(self, work: Callable[[], object]) -> None:
+        """Work that only rank 0 does; its failure is that of all ranks."""
+        self._together(lambda: work() if is_rank0() else None)
 
 
 def _label(client: VllmClient) -> str:

@@ -52,10 +52,8 @@ def _checked(client: VllmClient, loaded: LoadedModel, dtype: torch.dtype) -> Ser
     release = str(_field(client, "/version", "version"))
     if not is_supported(release):
         raise _mistake(client, f"vllm {release} is not supported", f"serve with vllm{SUPPORTED}")
-    info, remedy = (
-        "/server_info?config_format=json",
-        "start it with VLLM_SERVER_DEV_MODE=1 (see docs/engines.md)",
-    )
+    info = "/server_info?config_format=json"
+    remedy = "start it with VLLM_SERVER_DEV_MODE=1 (see docs/engines.md)"
     config, environment = (_field(client, info, key, remedy) for key in ("vllm_config", "vllm_env"))
     if config["lora_config"] and not environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         remedy = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or without --enable-lora"

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import find_adapter_config_file
 
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 from selfdistill.model.files import local_folder
 from selfdistill.model.four_bits import four_bit_options, set_compute_dtype
 from selfdistill.model.pictures import (
@@ -217,15 +217,15 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> list[str]:
     used = [token for number, token in beyond if number not in special or number in own or token in template]
     if used:
         raise UserError(
-            f"model {name!r}: its embedding has {rows} rows, and its tokenizer has {_tokens(len(used))} beyond them: "
-            f"{_listed([repr(token) for token in used], _SHOWN)}; use the tokenizer that belongs to the model, or "
-            "resize the embedding and train it first"
+            f"model {name!r}: its embedding has {rows} rows, and its tokenizer has "
+            f"{number_of(len(used), 'token')} beyond them: {_listed([repr(token) for token in used], _SHOWN)}; use the "
+            "tokenizer that belongs to the model, or resize the embedding and train it first"
         )
     rest = [repr(token) for number, token in beyond if number != tokenizer.pad_token_id]  # replaced, which is noted
     if not rest:
         return []
-    names = _listed(rest, _SHOWN)
-    return [f"the tokenizer has {_tokens(len(rest))} without a row in the embedding, which no text produces: {names}"]
+    count, names = number_of(len(rest), "token"), _listed(rest, _SHOWN)
+    return [f"the tokenizer has {count} without a row in the embedding, which no text produces: {names}"]
 
 
 def refuse_other_vocabulary(name: str, config: Any, other: str, others: Any) -> None:
@@ -247,10 +247,6 @@ def embedding_rows(model: Any) -> float:
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = (getattr(layer, "weight", None) for layer in layers)
     return min((weight.shape[0] for weight in weights if isinstance(weight, torch.Tensor)), default=math.inf)
-
-
-def _tokens(count: int) -> str:
-    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def _listed(names: list[str], shown: int) -> str:

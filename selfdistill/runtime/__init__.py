@@ -45,7 +45,7 @@ from selfdistill.runtime.files import (
     write_manifest,
     write_own,
 )
-from selfdistill.runtime.gpus import GPUS, THIS, Gpu, check_device, planned_devices
+from selfdistill.runtime.gpus import GPUS, THIS, planned_devices
 from selfdistill.runtime.resources import (
     clock,
     free_bytes,
@@ -53,7 +53,6 @@ from selfdistill.runtime.resources import (
     is_out_of_memory,
     own_share,
     peak_memory,
-    size_in_bytes,
 )
 from selfdistill.runtime.signals import StopRequests
 from selfdistill.runtime.tracking import (
@@ -71,7 +70,6 @@ __all__ = [
     "GPUS",
     "METRICS",
     "THIS",
-    "Gpu",
     "MetricsFile",
     "Printable",
     "ProgressBar",
@@ -85,7 +83,6 @@ __all__ = [
     "all_reduce_sum",
     "barrier",
     "broadcast_from_rank0",
-    "check_device",
     "check_tracker",
     "check_writable",
     "clock",
@@ -120,7 +117,6 @@ __all__ = [
     "say",
     "say_note",
     "sha256",
-    "size_in_bytes",
     "unfinished",
     "unlisted_files",
     "world_size",

@@ -9,8 +9,8 @@ from selfdistill.training.merge import merge
 from selfdistill.training.plan import Plan, plan, plan_for
 from selfdistill.training.run import Run
 from selfdistill.training.schedule import steps_of
-from selfdistill.training.setup import accelerator_state_kept, check_parts, chosen_rows
-from selfdistill.training.train import check_output_dir, train, with_context
+from selfdistill.training.setup import accelerator_state_kept, check_parts, chosen_rows, repeating
+from selfdistill.training.train import check_output_dir, train
 
 __all__ = [
     "Fit",
@@ -28,9 +28,9 @@ __all__ = [
     "plan",
     "plan_for",
     "remove_checkpoint",
+    "repeating",
     "steps_of",
     "take_whole",
     "train",
     "whole_folder",
-    "with_context",
 ]

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from selfdistill.config import TrainConfig
+from selfdistill.errors import UserError
 from selfdistill.loss import (
     CrossEntropy,
     Head,
@@ -237,6 +238,12 @@ class BatchGradient:
         """Run teacher and base, each on its own prompts; None for each that the method lacks."""
         taught = base = None
         contexts = [c.example.teacher_ids or [] for c in micro.completions]
+        if not all(contexts) and (method.teacher or method.base_sees_context):
+            source = micro.completions[contexts.index([])].example.demonstration.source
+            raise UserError(
+                f"method {self.config.method!r}: slot 'select': a sample of {source} has no context for the teacher; "
+                "give its example teacher_ids, or leave it out"
+            )
         if method.teacher:
             taught = self._score(method.teacher, contexts, micro, self.prefix_caches.get(method.teacher))
         if method.needs_base:
@@ -244,10 +251,14 @@ class BatchGradient:
         return taught, base
 
     def _score(
-        self, rule: TeacherRule, contexts: Sequence[Sequence[int]], micro: Weighed, cache: PrefixCache | None = None
+        self,
+        rule: TeacherRule,
+        contexts: Sequence[Sequence[int]],
+        micro: Weighed,
+        prefix_cache: PrefixCache | None = None,
     ) -> _Scored:
         with self.teachers[rule].model() as network, cached_casts(network), self.accelerator.autocast():
-            output = self.forward_pass(network, contexts, micro.ids, cache)
+            output = self.forward_pass(network, contexts, micro.ids, prefix_cache)
             return output.hidden_ND[micro.has_weight_N(self.loaded.device)], output.head
 
     def _score_student(
@@ -276,7 +287,7 @@ class BatchGradient:
                 output.head_parameters,
                 tokens_n,
                 weights_n,
-                *(taught or (None, None)),
+                taught,
                 chunk_size=output.chunk_tokens,
                 base=base,
                 weighting=method.weighting,
@@ -301,7 +312,7 @@ class BatchGradient:
             (),
             tokens_n,
             torch.ones(len(tokens_n), device=tokens_n.device),
-            *(taught or (None, None)),
+            taught,
             chunk_size=student.chunk_tokens,
             base=base,
             weighting=method.weighting,

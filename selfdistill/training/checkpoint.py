@@ -49,20 +49,14 @@ class Position:
     """Optimizer steps done."""
     tokens: int
     """The metric ``tokens``."""
-    data: str
-    """Fingerprint of the encoded examples; see :func:`selfdistill.training.setup.data_fingerprint`."""
     skipped: int = 0
     """Consecutive steps, up to this one, skipped because of a non-finite loss or gradient."""
-    model: str = ""
-    """Fingerprint of the initial weights; see ``Trainer.initial_weights``."""
-    test: str = ""
-    """Fingerprint of the evaluation data; see ``EvaluationSet.fingerprint``."""
     engine: str = ""
     """Name of the engine that samples; empty without one."""
-    rewards: str = ""
-    """Fingerprint of what rewards depend on; see :func:`selfdistill.training.setup.reward_fingerprint`."""
     control: dict[str, Any] = field(default_factory=dict)
     """State of the method's controller; empty without one."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """What the run began with, by name; see :func:`selfdistill.training.resume.digests_of`."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -185,9 +179,21 @@ def saved_position(checkpoint: Path) -> Position:
         UserError: the file cannot be read.
     """
     try:
-        return Position(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return Position(**{"digests": _former_digests(state)} | state)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{checkpoint}: cannot read the checkpoint ({error})") from None
+
+
+def _former_digests(state: dict[str, Any]) -> dict[str, str]:
+    """Takes from a state the digests that were fields of it in earlier versions.
+
+    Teachers' weights followed the model's; ``rewards`` is no longer compared.
+    """
+    data, model, test, _ = (state.pop(name, "") for name in ("data", "model", "test", "rewards"))
+    model, _, teacher = model.partition("+")
+    found = {"data": data, "model": model, "teacher_model": teacher.replace("+", ""), "test": test}
+    return {name: digest for name, digest in found.items() if digest}
 
 
 def settings_of(checkpoint: Path) -> TrainConfig:

@@ -161,7 +161,7 @@ def _export_checkpoint(config: ExportConfig, step: int) -> Path:
     loaded = _base_of(config, saved)
     position = saved_position(checkpoint)
     if saved.lora_rank and not saved.load_in_4bit:  # which is loaded here without rounding
-        before, now = position.model.partition("+")[0], start_fingerprint(loaded)
+        before, now = position.digests.get("model", ""), start_fingerprint(loaded)
         if "" not in (before, now) and before != now:
             raise UserError(
                 f"run {config.run!r}: the weights of its base {loaded.name!r} are not those with which it began; "
@@ -177,7 +177,7 @@ def _export_checkpoint(config: ExportConfig, step: int) -> Path:
         Path(config.run),
         step,
         demonstrations=None,
-        fingerprint=position.data,
+        fingerprint=position.digests["data"],
         adapter=hasattr(model, "peft_config"),
         pictures=loaded.pictures is not None,
     )

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from selfdistill.config import dump_yaml
 from selfdistill.errors import RESUME, EngineFailed, RunCollapsed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import Evaluator, summary
-from selfdistill.methods import DatasetCompletions, rules_of
+from selfdistill.methods import DatasetCompletions, own_errors, rules_of
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import (
     MetricsFile,
@@ -57,12 +57,8 @@ class Loop:
     def __init__(self, trainer: Trainer, output_dir: Path, position: Position) -> None:
         config, step = trainer.config, position.step
         assert config.max_steps is not None
-        self._trainer, self._output_dir, self._position, self._max_steps = (
-            trainer,
-            output_dir,
-            position,
-            config.max_steps,
-        )
+        self._trainer, self._output_dir = trainer, output_dir
+        self._position, self._max_steps = position, config.max_steps
         self.step = step
         """Step of the current model; after a collapse, that of the restored checkpoint."""
         self._saved = step
@@ -119,11 +115,12 @@ class Loop:
     def _step(self, step: int) -> dict[str, Any]:
         """Run step ``step`` (from 1); returns its metrics."""
         try:
-            metrics = self._trainer.step(step - 1)
+            with own_errors(self._trainer.config.method):
+                metrics = self._trainer.step(step - 1)
         except EngineFailed as error:  # before the weights changed
             self._stop(error)
-        except UserError as error:  # such as a scorer's or an environment's; the weights have not changed either
-            if self._position.step > self._saved:
+        except UserError as error:  # such as a scorer's, an environment's or the method's
+            if self._position.step > self._saved and not self._trainer.updated:
                 self._save(together=isinstance(error, RaisedOnAllRanks))
             raise
         position, self.step = self._position, step
@@ -285,8 +282,9 @@ class _Watch:
         trainer, config = self._trainer, self._trainer.config
         ends = last or step == 0
         if self._views and ends and step not in self._views.steps:
-            for view in token_views(trainer):
-                self._views.write({"step": step, **view})
+            with own_errors(config.method):
+                for view in token_views(trainer):
+                    self._views.write({"step": step, **view})
         due = ends or (config.eval_steps and step % config.eval_steps == 0)
         if self._evaluations and trainer.evaluator and due and step not in self._evaluations.steps:
             found = trainer.evaluator.base

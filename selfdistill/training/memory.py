@@ -259,13 +259,6 @@ class MemoryPlanner:
         return self._models[key]
 
 
-def memory_plan(
-    config: TrainConfig, demonstrations: Sequence[Demonstration], device: Device, loaded: LoadedModel | None = None
-) -> MemoryPlan:
-    """Plan the memory of a run; arguments and errors as of :class:`MemoryPlanner`."""
-    return MemoryPlanner(config, demonstrations, device, loaded).plan(config)
-
-
 def _permanent(
     config: TrainConfig,
     device: Device,

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from selfdistill import __version__
-from selfdistill.config import MAY_CHANGE, TrainConfig
+from selfdistill.config import MAY_CHANGE, TrainConfig, without_defaults
 from selfdistill.data import is_own
 from selfdistill.errors import UserError, number_of
 from selfdistill.methods import METHODS, stages_of, uses
@@ -162,7 +162,7 @@ def merged_card(text: str, *, pictures: bool = False) -> str:
     return "\n\n".join([f"---\n{metadata.to_yaml()}\n---", *([body] if body else []), loading])
 
 
-def sum_card(model: str, add: str, subtract: str, scale: float, *, pictures: bool = False) -> str:
+def sum_card(model: str, add: str, subtract: str, scale: float, *, pictures: bool) -> str:
     """The card of ``model`` + ``scale`` * (``add`` - ``subtract``); ``pictures``: of image-text models."""
     names = [public_name(name) for name in (model, add, subtract)]
     metadata = ModelCardData(
@@ -195,8 +195,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     used["scorer"] = _has_checker(config)
     always = (*ALWAYS, *(name for name in used if used[name]))
     left_out = (*_ELSEWHERE, *(name for name in used if not used[name]))
-    defaults = {k: f.get_default(call_default_factory=True) for k, f in TrainConfig.model_fields.items()}
-    changed = [k for k in defaults if k not in left_out and getattr(config, k) != defaults[k]]
+    changed = [name for name in without_defaults(config) if name not in left_out]
     values = public_settings(config)
     return {key: values[key] for key in dict.fromkeys((*always, *changed)) if key in values}
 

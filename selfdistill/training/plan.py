@@ -15,7 +15,7 @@ from selfdistill.config import TrainConfig, dump_yaml, without_defaults
 from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import UserError, number_of
 from selfdistill.evaluation import check_inputs
-from selfdistill.methods import lacks_of, stages_of
+from selfdistill.methods import lacks_of, own_errors, stages_of
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import (
     GPUS,
@@ -32,7 +32,7 @@ from selfdistill.training.fitting import Fit, fit
 from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.rates import Rates, measured_rates, named_rates
 from selfdistill.training.schedule import steps_of
-from selfdistill.training.setup import check_parts, check_parts_are_equal, make_accelerator, repeating
+from selfdistill.training.setup import check_parts, check_parts_are_equal, make_accelerator
 from selfdistill.training.step_time import duration_text
 from selfdistill.training.traced_step import Device
 from selfdistill.training.train import check_output_dir, plan_memory, with_context
@@ -132,7 +132,7 @@ def plan(
     resolved = trainer.config.model_copy(update=asked)
     notes += [*first_lines(trainer, all_rows=all_rows), *lines]
     example = trainer.stages[0].task.examples[0]
-    with repeating(config):
+    with own_errors(config.method):
         trainer.step(0)
         began = time.monotonic()
         trainer.step(min(1, (resolved.max_steps or 1) - 1))

@@ -10,9 +10,8 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation import LAYOUTS
-from selfdistill.methods import GuidedAfterFailure, GuidedSamples, Method, Part, rules_of, stages_of, uses
+from selfdistill.methods import GuidedAfterFailure, GuidedSamples, Method, Part, encoder_of, rules_of, stages_of, uses
 from selfdistill.model import LoadedModel
-from selfdistill.training.selection import Selector
 from selfdistill.training.traced_step import PlannedPart
 
 _PICTURE = 1000
@@ -77,7 +76,7 @@ def _planned(
     if sampling is not None:
         sampling = replace(sampling, max_completion_length=longest)
     examples, _ = method.examples(rows, loaded, chat)
-    encode = Selector(config, chat, loaded.window).encoder()
+    encode = encoder_of(config, chat, loaded.window)
     if method.select is not None:
         examples = [method.select.longest(x, longest, encode) for x in examples]
     if isinstance(method.sequence, GuidedSamples):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from selfdistill.config import TrainConfig, changes, load_saved, refuse_changes
+from selfdistill.data import ContextEncoder
 from selfdistill.errors import CannotResume, UserError, number_of
+from selfdistill.methods import rules_of
 from selfdistill.training.checkpoint import Position, saved_position, settings_of
-from selfdistill.training.setup import data_fingerprint, reward_fingerprint
+from selfdistill.training.setup import data_fingerprint, sha256_of
 from selfdistill.training.trainer import Trainer
 
 _OF_EXAMPLES = ("model", "data", "anchors", "general_prompts")
@@ -38,6 +40,34 @@ def refuse_changed_settings(output_dir: Path, checkpoint: Path, trainer: Trainer
         )
 
 
+def digests_of(trainer: Trainer) -> dict[str, str]:
+    """Digests, by name, of what a run begins with; a resumed run compares those that both have.
+
+    A model with a merged adapter has none of its weights.
+    """
+    asked = trainer.evaluator.questions.fingerprint() if trainer.evaluator else ""
+    ends = sha256_of(sorted(trainer.loaded.end_token_ids))
+    found = {**_of_rows(trainer), **trainer.digests, "ends": ends, "test": asked}
+    return {name: digest for name, digest in found.items() if digest}
+
+
+def _of_rows(trainer: Trainer) -> dict[str, str]:
+    """Digests of the examples, of the words in which the teacher sees samples, and of columns that are read later."""
+    parts = [part for stage in trainer.stages for part in stage.parts]
+    encode = ContextEncoder(trainer.chat, None, trainer.config.longest_completion, None)
+    selecting = [(part.method.select, part.examples[:1]) for part in parts if part.method.select]
+    shown = [select.longest(example, 1, encode).teacher_ids for select, first in selecting for example in first]
+    read = [part for part in parts if part.method.checker or part.method.select or rules_of(part.method)]
+    rows = [example.demonstration.identity() for part in read for example in part.examples]
+    columns = {name: [row.get(name) for row in rows] for name in sorted({name for row in rows for name in row})}
+    return {
+        "data": data_fingerprint(trainer.stages, trainer.chat),
+        "parts": sha256_of([len(part.examples) for part in parts]),
+        "shown": sha256_of(shown),
+        **{f"column {name!r}": sha256_of(values) for name, values in columns.items()},
+    }
+
+
 def refuse_changed_rows(checkpoint: Path, trainer: Trainer) -> None:
     """Refuse to resume with different examples, before anything is drawn or evaluated.
 
@@ -46,56 +76,54 @@ def refuse_changed_rows(checkpoint: Path, trainer: Trainer) -> None:
     Raises:
         CannotResume: names what changed.
     """
-    if any(part.method.drawn for stage in trainer.stages for part in stage.parts):
-        return
-    data, rewards = data_fingerprint(trainer.stages, trainer.chat), reward_fingerprint(trainer.stages)
-    found = Position(0, 0, data, rewards=rewards)
-    _check_rows(checkpoint, settings_of(checkpoint), trainer.config, saved_position(checkpoint), found)
+    if not any(part.method.drawn for stage in trainer.stages for part in stage.parts):
+        _refuse_changes(checkpoint, trainer.config, _of_rows(trainer))
 
 
-def _check_rows(
-    checkpoint: Path, saved_config: TrainConfig, config: TrainConfig, saved: Position, position: Position
-) -> None:
-    """Refuse other examples, and other rows where rewards depend on them.
+def check_unchanged(checkpoint: Path, trainer: Trainer, digests: dict[str, str]) -> None:
+    """Refuse to resume with different examples, models or evaluation data. File locations may differ.
 
     Raises:
         CannotResume: names what changed.
     """
-    if saved.data != position.data:
-        before, now = ({name: getattr(one, name) for name in _OF_EXAMPLES} for one in (saved_config, config))
+    before, now = settings_of(checkpoint).model, trainer.config.model
+    if trainer.loaded.merged_adapter and now != before:
+        raise CannotResume(
+            f"{checkpoint}: model was {before!r} and is now {now!r}; with a merged adapter the "
+            "weights cannot be compared, so use the original path"
+        )
+    _refuse_changes(checkpoint, trainer.config, digests)
+
+
+def _refuse_changes(checkpoint: Path, config: TrainConfig, digests: dict[str, str]) -> None:
+    """Refuse digests that differ from the checkpoint's of the same name, which one of an earlier version may lack.
+
+    Raises:
+        CannotResume: names what changed.
+    """
+    saved = saved_position(checkpoint).digests
+    changed = [name for name, digest in digests.items() if saved.get(name, digest) != digest]
+    if "data" in changed:
+        then = settings_of(checkpoint)
+        before, now = ({name: getattr(one, name) for name in _OF_EXAMPLES} for one in (then, config))
         moved = "; ".join(changes(before, now))
         rows = f"{moved}; if these are the same," if moved else f"rows of data {config.data!r}, anchors,"
         cause = f"{rows} template, tokenizer or limits differ, or an earlier version encoded them differently"
         raise CannotResume(f"{checkpoint}: the training examples have changed: {cause} (CHANGELOG.md); restore them")
-    if "" not in (saved.rewards, position.rewards) and saved.rewards != position.rewards:
-        what = "answers, scorers or privileged contexts of the training rows"
-        raise CannotResume(f"{checkpoint}: {what} have changed; restore them")
-
-
-def check_unchanged(
-    trainer: Trainer, checkpoint: Path, saved_config: TrainConfig, saved: Position, position: Position
-) -> None:
-    """Refuse to resume with different examples, weights or evaluation data. File locations may differ.
-
-    Raises:
-        CannotResume: names what changed.
-    """
-    config = trainer.config
-    _check_rows(checkpoint, saved_config, config, saved, position)
-    if trainer.loaded.merged_adapter and config.model != saved_config.model:
-        raise CannotResume(
-            f"{checkpoint}: model was {saved_config.model!r} and is now {config.model!r}; with a merged adapter the "
-            "weights cannot be compared, so use the original path"
-        )
-    if "" not in (saved.model, position.model) and saved.model != position.model:
-        raise CannotResume(
-            f"{checkpoint}: the initial weights of model {config.model!r} or of teacher_model have changed; "
-            "restore them"
-        )
-    if "" not in (saved.test, position.test) and saved.test != position.test:
-        raise CannotResume(
-            f"{checkpoint}: the rows of test {config.test!r} or prior {config.prior!r} have changed; restore them"
-        )
+    what = {
+        "parts": "the number of examples of each source",
+        "column 'row'": "the places of the training rows among all rows",
+        "shown": "the context that shows samples to the teacher",
+        "model": f"the initial weights of model {config.model!r}",
+        "config.json of model": f"config.json of model {config.model!r}",
+        "teacher_model": f"the weights of teacher_model {config.teacher_model!r}",
+        "config.json of teacher_model": f"config.json of teacher_model {config.teacher_model!r}",
+        "ends": f"the tokens that end a reply of model {config.model!r}",
+        "test": f"the rows of test {config.test!r} or prior {config.prior!r}",
+    }
+    if changed:
+        named = ", ".join(what.get(name, f"{name} of the training rows") for name in changed)
+        raise CannotResume(f"{checkpoint}: changed since the run began: {named}; restore them")
 
 
 def where(output_dir: Path, checkpoint: Path | None, position: Position, config: TrainConfig) -> str:

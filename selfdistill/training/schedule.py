@@ -15,7 +15,7 @@ from selfdistill.errors import UserError
 Row = TypeVar("Row")
 
 
-def check_shares(shares: Sequence[float], batch_size: int, unit: int = 1) -> None:
+def check_shares(shares: Sequence[float], batch_size: int, unit: int) -> None:
     """Check that every step has room for all of its parts; see :func:`positions_of`.
 
     Raises:
@@ -39,7 +39,7 @@ def _room(shares: Sequence[float], batch_size: int, unit: int) -> int:
     return unit * (1 + sum(math.ceil(batch_size / unit * share) for share in shares[1:]))
 
 
-def positions_of(shares: Sequence[float], step: int, batch_size: int, seed: int, unit: int = 1) -> list[range]:
+def positions_of(shares: Sequence[float], step: int, batch_size: int, seed: int, unit: int) -> list[range]:
     """The positions of step ``step`` (from 0) in the sequence of each part's examples.
 
     The numbers of examples sum to ``batch_size``. Those of a part are its share on average, and at every step the whole
@@ -64,7 +64,7 @@ def positions_of(shares: Sequence[float], step: int, batch_size: int, seed: int,
     return [range(start, start + batch_size - sum(map(len, beside))), *beside]
 
 
-def fewest_of_first(shares: Sequence[float], batch_size: int, unit: int = 1) -> int:
+def fewest_of_first(shares: Sequence[float], batch_size: int, unit: int) -> int:
     """Examples of the first part that every step has; see :func:`positions_of`."""
     # Rounded, as 25 * 0.28 is a little more than 7.
     beside = (math.ceil(round(batch_size / unit * share, 9)) for share in shares[1:])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import ChatFormat, ContextEncoder, Verdict
-from selfdistill.methods import Checker, Completion, Method, encoder_of, verdicts_on
+from selfdistill.data import ChatFormat, Verdict
+from selfdistill.errors import UserError, number_of
+from selfdistill.methods import Checker, Completion, Method, encoder_of, own_errors, verdicts_on
 from selfdistill.runtime import say_note
 
 
@@ -65,13 +67,32 @@ class Selector:
             verdicts: list[Verdict] = []
             if checker is not None:
                 key = (id(part.completions), checker)
-                verdicts = found[key] = found.get(key) or verdicts_on(checker, part.completions, self.chat)
+                verdicts = found[key] = found.get(key) or self._verdicts(checker, part.completions)
             selected.append(self._selected(part, verdicts))
         return selected
 
-    def encoder(self) -> ContextEncoder:
-        """Encodes contexts within the limits of the run."""
-        return encoder_of(self.config, self.chat, self.window)
+    def _verdicts(self, checker: Checker, samples: Sequence[Completion]) -> list[Verdict]:
+        def checked(some: Sequence[Completion], chat: ChatFormat) -> list[Verdict]:
+            with own_errors(self.config.method):
+                found = checker(some, chat)
+            self._check("checker", found, Verdict)
+            if len(found) != len(some):
+                raise UserError(
+                    f"method {self.config.method!r}: slot 'checker': returned {number_of(len(found), 'verdict')} on "
+                    f"{number_of(len(some), 'sample')}, expected one on each, in their order"
+                )
+            return found
+
+        return verdicts_on(checked, samples, self.chat)
+
+    def _check(self, slot: str, found: Any, kind: type) -> None:
+        """Check that a slot has returned a list of this kind."""
+        wrong = [x for x in found if not isinstance(x, kind)] if isinstance(found, Sequence) else [found]
+        if wrong:
+            raise UserError(
+                f"method {self.config.method!r}: slot {slot!r}: returned {wrong[0]!r:.60}, expected a list of "
+                f"{kind.__name__}"
+            )
 
     def _selected(self, part: BatchPart, verdicts: Sequence[Verdict]) -> Selected:
         samples = part.completions
@@ -79,8 +100,9 @@ class Selector:
             samples = [replace(sample, verdict=verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
         if part.method.select is None:
             return Selected(part, samples, verdicts, unfit=0)
-        encode = self.encoder()
+        encode = encoder_of(self.config, self.chat, self.window)
         learnt = part.method.select(samples, verdicts, encode)
+        self._check("select", learnt, Completion)
         if encode.unfit and not self._noted:
             self._noted = True
             say_note(

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
-from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, LearnConfig, TrainConfig
+from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, LearnConfig, TrainConfig, TrainingSettings
 from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
@@ -25,6 +25,7 @@ from selfdistill.methods import (
     FROZEN,
     Method,
     Part,
+    check_losses,
     check_steps,
     repeated_prompts,
     rules_of,
@@ -39,8 +40,10 @@ from selfdistill.model import (
     deterministic,
     freeze_vision,
     has_gpu,
+    network_fingerprint,
     refuse_autocast,
     resolved_precision,
+    start_fingerprint,
 )
 from selfdistill.runtime import barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
@@ -180,8 +183,8 @@ def check_engine(stages: Sequence[Stage], loaded: LoadedModel) -> None:
             check_room(loaded, prompts, sampling.max_completion_length, "completion")
 
 
-def repeating(config: TrainConfig) -> AbstractContextManager[None]:
-    """Deterministic operations while it is open, if the settings ask for them."""
+def repeating(config: TrainingSettings) -> AbstractContextManager[None]:
+    """Deterministic operations while it is open, if the settings ask for them. Open it before the GPU is first used."""
     return deterministic("cuda" if has_gpu() else "cpu") if config.deterministic else nullcontext()
 
 
@@ -212,7 +215,8 @@ def make_stages(
     """The method's stages, with encoded examples.
 
     Raises:
-        UserError: rows are too long, a checker cannot use an answer, or ``skip_first_tokens`` masks most tokens.
+        UserError: rows are too long, a checker cannot use an answer, ``skip_first_tokens`` masks most tokens, or a
+            teacher has no context.
     """
     check_parts(config)
     stages = []
@@ -220,6 +224,8 @@ def make_stages(
         encoded = [_encoded(part, config, demonstrations, loaded, chat) for part in parts if not part.same_samples]
         same = [replace(encoded[0], name=x.name, method=x.method, same_samples=True) for x in parts if x.same_samples]
         stages.append(Stage([encoded[0], *same, *encoded[1:]]))
+        for part in stages[-1].parts:
+            _check_contexts(config.method, part)
     return stages
 
 
@@ -261,6 +267,16 @@ def _encoded(
     return EncodedPart(part.name, method, part.share, examples, dropped, demonstrated=average)
 
 
+def _check_contexts(name: str, part: EncodedPart) -> None:
+    """Check that the teacher has a context in each example, unless ``select`` makes it."""
+    method, seen = part.method, [x.demonstration.source for x in part.examples if x.teacher_ids is None]
+    if seen and method.select is None and (method.teacher or method.base_sees_context):
+        raise UserError(
+            f"method {name!r}: slot 'examples' of part {part.name!r}: no context for the teacher in {first_ten(seen)}; "
+            "use examples with one, as DemonstrationExamples(config, config.context), or a 'select' that makes it"
+        )
+
+
 def note_test_prompts(stage: Stage, questions: Sequence[Demonstration]) -> None:
     """Note prompts beside the task that are test questions, too: there, the model is held where it was."""
     for part in stage.own_samples[1:]:
@@ -277,17 +293,16 @@ def data_fingerprint(stages: Sequence[Stage], chat: ChatFormat) -> str:
     # A row without a completion counts as with an empty one, as it did for older folders.
     ids = [[x.student_ids, x.teacher_ids, x.completion_ids or [chat.end_token_id]] for x in examples]
     seen = [picture.digest for x in examples for picture in x.demonstration.images]
-    return _digest([*ids, *seen, *(x.later_ids for x in examples if x.later_ids)])
+    return sha256_of([*ids, *seen, *(x.later_ids for x in examples if x.later_ids)])
 
 
-def reward_fingerprint(stages: Sequence[Stage]) -> str:
-    """SHA-256 of what rewards depend on beside the encoded examples; empty if no step asks for a reward."""
-    parts = [part for stage in stages for part in stage.parts if part.method.checker is not None]
-    rows = [example.demonstration for part in parts for example in part.examples]
-    return _digest([[row.answer, row.scorer, row.privileged_context] for row in rows]) if rows else ""
+def model_digests(name: str, loaded: LoadedModel) -> dict[str, str]:
+    """Digests of a model before training: of its weights, and of what ``config.json`` says of the network."""
+    return {name: start_fingerprint(loaded), f"config.json of {name}": network_fingerprint(loaded)}
 
 
-def _digest(values: Sequence[Any]) -> str:
+def sha256_of(values: Sequence[Any]) -> str:
+    """SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
@@ -319,7 +334,8 @@ def divide_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
     """Divide ``max_steps`` among the stages as evenly as possible.
 
     Raises:
-        UserError: there are fewer steps than stages, or than a stage needs to use all that is drawn for it.
+        UserError: there are fewer steps than stages, or than a stage needs to use all that is drawn for it; or a step
+            cannot use its loss.
     """
     assert config.max_steps is not None
     check_steps(config.max_steps, config.method, stages)
@@ -328,3 +344,5 @@ def divide_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
         stage.first_step, stage.steps = start, end - start
         if stage.task.method.drawn:
             stage.task.method.drawn.check_steps(stage.steps)
+        for part in stage.parts:
+            check_losses(config.method, part.method, stage.steps)

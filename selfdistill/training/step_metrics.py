@@ -23,8 +23,8 @@ def step_metrics(
     drift: dict[str, float],
     seconds: dict[str, float],
     rollout_count: RolloutCount,
-    by_part: bool = False,
-    control: float | None = None,
+    by_part: bool,
+    control: float | None,
 ) -> dict[str, Any]:
     """Metrics of a finished step, under the names of :data:`selfdistill.runtime.tracking.METRICS`.
 

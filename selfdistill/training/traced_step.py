@@ -289,7 +289,7 @@ class TracedStep:
                 output.head_parameters,
                 tokens_N,
                 weights_N,
-                *((None, None) if taught is None else (taught.hidden_ND, taught.head)),
+                None if taught is None else (taught.hidden_ND, taught.head),
                 chunk_size=output.chunk_tokens,
                 base=None if base is None else (base.hidden_ND, base.head),
                 weighting=method.weighting,

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from selfdistill.config import TrainConfig, load_saved
+from selfdistill.config import TrainConfig, as_begun, load_saved
 from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import RESUME, RunCollapsed, UserError
 from selfdistill.evaluation import Evaluator, best_context
@@ -31,7 +31,6 @@ from selfdistill.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_whole,
-    settings_of,
     trained_parameters,
 )
 from selfdistill.training.export import whole_folder, write_model
@@ -41,17 +40,14 @@ from selfdistill.training.loop import Loop, OnStep, say_signs
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.model_card import model_card
-from selfdistill.training.resume import (
-    check_unchanged,
-    where,
-)
-from selfdistill.training.setup import data_fingerprint, make_accelerator, repeating, reward_fingerprint
+from selfdistill.training.resume import check_unchanged, digests_of, where
+from selfdistill.training.setup import data_fingerprint, make_accelerator, repeating
 from selfdistill.training.start import Start
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
 
-def check_output_dir(name: str, *, resume: bool, own_files: Sequence[str] = ()) -> Path:
+def check_output_dir(name: str, *, resume: bool, own_files: Sequence[str]) -> Path:
     """Check that a run can use the folder, and return its path.
 
     Raises:
@@ -105,11 +101,13 @@ def train(
     """
     output_dir = check_output_dir(config.output_dir, resume=resume, own_files=own_files)
     check_tracker(config.report_to)
-    resumes = resume and (output_dir / "config.yaml").exists()
+    written = output_dir / "config.yaml"
+    resumes = resume and written.exists()
     if resume and not resumes:
         say(f"note: {output_dir} holds no run to resume, so a new one begins there")
     with ExitStack() as held:
         held.enter_context(repeating(config))
+        config = as_begun(config, load_saved(written, TrainConfig)) if resumes else config
         start = Start(output_dir, held)
         if resume and output_dir.exists():
             start.lock()
@@ -118,7 +116,7 @@ def train(
         plan, start.lines = plan_memory(config, demonstrations, loaded)  # the processes have met from here on
         start.checkpoint = broadcast_from_rank0(lambda: newest_whole(output_dir) if resume else None)
         config = plan.config if plan else config
-        config = with_context(_on_its_day(config) if resumes else config, demonstrations, loaded)
+        config = with_context(config, demonstrations, loaded)
         trainer = Trainer(config, demonstrations, evaluator, loaded, start)
         position = _start_position(trainer, start.checkpoint)  # a refused resume changes nothing in the folder
         start.begin(trainer.config, demonstrations)
@@ -168,14 +166,6 @@ def _refuse_auto_context(config: TrainConfig) -> None:
         )
 
 
-def _on_its_day(config: TrainConfig) -> TrainConfig:
-    """The settings with the day on which the run began, for templates with the date in them."""
-    if config.template_date is not None:
-        return config
-    written = load_saved(Path(config.output_dir) / "config.yaml", TrainConfig)
-    return config.model_copy(update={"template_date": written.get("template_date")})
-
-
 AMPLE = 2000
 """Where as many times the weights of student and teacher are free, as with tiny models, a run starts without a plan."""
 
@@ -222,19 +212,17 @@ def _start_position(trainer: Trainer, checkpoint: Path | None) -> Position:
     Raises:
         UserError: the run began with different examples, weights or evaluation data.
     """
-    asked = trainer.evaluator.questions.fingerprint() if trainer.evaluator else ""
     name = engine.name if (engine := trainer.engine()) else ""
-    data, rewards = data_fingerprint(trainer.stages, trainer.chat), reward_fingerprint(trainer.stages)
-    position = Position(0, 0, data, model=trainer.initial_weights, test=asked, engine=name, rewards=rewards)
+    position = Position(0, 0, engine=name, digests=digests_of(trainer))
     if checkpoint is None:
         return position
     saved = load_checkpoint(checkpoint, trainer.loaded.model, trainer.optimizer, trainer.teacher)
-    check_unchanged(trainer, checkpoint, settings_of(checkpoint), saved, position)
+    check_unchanged(checkpoint, trainer, position.digests)
     trainer.control = saved.control
     if saved.engine != name:
         before, now = saved.engine or "PyTorch", name or "PyTorch"
         say_note(f"the run sampled with {before} and continues with {now}, which draws different samples")
-    return replace(saved, engine=name)
+    return replace(saved, engine=name, digests=position.digests | saved.digests)
 
 
 def _save_final(trainer: Trainer, output_dir: Path, step: int, signs: list[str]) -> Path:

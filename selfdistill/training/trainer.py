@@ -15,7 +15,7 @@ import torch
 from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration, Example, load_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.evaluation import Drift, Evaluator
+from selfdistill.evaluation import Distance, Evaluator, drift_from
 from selfdistill.methods import Completion, SamplesFile, State
 from selfdistill.model import (
     CompiledLayers,
@@ -37,11 +37,9 @@ from selfdistill.model import (
     refuse_float16,
     set_compute_dtype,
     shard,
-    start_fingerprint,
     unsharded,
     unwrap,
     use_engine,
-    weights_fingerprint,
 )
 from selfdistill.runtime import broadcast_from_rank0, say_note
 from selfdistill.training.batch_gradient import BatchGradient, PartResult
@@ -58,6 +56,7 @@ from selfdistill.training.setup import (
     divide_steps,
     make_accelerator,
     make_stages,
+    model_digests,
     note_test_prompts,
     refuse_with_pictures,
     teacher_rules,
@@ -106,8 +105,8 @@ class Trainer:
                 "folder or name, or leave the setting out"
             )
         use_engine(self.loaded, config)
-        self.initial_weights = start_fingerprint(self.loaded)
-        """Fingerprint of the initial weights and those of ``teacher_model``; a resumed run must find them unchanged."""
+        self.digests = model_digests("model", self.loaded)
+        """Of the model and of ``teacher_model``; see :func:`selfdistill.training.resume.digests_of`."""
         for note in self.loaded.notes:
             say_note(note)
         self.chat = self.loaded.chat(config.chat_template_kwargs, config.template_date)
@@ -120,7 +119,7 @@ class Trainer:
         """What the task's controller remembers."""
         self.config = with_defaults(config, self.stage.task, self.accelerator.mixed_precision)
         divide_steps(self.config, self.stages)
-        weights = self.initial_weights or config.model  # with a merged adapter they are known by their place
+        weights = self.digests["model"] or config.model  # with a merged adapter they are known by their place
         begin = None  # a resumed run's folder has its samples, and may not change if the run is refused
         if start is not None and start.checkpoint is None:
             begin = partial(start.begin, self.config, demonstrations)
@@ -150,7 +149,7 @@ class Trainer:
             compiled = CompiledLayers(self.loaded) if config.torch_compile else None
         self.forward_pass = ForwardPass(self.loaded, compiled, sharded=config.fsdp)
         if config.fsdp:
-            self._shard(*self.teachers.values())
+            self._shard()
         self.engine()  # before any long work
         with self.accelerator.autocast():
             check_engine(self.stages, self.loaded)
@@ -163,10 +162,10 @@ class Trainer:
         self.gradient = BatchGradient(
             config, self.accelerator, self.loaded, self.selector, self.forward_pass, self.teachers, self.prefix_caches
         )
-        self.drift: Drift | None = None
+        self.drift: Distance | None = None
         if config.drift_steps:
             with unsharded(model), self.accelerator.autocast():
-                self.drift = Drift(self.loaded, self.forward_pass, self.chat)
+                self.drift = drift_from(self.loaded, self.forward_pass, self.chat)
         self.parameters = list(trained_parameters(model).values())
         self.optimizer = make_optimizer(
             self.parameters, config.optim, seed=config.seed, weight_decay=config.weight_decay
@@ -214,7 +213,8 @@ class Trainer:
     def _other_teacher(self, name: str) -> LoadedModel:
         """Load a separate teacher; it must have the student's architecture."""
         other = load_matching(name, self.loaded, dtype=self.config.dtype)
-        self.initial_weights += "+" + weights_fingerprint(other.model) if self.initial_weights else ""
+        for what, digest in model_digests("teacher_model", other).items():
+            self.digests[what] = self.digests.get(what, "") + digest  # own methods may have several
         own, others = (unwrap(model).config.model_type for model in (self.loaded.model, other.model))
         if own != others:
             raise UserError(
@@ -222,8 +222,9 @@ class Trainer:
             )
         return other
 
-    def _shard(self, *teachers: Teacher) -> None:
+    def _shard(self) -> None:
         """Shard the student, the teacher and the base."""
+        teachers = self.teachers.values()
         device = self.accelerator.device
         dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
         token = torch.tensor([[self.loaded.pad_token_id]], device=device)
@@ -263,6 +264,7 @@ class Trainer:
         stay so, too, if nothing is learnt. Then an average of the student stays as well.
         """
         stopwatch, counted_before = Stopwatch(self.loaded.device), self.loaded.rollout_count
+        self.updated = False  # whether the step has changed weights, so that the last one's can no longer be saved
         self.stage = stage = self.stage_of(step)[1]
         stage_step = step - stage.first_step
         positions = self._positions(stage, stage_step)
@@ -272,6 +274,7 @@ class Trainer:
         results = self.gradient.add(parts, stopwatch)
         with stopwatch("update"):
             rate = self._set_learning_rate(stage, stage_step)
+            self.updated = True
             norm, moved = self._update_student(results)
             if self.teacher is not None:
                 self.teacher.update(step + 1, student_moved=moved)

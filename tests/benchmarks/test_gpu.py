@@ -157,6 +157,31 @@ def test_checks_that_need_bitsandbytes_are_not_run_without_it(
             checks[name].run(bench.Bench("cpu", tmp_path, tmp_path), None)
 
 
+def test_weights_of_4_bits_may_differ_in_the_last_bits_of_their_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT)
+    alike = import_module("few_bits").rounded_alike
+    codes = torch.tensor([-1.0, -0.6962, 0.0, 0.0796, 1.0])
+    scale = torch.tensor(0.0123)
+    assert alike(codes * scale.nextafter(torch.tensor(1.0)), codes * scale) == 1
+    assert alike(codes.roll(1) * scale, codes * scale) == 0
+    assert alike(codes * scale * (1 + 1 / 127), codes * scale) == pytest.approx(1 / 5)  # another scale; 0 stays 0
+
+
+def test_prompts_of_the_check_of_sharing_begin_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT)
+    speed, bench = import_module("speed"), import_module("bench")
+    numbers: list[Any] = []
+    speed.check_sharing(bench.Bench("cpu", tmp_path, tmp_path), bench.Found(numbers.append))
+    saved = [number for number in numbers if number.is_bounded]
+    assert [number.name.partition(":")[0] for number in saved] == ["student", "teacher"]
+    assert all(number.passes for number in saved)
+    monkeypatch.setattr(speed, "rows", lambda *args, alike: import_module("models").rows(*args))
+    apart = speed.timed_step(bench.Bench("cpu", tmp_path, tmp_path), "apart", alike=True).contexts
+    assert not any(speed.shared_prefixes(contexts, 64) for contexts in apart.values())
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_decoding_with_graphs_must_give_the_samples_of_decoding_without(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, right: bool
@@ -219,6 +244,31 @@ def test_losses_that_are_not_those_of_trl_fail(
     numbers: list[Any] = []
     others.check_trl(bench.Bench(device, tmp_path, tmp_path), bench.Found(numbers.append))
     assert [number.passes for number in numbers if number.is_bounded] == [passes] * 2  # full and LoRA
+
+
+def test_whether_results_are_right_and_memory_is_as_planned_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT)
+    monkeypatch.delitem(sys.modules, "checks", raising=False)
+    names = [check.name for check in import_module("checks").CHECKS]
+    shapes = [check.name for check in import_module("shape").CHECKS]
+    assert names[: 3 + len(shapes)] == ["agree", "greedy", "graphs", *shapes]
+    assert names[-2:] == ["TRL", "study"]
+    assert len(names) == len({*names})
+    monkeypatch.delitem(sys.modules, "checks")
+
+
+def test_no_study_is_begun_that_would_be_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT)
+    others, bench = import_module("others"), import_module("bench")
+    monkeypatch.setattr(others, "starter", lambda _: "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)
+    with pytest.raises(bench.NotRun, match=r"^150 s are left, and a first run may take 180 s$"):
+        others.check_study(bench.Bench("cuda", tmp_path, tmp_path, 150.0), None)
+    numbers: list[Any] = []
+    others.check_study(bench.Bench("cuda", tmp_path, tmp_path, 200.0), bench.Found(numbers.append))
+    assert numbers[0].text() == "0 (at least 1)"  # it was begun
 
 
 def test_a_check_that_is_none_is_refused(

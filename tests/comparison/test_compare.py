@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import ENDS
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +29,7 @@ from selfdistill.data import load_demonstrations
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation.evaluate import evaluate
 from selfdistill.runtime.files import folder_lock
+from selfdistill.training.train import train
 
 # The package has a function of this name, too.
 module = importlib.import_module("selfdistill.comparison.compare")
@@ -450,10 +452,36 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
         with pytest.raises(UserError, match=message):
             compare(config, resume=True)
         file.write_bytes(before[file])
+    network = Path(config.model) / "config.json"
+    text = network.read_text(encoding="utf-8")
+    network.write_text(json.dumps(json.loads(text) | {"rms_norm_eps": 1e-3}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"changed since this comparison began: config\.json of the base; restore"):
+        compare(config, resume=True)
+    network.write_text(text, encoding="utf-8")
     weights = Path(config.model) / "model.safetensors"
     save_file({name: weight * 1.01 for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
     with pytest.raises(UserError, match="changed since this comparison began: the base; restore"):
         compare(config, resume=True)
+
+
+def test_a_comparison_keeps_the_precision_that_its_first_machine_chose(
+    settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = settings(methods="sft", seeds="0,1", mixed_precision="auto", prior=None), module.train
+
+    def stop(step: int, _loaded: Any, _metrics: Any) -> None:
+        if step == 1:
+            raise RunStopped("stopped", 15)
+
+    monkeypatch.setattr("selfdistill.model.precision.bfloat16_is_fast", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", lambda run, **options: real(run, **options | {"on_step": stop}))
+        with pytest.raises(RunStopped):
+            compare(config)
+    monkeypatch.setattr("selfdistill.model.precision.bfloat16_is_fast", lambda: False)  # another machine
+    assert [run["failed"] for run in compare(config, resume=True).details["runs"]] == [None, None]
+    written = (yaml.safe_load(file.read_text()) for file in Path(config.output_dir).rglob("config.yaml"))
+    assert {found["mixed_precision"] for found in written} == {"bf16"}
 
 
 @pytest.mark.parametrize("writes", [0, 1])
@@ -498,6 +526,19 @@ def test_a_comparison_goes_on_after_its_files_have_moved(
     (elsewhere / "anchors.txt").write_text("Hello\nGoodbye\n", encoding="utf-8")
     with pytest.raises(UserError, match="changed since this comparison began: the anchors; restore"):
         compare(more, resume=True)
+
+
+def test_a_comparison_goes_on_where_the_base_of_its_adapter_has_moved(
+    settings: Callable[..., CompareConfig], tmp_path: Path
+) -> None:
+    base = shutil.copytree(settings().model, tmp_path / "base")
+    own: dict[str, Any] = {"model": str(base), "data": settings().data, "lora_rank": 2, "max_completion_length": 10}
+    train(TrainConfig(**own, output_dir=str(tmp_path / "adapter"), method="sft", max_steps=1, view_rows=0))
+    config = settings(methods="sft", seeds="0", prior=None, model=str(tmp_path / "adapter" / "final"))
+    compare(config)
+    moved = {"seeds": "1", "adapter_base": str(shutil.move(base, tmp_path / "moved"))}
+    more = continued({"output_dir": config.output_dir, **moved}, CompareConfig)
+    assert [run["seed"] for run in compare(more, resume=True).details["runs"]] == [0, 1]
 
 
 @pytest.mark.parametrize(("what", "lost"), [("the base", "model"), ("the anchors", "anchors")])

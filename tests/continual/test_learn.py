@@ -39,6 +39,7 @@ from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.data.sources import packaged
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.runtime.files import folder_lock
+from selfdistill.training.train import train
 
 Settings = Callable[..., LearnConfig]
 
@@ -75,6 +76,24 @@ def make(model_folder: Callable[..., Path], write_rows: Callable[..., Path], tmp
         return LearnConfig(**(defaults | values))
 
     return settings
+
+
+@pytest.fixture
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> Callable[[LearnConfig], None]:
+    """Cuts an addition off after the second step of its training."""
+
+    def cut(config: LearnConfig) -> None:
+        def stop(step: int, _loaded: Any, _metrics: Any) -> None:
+            if step == 2:
+                raise KeyboardInterrupt
+
+        real = add_skill.train
+        with monkeypatch.context() as patch:
+            patch.setattr(add_skill, "train", lambda *given, **named: real(*given, **named | {"on_step": stop}))
+            with pytest.raises(KeyboardInterrupt):
+                add(config)
+
+    return cut
 
 
 def digest(state: Path) -> dict[str, str]:
@@ -185,26 +204,61 @@ def test_a_pending_addition_of_an_older_release_keeps_its_day(
     model_folder: Callable[..., Path],
     tmp_path: Path,
     on_day: Callable[[str], list[str | None]],
-    monkeypatch: pytest.MonkeyPatch,
+    cut_off: Callable[[LearnConfig], None],
 ) -> None:
     config = make(model=str(model_folder(template="{{ strftime_now('%d') }}" + CHATML)))
-    state, real = tmp_path / "state" / "start" / "state.yaml", add_skill.train
-
-    def stop(step: int, _loaded: Any, _metrics: Any) -> None:
-        if step == 2:
-            raise KeyboardInterrupt
-
+    state = tmp_path / "state" / "start" / "state.yaml"
     on_day("2026-03-01")
-    with monkeypatch.context() as patch:
-        patch.setattr(add_skill, "train", lambda *given, **named: real(*given, **named | {"on_step": stop}))
-        with pytest.raises(KeyboardInterrupt):
-            add(config)
+    cut_off(config)
     saved = yaml.safe_load(state.read_text(encoding="utf-8"))
     assert saved.pop("template_date") == "2026-03-01"
     state.write_text(yaml.safe_dump(saved), encoding="utf-8")  # as an older release wrote it
     on_day("2026-03-02")
     assert add(config)["accepted"]
     assert yaml.safe_load(state.read_text(encoding="utf-8"))["template_date"] == "2026-03-01"
+
+
+def test_a_state_keeps_the_precision_that_its_first_machine_chose(
+    make: Settings, cut_off: Callable[[LearnConfig], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(mixed_precision="auto")
+    monkeypatch.setattr("selfdistill.model.precision.bfloat16_is_fast", lambda: True)
+    cut_off(config)
+    monkeypatch.setattr("selfdistill.model.precision.bfloat16_is_fast", lambda: False)  # another machine
+    assert add(config)["accepted"]
+    assert Ledger(config.state).measured_with["mixed_precision"] == "bf16"
+    written = yaml.safe_load((tmp_path / "state/skills/0001-first/run/config.yaml").read_text(encoding="utf-8"))
+    assert written["mixed_precision"] == "bf16"
+    with pytest.raises(UserError, match=r"'mixed_precision': all scores in .* were measured with 'bf16'; use the same"):
+        add(make("second", mixed_precision="no"))
+
+
+def test_an_addition_to_a_state_that_left_the_precision_open_goes_on_in_that_of_its_run(
+    make: Settings, cut_off: Callable[[LearnConfig], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(mixed_precision="auto")
+    monkeypatch.setattr("selfdistill.model.precision.bfloat16_is_fast", lambda: True)
+    cut_off(config)
+    pending = tmp_path / "state/pending"
+    for file in (tmp_path / "state/start/state.yaml", pending / "settings.yaml", pending / "asked.json"):
+        text = file.read_text(encoding="utf-8")
+        assert text.count("bf16") == 1
+        file.write_text(text.replace("bf16", "auto"), encoding="utf-8")  # as earlier versions wrote it
+    monkeypatch.setattr("selfdistill.model.precision.bfloat16_is_fast", lambda: False)
+    assert add(config)["accepted"]
+
+
+def test_an_addition_goes_on_where_the_base_of_its_adapter_has_moved(
+    make: Settings, cut_off: Callable[[LearnConfig], None], settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    base = shutil.copytree(settings().model, tmp_path / "base")
+    train(settings("adapter", model=str(base), lora_rank=2, max_steps=1))
+    config = make(model=str(tmp_path / "adapter" / "final"))
+    cut_off(config)
+    shutil.move(base, tmp_path / "moved")
+    with pytest.raises(UserError, match="if it was moved, give its new location as adapter_base"):
+        add(config)
+    assert add(config.model_copy(update={"adapter_base": str(tmp_path / "moved")}))["accepted"]
 
 
 def test_a_date_that_no_template_shows_is_not_compared(make: Settings, tmp_path: Path) -> None:
@@ -556,6 +610,25 @@ def test_a_signal_before_the_first_step_of_training_stops_it(make: Settings, mon
         add(make())
     assert error.value.exit_code == 143
     assert [path.name for path in Path(make().state).rglob("checkpoint-*")] == ["checkpoint-00000001"]
+    monkeypatch.undo()
+    assert add(make())["accepted"]
+
+
+def test_a_stop_while_the_base_is_measured_starts_no_other_measurement(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, measured = add_skill.measure_model, []
+
+    def stopped(*given: Any) -> Any:
+        measured.append(given)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    monkeypatch.setattr(add_skill, "measure_model", stopped)
+    with pytest.raises(RunStopped, match=r"stopped while learning .*first\.jsonl; rerun the same command to resume"):
+        add(make())
+    assert len(measured) == 1
+    assert not (tmp_path / "state/pending/before.json").exists()
     monkeypatch.undo()
     assert add(make())["accepted"]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from tool_templates import CALL_TAGS, HERMES, ToolTemplate
 from transformers import PreTrainedTokenizerFast
 
 from selfdistill import UserError
@@ -317,6 +318,25 @@ def test_a_tool_tag_may_be_demonstrated_but_not_the_end_of_a_turn(make_tokenizer
 # --- the clock ---
 
 DATED = "Today is {{ strftime_now('%d %b %Y') }}. {% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+
+
+def test_an_end_token_is_no_part_of_a_reply_whether_special_or_not() -> None:
+    template = ToolTemplate("ends otherwise", HERMES, "<|endoftext|>", ("<|im_start|>",), ("<|im_end|>", *CALL_TAGS))
+    tokenizer = template.tokenizer()
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "a"])
+    chat, ids = ChatFormat(tokenizer, ends, {}), tokenizer("Lima is a<|im_end|>")["input_ids"]
+    assert chat.encode_completion("Lima is a") == ids
+    assert chat.decode(ids) == chat.message_of(ids)["content"] == thought_and_said(chat, [], ids)[1] == "Lima is a"
+    row = demonstration(reply="Lima is a")
+    examples, _ = encode([row], None, chat, **LIMITS)
+    assert notes_on(examples, chat) == []
+    with pytest.raises(
+        UserError, match=r"completions end with <\|endoftext\|> or <\|im_end\|>, which the chat format adds"
+    ):
+        encode([demonstration(reply="Lima<|im_end|>")], None, chat, **LIMITS)
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    ends_calls = ChatFormat(tokenizer, tokenizer.convert_tokens_to_ids(["<|im_end|>", "</tool_call>"]), {})
+    assert ends_calls.decode(tokenizer(call)["input_ids"]) == call
 
 
 def test_a_template_sees_the_day_that_it_is_given(make_tokenizer: Callable[..., Any]) -> None:

@@ -17,11 +17,11 @@ from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.contexts import (
     CONTEXTS,
     Context,
+    ContextTemplate,
     Document,
     ExampleAnswer,
     FewShot,
     Rewritten,
-    Template,
     Turns,
     context_spec,
     options_of,
@@ -284,13 +284,13 @@ def test_template_fills_its_places_in_one_pass(tmp_path: Path) -> None:
     file.write_text("D={document} A={demonstration} Q={prompt} {other} {prompt}", encoding="utf-8")
     demonstration = row(prompt=(SYSTEM, user("{demonstration}?")), reply="{prompt}!", document="{document}")
     expected = "D={document} A={prompt}! Q={demonstration}? {other} {demonstration}?"
-    assert Template(str(file)).messages(demonstration, []) == [SYSTEM, user(expected)]
+    assert ContextTemplate(str(file)).messages(demonstration, []) == [SYSTEM, user(expected)]
 
 
 def test_a_byte_order_mark_is_not_part_of_a_template(tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
     file.write_text("Q={prompt} A={demonstration}", encoding="utf-8-sig")
-    (turn,) = Template(str(file)).messages(row(prompt=(user("Who?"),), reply="Ada."), [])
+    (turn,) = ContextTemplate(str(file)).messages(row(prompt=(user("Who?"),), reply="Ada."), [])
     assert turn == user("Q=Who? A=Ada.")
 
 
@@ -298,28 +298,28 @@ def test_template_errors_name_the_file_and_the_row(tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
     want = f"context 'template': cannot read file {str(file)!r} (No such file or directory)"
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
-        Template(str(file))
+        ContextTemplate(str(file))
     file.write_text("no question", encoding="utf-8")
     want = f"context 'template': {file} has no {{prompt}}, so the question would be missing"
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
-        Template(str(file))
+        ContextTemplate(str(file))
     file.write_text("{prompt} {answer}", encoding="utf-8")
     want = (
         f"context 'template': {file} has neither {{demonstration}} nor {{document}}, so the teacher would see "
         "the same as the student"
     )
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
-        Template(str(file))
+        ContextTemplate(str(file))
     file.write_text('{document} {promt} {prompt} {"a"} {x}', encoding="utf-8")
     want = (
         f"context 'template': {file} has {{promt}}, which is not a field; use {{prompt}}, {{demonstration}} or "
         "{document}"
     )
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
-        Template(str(file))
+        ContextTemplate(str(file))
     file.write_text("{document} {prompt}", encoding="utf-8")
     with pytest.raises(UserError, match=r"^context 'template' uses \{document\}, and d\.jsonl:1 has none$"):
-        Template(str(file)).messages(row(), [])
+        ContextTemplate(str(file)).messages(row(), [])
 
 
 @pytest.mark.parametrize("context", [Turns(), ExampleAnswer(), Document(show="answer"), FewShot(k=1, this=True)])
@@ -442,7 +442,7 @@ def test_a_spec_reads_back_to_an_equal_context(context: Context) -> None:
 def test_a_template_spec_reads_back_whatever_its_file_is_called(tmp_path: Path) -> None:
     file = tmp_path / "True=False: x.txt"
     file.write_text("{prompt} {demonstration}", encoding="utf-8")
-    assert parse_context(context_spec(Template(str(file)))) == Template(str(file))
+    assert parse_context(context_spec(ContextTemplate(str(file)))) == ContextTemplate(str(file))
 
 
 def test_specs_as_they_are_written_on_a_command_line() -> None:

@@ -10,11 +10,12 @@ import pytest
 from tool_templates import CALL_TAGS, HERMES, TOOL_TEMPLATES, ToolTemplate
 
 from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data.comparisons import COMPARISONS
 from selfdistill.data.contexts import Verbatim
-from selfdistill.data.demonstrations import Demonstration
+from selfdistill.data.demonstrations import Demonstration, load_demonstrations
 from selfdistill.data.encoding import reply_spans
-from selfdistill.data.episodes import changed_when_shown_anew, encode_replies
-from selfdistill.data.scorers import score, scored_text
+from selfdistill.data.episodes import changed_when_shown_anew, encode_replies, turns_of
+from selfdistill.data.scorers import default_scorer, doubt_about, score, scored_text
 from selfdistill.data.template import TemplateRefusal
 
 TOOL = {
@@ -129,21 +130,55 @@ def test_the_scorer_of_tool_calls_reads_the_calls_of_the_template(template: Tool
     assert scored_text(chat, prompt, ids, row, "exact") == scored_text(chat, prompt, ids, row, "tool_call") == "Rain."
 
 
+def loaded(*replies: dict[str, Any], **columns: Any) -> Demonstration:
+    """The row that replies become, of which the last one is scored."""
+    (row,) = load_demonstrations([{"prompt": "Weather?", "completion": list(replies), "tools": [TOOL], **columns}])
+    return turns_of(row, "last")[0]
+
+
+@each
+def test_a_reply_of_calls_is_scored_by_its_calls(template: ToolTemplate) -> None:
+    """The row keeps them as lines, which models of most templates never write."""
+    chat = chat_of(template)
+    for row in (loaded(calls(CITY)), loaded(calls(ODD, content="First."), result("rain"), calls(CITY, content="So."))):
+        prompt, (ids, _) = chat.encode_prompt(row.prompt, OPTIONS), encode_replies(row, chat)
+        name = default_scorer(row, None)
+        assert score(name, scored_text(chat, prompt, ids, row, name), row)
+        for other in (calls({"city": "Rome"}), says("Rain.")):
+            assert not score(name, scored_text(chat, prompt, chat.encode_reply(other, OPTIONS), row, name), row)
+        assert doubt_about([row], None, chat) is None
+
+
+def test_the_scorer_that_nobody_names() -> None:
+    assert default_scorer(loaded(calls(CITY)), None) == "tool_call"
+    assert default_scorer(loaded(calls(CITY)), "contains") == "contains"
+    assert default_scorer(loaded(calls(CITY), scorer="regex", answer="a"), None) == "regex"
+    assert default_scorer(loaded(calls(CITY), answer="It rains."), None) == "exact"
+    assert default_scorer(loaded(calls(CITY), result("rain"), says("It rains.")), None) == "exact"
+
+
+@each
+def test_a_scorer_that_rejects_the_calls_of_the_template_is_doubted(template: ToolTemplate) -> None:
+    chat, row = chat_of(template), loaded(calls(CITY))
+    for scorer in ("exact", "contains"):
+        note = f"scorer '{scorer}' rejects 1 of 1 demonstrated completions, tool_call would accept all: data[0]"
+        assert doubt_about([row], scorer, chat) == (note if template.own_calls else None)
+
+
 # --- a whole episode ---
 
 
 def as_template_wants(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The messages with ids for Mistral, and with arguments as text for DeepSeek."""
-    made, waiting, number = [], [], 0
+    made, waiting = [], []
     for message in messages:
         if "tool_calls" in message:
             written = []
-            for call in message["tool_calls"]:
+            for number, call in enumerate(message["tool_calls"]):
                 function = dict(call["function"])
                 if name == "deepseek":
                     function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
                 written.append({"id": f"call{number:05d}", "type": "function", "function": function})
-                number += 1
             waiting = [call["id"] for call in written]
             made.append({**message, "tool_calls": written})
         else:
@@ -180,6 +215,16 @@ def test_an_episode_is_what_the_template_writes(template: ToolTemplate) -> None:
         assert joined(chat, prompt, turns) == chat.tokenizer(whole, add_special_tokens=False)["input_ids"]
     for part in ("Oslo", "rain", "line\\nline" if "line\\nline" in whole else "line\nline", "And now?", "Still."):
         assert found.count(part) == whole.count(part), part
+
+
+def test_a_result_has_the_id_of_its_call() -> None:
+    chat, prompt = chat_of(next(each for each in TOOL_TEMPLATES if each.name == "mistral")), [user("Weather?")]
+    turns = [calls(CITY), OBSERVED[0], calls(ODD, CITY), *OBSERVED[1:], calls(CITY), OBSERVED[0], says("So.")]
+    for ids in (joined(chat, prompt, turns), chat.encode_prompt([*prompt, *turns, user("And now?")], OPTIONS)):
+        called, answered = (
+            re.findall(rf'"{key}": "(call\d+)"', chat.tokenizer.decode(ids)) for key in ("id", "call_id")
+        )
+        assert called == answered == ["call00000", "call00000", "call00001", "call00000"]
 
 
 @each
@@ -388,6 +433,8 @@ def test_tags_in_another_form_are_text(changed: str, by: str) -> None:
     message = chat.message_of(chat.encode_reply(calls(CITY), OPTIONS))
     assert message.keys() == {"role", "content"}
     assert "weather" in message["content"]
+    note = "scorer 'tool_call' rejects 1 of 1 demonstrated completions: data[0]"
+    assert doubt_about([loaded(calls(CITY))], None, chat) == note
 
 
 # --- earlier turns that are shown anew ---
@@ -506,6 +553,10 @@ def test_a_call_that_cannot_be_read_says_why(template: str, reply: str, problem:
     assert re.search(problem, message.pop("invalid"))
     assert message == says(reply.strip())
     assert chat.encode_between([user("q"), message], [user("Again.")])  # the episode goes on
+    no_call = Demonstration("q", answer=[], scorer="tool_call")
+    text = scored_text(chat, [], chat.encode_completion(reply), no_call, "tool_call")
+    verdict = COMPARISONS["tool_call"](text, no_call)
+    assert (verdict.reward, verdict.feedback) == (0, "expected no call, found a call that cannot be read")
 
 
 @pytest.mark.parametrize(

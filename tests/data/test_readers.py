@@ -70,6 +70,29 @@ def test_a_table_with_tabs_and_a_long_document() -> None:
 
 
 @pytest.mark.parametrize(
+    ("lines", "prompts"),
+    [
+        (['"Come in."\tr', '"Come in," he said.\tr'], ['"Come in."', '"Come in," he said.']),
+        (['"Come in."\tr'], ['"Come in."']),
+        (['a 6" pipe\tr', '"I am "free""\tr'], ['a 6" pipe', '"I am "free""']),  # quotes doubled only at an end
+        (['"say ""hi"""\tr', '"Come in."\tr'], ['say "hi"', "Come in."]),
+        (['"two\nlines"\tr', "q\tr"], ["two\nlines", "q"]),
+        (['"a\ttab"\tr'], ["a\ttab"]),
+        (['""\tr', '"q"\tr'], ["", "q"]),
+    ],
+)
+def test_quotes_in_a_table_with_tabs_are_text_where_nothing_shows_quoting(lines: list[str], prompts: list[str]) -> None:
+    Path("a.tsv").write_text("\n".join(["document\tcompletion\tprompt", *(f"{line}\tq" for line in lines)]))
+    assert [row.document or "" for row in load_demonstrations("a.tsv")] == prompts
+
+
+def test_names_in_quotes_show_that_cells_are_quoted() -> None:
+    Path("a.tsv").write_text('"prompt"\t"completion"\n"q"\t"r"\n')
+    (row,) = load_demonstrations("a.tsv")
+    assert (row.prompt[0]["content"], row.completion) == ("q", "r")
+
+
+@pytest.mark.parametrize(
     ("text", "notes"),
     [
         ("prompt,completion,,\nq,r,,\np,s,,\n,,,\n", []),

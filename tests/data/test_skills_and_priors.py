@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import Demonstration, load_demonstrations
 from selfdistill.data.scorers import said, score
+from selfdistill.data.sources import packaged
 from selfdistill.data.words import includes, words_of
 
 PARTS = ("train", "validation", "test")

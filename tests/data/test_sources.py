@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 import pytest
 
-from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.data.sources import packaged
 from selfdistill.errors import UserError
 
 
@@ -221,6 +221,62 @@ def test_a_hub_set_that_was_read_from_csv_is_said_to_have_changed(monkeypatch: p
         "the file itself"
     ]
     assert [row.answer for row in load_demonstrations("plain.csv")] == ["007", "NA"]
+
+
+def of_types(answers: list[Any], **features: Any) -> datasets.Dataset:
+    """Rows with these answers in the first of the columns; media are given as they are stored, not encoded."""
+    rows = datasets.Dataset.from_list([{"prompt": "q", **dict.fromkeys(features, answer)} for answer in answers])
+    return rows.cast(datasets.Features({"prompt": datasets.Value("string"), **features}))
+
+
+def in_all_forms(rows: datasets.Dataset) -> list[Any]:
+    rows.save_to_disk("saved")
+    rows.to_parquet("rows.parquet")
+    return [rows, datasets.DatasetDict({"train": rows}), "saved", "rows.parquet"]
+
+
+def test_an_answer_that_is_a_class_is_its_name() -> None:
+    rows = of_types([1, 0, None, -1], answer=datasets.ClassLabel(names=["negative", "positive"]))
+    for data in in_all_forms(rows):
+        assert [row.answer for row in load_demonstrations(data, split="train", prompts_only=True)] == [
+            *("positive", "negative"),
+            *(None, None),
+        ]
+
+
+@pytest.mark.parametrize("width", ["float16", "float32", "float64"])
+def test_an_answer_is_the_number_that_was_written(width: str) -> None:
+    rows = of_types([3.7, 72.0, -0.1, None], answer=datasets.Value(width))
+    for data in in_all_forms(rows):
+        assert [row.answer for row in load_demonstrations(data, split="train", prompts_only=True)] == [
+            3.7,
+            72,
+            -0.1,
+            None,
+        ]
+
+
+BROKEN = {"bytes": b"no picture", "path": None}
+MEDIA = {"recording": datasets.Audio(), "film": datasets.Video(), "scan": datasets.Image()}
+
+
+def test_media_in_columns_that_are_not_read_are_not_decoded() -> None:
+    rows = datasets.Dataset.from_list(
+        [{"prompt": "q", "completion": "r"} | {name: [{name: BROKEN}] for name in MEDIA} | {"photo": BROKEN}]
+    )
+    text = datasets.Value("string")
+    nested = {name: datasets.List({name: media}) for name, media in MEDIA.items()}
+    rows = rows.cast(datasets.Features({"prompt": text, "completion": text, **nested, "photo": datasets.Image()}))
+    for data in in_all_forms(rows):
+        name = data if isinstance(data, str) else "data"
+        assert notes_of(data) == [f"{name}: columns not used: recording, film, scan, photo"]
+
+
+@pytest.mark.parametrize(("column", "media"), [("audio", datasets.Audio()), ("videos", datasets.Video())])
+def test_media_are_refused_in_one_line(column: str, media: Any) -> None:
+    for data in in_all_forms(of_types([BROKEN], **{column: media})):
+        found = f"column {column!r}: not read, only text and pictures are supported; leave it out"
+        assert error_of(data).endswith(found)
 
 
 def test_files_of_the_package_are_named() -> None:

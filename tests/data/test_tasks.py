@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from selfdistill.data.bundled import packaged
 from selfdistill.data.demonstrations import Demonstration, load_demonstrations
 from selfdistill.data.scorers import Verdict, said, verdict, verdicts
+from selfdistill.data.sources import packaged
 
 PARTS = {"train": 160, "validation": 48, "test": 64}
 FIELDS = "python:selfdistill.data.bundled.checks.fields"

@@ -66,6 +66,14 @@ def test_how_many_words(text: str, count: int) -> None:
         ("a+\\beta", "a + \\beta"),
         ("x_1", "$x_{1}$", "x_{ 1 }"),
         ("€10^5", "10^5 €", "10⁵€"),
+        ("2x - 3", "2x-3", "2x \u2013 3", "$2x$ - $3$", "2x\u22123"),
+        ("x^2-1", "x² - 1", "$x^{2}-1$"),
+        ("-\\sqrt{3}", "$-\\sqrt{3}$"),
+        ("7-3\\sqrt{2}", "7 - 3\\sqrt{2}", "$7 - 3 \\sqrt{2}$"),
+        ("x^{-n}", "x^-n"),
+        ("50㎡", "50 ㎡", "50m²", "50 m^2"),
+        ("3㎨", "3 m/s²"),
+        ("№5", "№ 5", "No. 5"),
     ],
     ids=lambda ways: ways[0],
 )
@@ -98,6 +106,74 @@ def test_different_numbers() -> None:
     for one in different:
         for other in different:
             assert (words_of(one) == words_of(other)) is (one == other), (one, other)
+
+
+@pytest.mark.parametrize("minus", ["-", " - ", "\u2013", " \u2212 "])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "2x{}3",
+        "x{}1",
+        "a{}b",
+        "1{}x",
+        "4{}3i",
+        "x^2{}1",
+        "10^5{}1",
+        "x_1{}2",
+        "3(x{}2)",
+        "(a+b){}c",
+        "(x{}1)(x+1)",
+        "f(x){}5",
+        "\\pi{}3",
+        "2{}\\pi",
+        "\\sqrt{{3}}{}1",
+        "7{}3\\sqrt{{2}}",
+        "2{}3(x+1)",
+        "x^{{n{}1}}",
+    ],
+)
+def test_a_minus_is_no_other_sign(answer: str, minus: str) -> None:
+    wanted = words_of(answer.format(minus))
+    assert includes(words_of(f"So it is ${answer.format('-')}$."), wanted)
+    for other in (" + ", "+", " = ", " ", ", "):
+        assert not includes(words_of(answer.format(other)), wanted), other
+
+
+@pytest.mark.parametrize("answer", ["-x", "-\\sqrt{3}", "-\\pi", "-(x+1)", "-f(x)"])
+def test_a_minus_before_a_formula_belongs_to_it(answer: str) -> None:
+    for sentence in ("{}", "y = {}", "**{}**", "$y={}$", "\\boxed{{{}}}", "({})", "It is {}."):
+        assert includes(words_of(sentence.format(answer)), words_of(answer)), sentence
+        assert not includes(words_of(sentence.format(answer[1:])), words_of(answer)), sentence
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [
+        ("5", "pages 3-5"),
+        ("3", "pages 3 - 5"),
+        ("5", "x-5"),
+        ("5", "x - 5"),
+        ("16", "an F-16"),
+        ("19", "covid-19"),
+        ("covid-19", "COVID 19"),
+        ("Eiffel Tower", "the Eiffel-Tower"),
+        ("Eiffel-Tower", "the Eiffel Tower"),
+        ("T-shirt", "a t shirt"),
+        ("2019-2021", "2019\u20142021"),
+        ("2019 - 2021", "2019\u20132021"),
+        ("2024-05-12", "2024/05/12"),
+        ("555-1234", "555 1234"),
+        ("-5", "x = -5"),
+        ("-5", "for x -5"),
+        ("-5", "a) -5"),
+        ("-5m", "a -5m drop"),
+        ("1e-5", "0.00001"),
+        ("x", "-x"),
+        ("Jay-Z", "Jay Z"),
+    ],
+)
+def test_other_hyphens_are_punctuation(wanted: str, text: str) -> None:
+    assert includes(words_of(text), words_of(wanted))
 
 
 def test_a_huge_number_costs_nothing() -> None:
@@ -226,6 +302,9 @@ def test_an_answer_is_found_in_a_sentence(answer: str) -> None:
         "2^",
         "x^2",
         "\\a",
+        "x - ",
+        "\\a-",
+        "5 -",
     ],
 )
 def test_a_degenerate_reply_takes_no_quadratic_time(piece: str) -> None:

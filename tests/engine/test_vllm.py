@@ -17,7 +17,6 @@ from selfdistill.model import (
     LoadedModel,
     Sampling,
     add_lora,
-    close_engine,
     engine_for,
     load_model,
     sample,
@@ -25,6 +24,7 @@ from selfdistill.model import (
     vllm_engine,
     vllm_worker,
 )
+from selfdistill.model.engine import close_engine
 from selfdistill.model.engine_weights import hub_tensors
 
 pytestmark = NEEDS_VLLM

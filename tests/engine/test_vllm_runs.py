@@ -36,7 +36,8 @@ from selfdistill.config.files import continued
 from selfdistill.errors import EngineFailed
 from selfdistill.evaluation.check import check
 from selfdistill.evaluation.evaluate import evaluate
-from selfdistill.model import Sampling, close_engine, load_model, sample, use_engine, vllm_engine
+from selfdistill.model import Sampling, load_model, sample, use_engine, vllm_engine
+from selfdistill.model.engine import close_engine
 from selfdistill.model.vllm_engine import VllmEngine
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.train import train
@@ -96,7 +97,8 @@ def test_a_process_group_that_was_there_survives_the_engine(model: str, tmp_path
     code = f"""
 import torch
 from selfdistill.config import EvalConfig
-from selfdistill.model import Sampling, close_engine, load_model, sample, use_engine
+from selfdistill.model import Sampling, load_model, sample, use_engine
+from selfdistill.model.engine import close_engine
 torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=0, world_size=1)
 group = torch.distributed.group.WORLD
 loaded = load_model({model!r})

@@ -27,13 +27,13 @@ from selfdistill.model import (
     LoadedModel,
     Sampling,
     add_lora,
-    close_engine,
     engine_for,
     load_model,
     sample,
     use_engine,
     vllm_server,
 )
+from selfdistill.model.engine import close_engine
 from selfdistill.model.engine_weights import WeightsDigest, hub_tensors
 from selfdistill.model.vllm_client import VllmClient
 from selfdistill.model.vllm_server import VllmServers

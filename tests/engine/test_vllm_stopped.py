@@ -19,7 +19,7 @@ from conftest import ENDS, NEEDS_VLLM, VLLM, assert_same_run, metrics_of
 from selfdistill.cli import main
 from selfdistill.config.files import dump_yaml
 from selfdistill.config.train import TrainConfig
-from selfdistill.model import close_engine
+from selfdistill.model.engine import close_engine
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer

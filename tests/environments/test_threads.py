@@ -126,7 +126,8 @@ def test_an_error_does_not_wait_for_an_environment_that_does_not_answer(hangs: A
 
 STALLS = """
     import re
-    from selfdistill.environments import ToolRunner, in_threads, threads
+    from selfdistill.environments import in_threads, threads
+    from selfdistill.environments.runner import ToolRunner
 
     def find(pattern: str) -> bool:
         '''Find.

@@ -20,7 +20,8 @@ import torch
 from broken_tools import Odd, Unspeakable, broken, called, circle, deep, endless, later, never, raising, tool
 from PIL.Image import Image
 
-from selfdistill.environments import Step, ToolRunner
+from selfdistill.environments import Step
+from selfdistill.environments.runner import ToolRunner
 from selfdistill.errors import UserError
 
 
@@ -387,7 +388,7 @@ def test_a_runner_has_one_thread_for_all_calls_and_it_ends_with_it() -> None:
 
 ENDS = """
     import sys, time
-    from selfdistill.environments import ToolRunner
+    from selfdistill.environments.runner import ToolRunner
 
     def act() -> str:
         '''Act.'''

@@ -216,6 +216,7 @@ def test_long_replies_compared_word_for_word_without_being_asked_to_get_a_note(
             ({"answer": "ab"}, {}, False),
             ({}, {"scorer": "exact"}, False),
             ({"completion": "ab"}, {}, False),
+            ({"completion": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]}]}, {}, False),
         )
     ):
         data = write_rows([{"prompt": f"q{i}", **long, **own} for i in range(4)], name=f"{number}.jsonl")

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHATML, ENDS
+from tool_templates import HERMES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config.commands import EvalConfig
-from selfdistill.data.bundled import drift_prompts, packaged
+from selfdistill.data.bundled import drift_prompts
 from selfdistill.data.chat_format import ChatFormat, split_thinking
 from selfdistill.data.demonstrations import load_demonstrations
+from selfdistill.data.episodes import encode_replies
+from selfdistill.data.sources import packaged
 from selfdistill.errors import UserError
 from selfdistill.evaluation import answers as answers_module
 from selfdistill.evaluation.answers import answer
@@ -321,6 +324,33 @@ def test_thinking_is_counted_and_not_scored(
     monkeypatch.setattr(answers_module, "sample", lambda *_: [Rollout([*text, 257], [0.0] * 25, False)])
     found = answer(loaded, [[1]], rows, chat, max_completion_length=40, batch_size=1)
     assert (found.correct, found.thinking, found.lengths) == ([True], [len("is it 5?")], [len(text) + 1])
+
+
+def test_a_model_that_repeats_the_demonstrated_call_is_right(
+    load: Callable[..., LoadedModel], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(template=HERMES)
+    call = {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": {"city": "Oslo"}}]}
+    rows = load_demonstrations(str(write_rows([{"prompt": "Weather in Oslo?", "completion": [call]}])))
+    chat = chat_of(loaded)
+    ids, _ = encode_replies(rows[0], chat)
+    monkeypatch.setattr(answers_module, "sample", lambda *_: [Rollout(ids, [0.0] * len(ids), False)])
+    prompts = [chat.encode_prompt(rows[0].prompt)]
+    found = answer(loaded, prompts, rows, chat, max_completion_length=99, batch_size=1)
+    assert (found.correct, found.replies[0][:11]) == ([True], "<tool_call>")
+
+
+def test_a_scorer_that_no_call_of_the_template_satisfies_gets_a_note(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": {"city": "Oslo"}}]}
+    data = str(write_rows([{"prompt": "Weather in Oslo?", "completion": [call]}]))
+    for scorer, rejects in ((None, False), ("contains", True)):
+        evaluate(
+            EvalConfig(model=str(model_folder(template=HERMES)), data=data, scorer=scorer, max_completion_length=2)
+        )
+        note = "scorer 'contains' rejects 1 of 1 demonstrated completions, tool_call would accept all"
+        assert (note in " ".join(capsys.readouterr().err.split())) is rejects
 
 
 @pytest.mark.parametrize("place", ["no/such/folder/x.jsonl", "folder", "file/x.jsonl", "read_only"])

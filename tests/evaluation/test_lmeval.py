@@ -87,7 +87,8 @@ def measure(loaded: LoadedModel, tasks: list[str], folder: Path | None, limit: i
 
 def ours(loaded: LoadedModel, path: Path) -> Any:
     chat = ChatFormat(loaded.tokenizer, loaded.end_token_ids, {})
-    return prior_abilities(loaded, ForwardPass(loaded), chat, encode_priors(loaded, chat, load_prior(str(path))))[0]
+    encoded = encode_priors(loaded, chat, load_prior(str(path)))
+    return prior_abilities(loaded, ForwardPass(loaded), chat, encoded, batch_size=16, who="model")[0]
 
 
 def test_accuracies_equal_those_of_our_own_scorer(

@@ -38,13 +38,14 @@ def chat_of(loaded: LoadedModel) -> ChatFormat:
 def abilities(loaded: LoadedModel, path: str) -> list[PriorResult]:
     chat = chat_of(loaded)
     return prior_abilities(
-        loaded, ForwardPass(loaded), chat, encode_priors(loaded, chat, load_prior(path)), batch_size=4
+        loaded, ForwardPass(loaded), chat, encode_priors(loaded, chat, load_prior(path)), batch_size=4, who="model"
     )
 
 
 def correct(loaded: LoadedModel, rows: list[Choices]) -> list[bool]:
     chat = chat_of(loaded)
-    (result,) = prior_abilities(loaded, ForwardPass(loaded), chat, encode_priors(loaded, chat, {"x": rows}))
+    encoded = encode_priors(loaded, chat, {"x": rows})
+    (result,) = prior_abilities(loaded, ForwardPass(loaded), chat, encoded, batch_size=16, who="model")
     return result.correct
 
 

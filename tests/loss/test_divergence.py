@@ -21,10 +21,8 @@ from selfdistill.loss.chunked import chunked_loss
 from selfdistill.loss.divergence import (
     CrossEntropy,
     Divergence,
+    Pair,
     forward_kl,
-    jsd,
-    reverse_kl,
-    token_statistics,
 )
 
 N, V, D, K = 7, 23, 5, 6
@@ -167,15 +165,15 @@ def test_gradient_matches_finite_differences_of_the_loss_itself(loss):
 
 @pytest.mark.parametrize(
     ("function", "loss"),
-    [(forward_kl, LOSSES[0]), (reverse_kl, LOSSES[1]), (jsd, LOSSES[2]), (lambda p, q: jsd(p, q, 0.2), LOSSES[3])],
-    ids=["forward_kl", "reverse_kl", "jsd", "jsd_0.2"],
+    [(lambda p, q, _: forward_kl(p, q), LOSSES[0]), *((loss.per_token, loss) for loss in LOSSES[:4])],
+    ids=["the function", *map(name, LOSSES[:4])],
 )
 def test_functions_take_leading_dimensions_and_detach_the_teacher(function, loss):
     student, teacher, tokens = logits(2)
     teacher.requires_grad_()
     student.requires_grad_()
     value, _ = references(loss, student.detach(), teacher.detach(), tokens)
-    found = function(student.expand(2, N, V), teacher.expand(2, N, V))
+    found = function(student.expand(2, N, V), teacher.expand(2, N, V), tokens.expand(2, N))
     assert found.shape == (2, N)
     assert error(found, np.stack([value, value])) < 1e-12
     found.sum().backward()
@@ -250,8 +248,8 @@ def test_tokens_that_neither_can_say_count_nothing(loss):
     assert error(loss_N, value) < 1e-5
     assert error(leaf.grad[:, :-3], gradient) < 1e-5
     assert (leaf.grad[:, -3:] == 0).all()
-    for key, statistic_N in token_statistics(student, teacher, tokens).items():
-        assert error(statistic_N, token_statistics(student[:, :-3], teacher[:, :-3], tokens)[key]) < 1e-5, key
+    for key, statistic_N in Pair(student, teacher).statistics(tokens).items():
+        assert error(statistic_N, Pair(student[:, :-3], teacher[:, :-3]).statistics(tokens)[key]) < 1e-5, key
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
@@ -358,7 +356,7 @@ def by_autograd(loss: Divergence, student: Tensor, teacher: Tensor, tokens: Tens
 def by_closed_form(loss: Divergence, student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     leaf = student.clone().requires_grad_()
     total, statistics = chunked_loss(
-        loss, leaf, lambda x: x, [], tokens, torch.ones(len(tokens)), teacher, chunk_size=25
+        loss, leaf, lambda x: x, [], tokens, torch.ones(len(tokens)), (teacher, lambda x: x), chunk_size=25
     )
     total.backward()
     return statistics["loss"], leaf.grad
@@ -533,7 +531,7 @@ def test_a_cut_entry_has_no_gradient_of_its_own():
 def test_statistics_match_explicit_sums():
     student, teacher, tokens = logits(11, torch.float32)
     student.requires_grad_()
-    found = token_statistics(student, teacher, tokens)
+    found = Pair(student, teacher).statistics(tokens)
     assert set(found) == {"forward_kl", "reverse_kl", "entropy", "student_logp", "teacher_logp"}
     for n in range(N):
         p, q = (softmax(x[n].detach().double().numpy()) for x in (student, teacher))
@@ -547,7 +545,7 @@ def test_statistics_match_explicit_sums():
         for key, value in expected.items():
             assert found[key][n].item() == pytest.approx(value, rel=1e-5), key
             assert not found[key].requires_grad
-    assert set(token_statistics(student, None, tokens)) == {"entropy", "student_logp"}
+    assert set(Pair(student, None).statistics(tokens)) == {"entropy", "student_logp"}
 
 
 # --- fused with the head ---
@@ -596,13 +594,12 @@ def test_chunked_equals_plain_autograd_with_a_tied_head(loss, chunk_size):
         [student.embedding_VD],
         tokens,
         weights,
-        teacher_hidden,
-        teacher.head,
+        (teacher_hidden, teacher.head),
         chunk_size=chunk_size,
     )
     assert error(value, plain) < 1e-12
     assert error(statistics.pop("loss"), plain_N) < 1e-12
-    expected = token_statistics(student.head(student.hidden(ids)), teacher.head(teacher_hidden), tokens)
+    expected = Pair(student.head(student.hidden(ids)), teacher.head(teacher_hidden)).statistics(tokens)
     assert set(statistics) == set(expected)
     for key in expected:
         assert error(statistics[key], expected[key]) < 1e-12
@@ -620,7 +617,9 @@ def test_chunked_float32_matches_explicit_sums(loss, chunk_size):
     weights = torch.rand(N, generator=torch.Generator().manual_seed(0)) / N
     value_N, gradient = references(loss, student, teacher, tokens)
     leaf = student.clone().requires_grad_()
-    value, statistics = chunked_loss(loss, leaf, lambda x: x, [], tokens, weights, teacher, chunk_size=chunk_size)
+    value, statistics = chunked_loss(
+        loss, leaf, lambda x: x, [], tokens, weights, (teacher, lambda x: x), chunk_size=chunk_size
+    )
     value.backward()
     assert error(statistics["loss"], value_N) < 1e-5
     assert error(value, (weights.numpy() * value_N).sum()) < 1e-5
@@ -635,7 +634,7 @@ def test_chunked_passes_only_the_gradients_that_are_asked_for():
 
     def run(hidden: Tensor) -> Tensor:
         return chunked_loss(
-            Divergence(), hidden, head, list(head.parameters()), tokens, weights, teacher_hidden, head, chunk_size=2
+            Divergence(), hidden, head, list(head.parameters()), tokens, weights, (teacher_hidden, head), chunk_size=2
         )[0]
 
     def plain(hidden: Tensor) -> Tensor:
@@ -676,7 +675,7 @@ def test_chunked_without_tokens(loss):
     ids, tokens, weights = batch(5, size=0)
     hidden = student.hidden(ids)
     value, statistics = chunked_loss(
-        loss, hidden, student.head, [student.embedding_VD], tokens, weights, hidden.detach(), Tied(1).head
+        loss, hidden, student.head, [student.embedding_VD], tokens, weights, (hidden.detach(), Tied(1).head)
     )
     assert value.item() == 0
     assert all(statistic.shape == (0,) for statistic in statistics.values())
@@ -702,8 +701,7 @@ def test_chunked_holds_logits_of_one_chunk_only():
             [student.embedding_VD],
             tokens,
             weights,
-            teacher_hidden,
-            teacher.head,
+            (teacher_hidden, teacher.head),
             chunk_size=32,
         )
     calls = len(student.rows)
@@ -739,8 +737,7 @@ def test_accumulation_is_exact(micro_batches):
             [student.embedding_VD],
             tokens[part],
             weights[part],
-            teacher.hidden(ids[part]),
-            teacher.head,
+            (teacher.hidden(ids[part]), teacher.head),
             chunk_size=5,
         )[0]
 
@@ -778,7 +775,14 @@ def test_bfloat16_head_gradient_is_summed_in_float32():
     teacher_hidden = torch.randn(size, D, generator=random).bfloat16()
     tokens, weights = torch.randint(V, (size,), generator=random), torch.full((size,), 1 / size)
     value, statistics = chunked_loss(
-        Divergence(), hidden, lambda x: x @ head.T, [head], tokens, weights, teacher_hidden, chunk_size=1
+        Divergence(),
+        hidden,
+        lambda x: x @ head.T,
+        [head],
+        tokens,
+        weights,
+        (teacher_hidden, lambda x: x @ head.T),
+        chunk_size=1,
     )
     found = torch.autograd.grad(value, [hidden, head])
     exact_value, *exact = exact_gradients(Divergence(), hidden, head, teacher_hidden, tokens, weights)
@@ -802,7 +806,9 @@ def test_float16_gradients_survive_small_weights_and_a_loss_scale():
     head = torch.randn(V, D, generator=random).half().requires_grad_()
     teacher_hidden = torch.randn(N, D, generator=random).half()
     tokens, weights = torch.randint(V, (N,), generator=random), torch.full((N,), 1e-6)
-    value, _ = chunked_loss(Divergence(), hidden, lambda x: x @ head.T, [head], tokens, weights, teacher_hidden)
+    value, _ = chunked_loss(
+        Divergence(), hidden, lambda x: x @ head.T, [head], tokens, weights, (teacher_hidden, lambda x: x @ head.T)
+    )
     found = torch.autograd.grad(65536 * value, [hidden, head])
     _, *exact = exact_gradients(Divergence(), hidden, head, teacher_hidden, tokens, weights)
     for gradient, expected in zip(found, exact, strict=True):
@@ -825,7 +831,7 @@ def test_autocast():
             list(head.parameters()),
             tokens,
             weights,
-            teacher_hidden,
+            (teacher_hidden, head),
             chunk_size=3,
         )
         assert statistics["loss"].dtype == torch.float32
@@ -889,7 +895,7 @@ def test_a_plain_head_gives_the_gradients_of_any_head(loss):
         leaf = hidden.clone().requires_grad_()
         head.weight.grad = None
         value, _ = chunked_loss(
-            loss, leaf, student_head, [head.weight], tokens, weights, teacher, student_head, chunk_size=3
+            loss, leaf, student_head, [head.weight], tokens, weights, (teacher, student_head), chunk_size=3
         )
         (3 * value).backward()
         found.append((value.detach(), leaf.grad, head.weight.grad))
@@ -917,7 +923,7 @@ def test_a_plain_head_sums_in_float32_under_autocast():
         leaf = hidden.to(dtype).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             value, statistics = chunked_loss(
-                Divergence(), leaf, head, [head.weight], tokens, weights, teacher.to(dtype), head
+                Divergence(), leaf, head, [head.weight], tokens, weights, (teacher.to(dtype), head)
             )
         assert torch.get_float32_matmul_precision() == precision
         assert seen[-1] == (torch.float32, *(("medium", True) if autocast else (precision, tf32)))

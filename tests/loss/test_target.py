@@ -72,7 +72,7 @@ def test_tokens_that_one_side_cannot_say_have_no_part_in_the_target():
     logits, banned = torch.tensor([[0.0, 1.0, 2.0, 0.5]] * 2), torch.tensor([[3], [0]])
     teacher = torch.tensor([[2.0, 0.0, 1.0, 0.3]] * 2).scatter(1, banned, -torch.inf)
     tokens, loss = torch.zeros(2, dtype=torch.long), Divergence(target=ProximalTarget(0.5))
-    value, _ = chunked_loss(loss, logits, lambda x: x, [], tokens, torch.ones(2), teacher)
+    value, _ = chunked_loss(loss, logits, lambda x: x, [], tokens, torch.ones(2), (teacher, lambda x: x))
     assert value.isfinite()
     log_p, log_q = logits.log_softmax(-1), teacher.log_softmax(-1).clamp(min=-1e30)
     assert (ProximalTarget(0.5).log_probs(log_q, log_p, None).exp().gather(1, banned) == 0).all()
@@ -124,8 +124,7 @@ def test_loss_and_gradient_of_a_target_and_a_pull(plain, target, pull, chunk_siz
         [head.weight],
         tokens,
         weights,
-        teacher,
-        head,
+        (teacher, head),
         chunk_size=chunk_size,
         base=(base, head) if loss.needs_base else None,
     )

@@ -71,8 +71,7 @@ def test_eight_batches_of_one_equal_one_batch_of_eight(normalisation, skip):
             list(head.parameters()),
             tokens[rows][kept],
             weights[rows][kept],
-            teacher_hidden[rows][kept],
-            teacher_head,
+            (teacher_hidden[rows][kept], teacher_head),
             chunk_size=4,
         )[0]
 
@@ -98,12 +97,12 @@ def test_importance_weights():
     student = torch.tensor([[-1.0, -2.0, -1.0], [-1.0, -0.1, -torch.inf], [0.0, 0.0, 0.0]], requires_grad=True)
     sampler = torch.tensor([[-1.5, -1.0, -3.0], [-1.0, -4.0, -torch.inf], [0.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, True], [True, True, False], [False, False, False]])
-    found = importance_weights(student, sampler, mask)
+    found = importance_weights(student, sampler, mask, cap=2.0)
     assert found.tolist() == pytest.approx([(math.exp(0.5) + math.exp(-1) + 2) / 3, (1 + 2) / 2, 1.0], rel=1e-6)
     assert not found.requires_grad
     uncapped = importance_weights(student, sampler, mask, cap=100.0)
     assert uncapped[0].item() == pytest.approx((math.exp(0.5) + math.exp(-1) + math.exp(2)) / 3, rel=1e-6)
-    assert importance_weights(student.detach().bfloat16(), sampler, mask).dtype == torch.float32
+    assert importance_weights(student.detach().bfloat16(), sampler, mask, cap=2.0).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

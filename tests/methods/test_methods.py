@@ -33,7 +33,7 @@ from selfdistill.errors import UserError
 from selfdistill.loss.chunked import chunked_loss
 from selfdistill.loss.divergence import Divergence, Target
 from selfdistill.loss.token_weights import group_advantages
-from selfdistill.methods import FROZEN, METHODS, stages_of, unused_settings, uses
+from selfdistill.methods import FROZEN, METHODS, encoder_of, stages_of, unused_settings, uses
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
 from selfdistill.model.forward import ForwardPass
@@ -250,8 +250,7 @@ def test_a_target_in_float64_against_autograd(kind: Any, support: Any) -> None:
         (),
         tokens_N,
         weights_N,
-        teacher_ND,
-        head,
+        (teacher_ND, head),
         chunk_size=3,
         base=(base_ND, head),
     )
@@ -325,7 +324,7 @@ def test_every_method_learns_what_it_aims_at(all_of_them: Settings, method: Any)
     distils = isinstance(first.method.loss, Divergence)
     if distils and first.method.select is not None:
         verdicts = first.method.checker(completions, run.chat) if first.method.checker else []
-        completions = first.method.select(completions, verdicts, run.selector.encoder())
+        completions = first.method.select(completions, verdicts, encoder_of(run.config, run.chat, run.loaded.window))
 
     def lacks(model: Any) -> float:
         """What is still to be learnt: the distance to the teacher, wrong samples, or unlikely tokens."""
@@ -544,7 +543,7 @@ def test_rewards_must_be_the_same_on_resume(
     config = all_of_them(method=method, max_steps=2, save_steps=1, data=str(data))
     train(config)
     write_rows([{**row, column: {"answer": "b", "scorer": "regex"}[column]} for row in rows], name="rewarded.jsonl")
-    changed = "answers, scorers or privileged contexts of the training rows have changed; restore them, or start a new"
+    changed = f"changed since the run began: column '{column}' of the training rows; restore them, or start a new"
     with pytest.raises(UserError, match=changed) if refused else nullcontext():
         train(config.model_copy(update={"max_steps": 3}), resume=True)
 

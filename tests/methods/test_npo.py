@@ -31,9 +31,10 @@ from formulas import advantages, chosen, judged, mean_over_rows, moved, trained_
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import Verdict, load_demonstrations
 from selfdistill.errors import UserError
+from selfdistill.methods import encoder_of
 from selfdistill.methods.sequences import Completion
 from selfdistill.model import Sampling, load_model, sample, sample_seed
-from selfdistill.training.memory import memory_plan
+from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.traced_step import Device
 from selfdistill.training.train import train
 from selfdistill.training.trainer import Trainer
@@ -147,7 +148,7 @@ def test_the_run_moves_on_to_later_models(in_order: Settings) -> None:
         control = run._control(run.stage, step)
         select = run.stage.task.method.at(step, 7, control).select
         assert select is not None
-        learnt.append(select(samples, [Verdict(0.0)] * 3, run.selector.encoder())[-1].ids)
+        learnt.append(select(samples, [Verdict(0.0)] * 3, encoder_of(run.config, run.chat, run.loaded.window))[-1].ids)
     expected = [found[example.demonstration.row] for found in drawn]
     assert learnt == [expected[number] for number in (0, 0, 0, 1, 1, 2, 2)]
 
@@ -178,7 +179,7 @@ def test_the_plan_of_memory_is_that_of_the_largest_model(in_order: Settings, mod
 
     def drawing(**values: Any) -> int:
         config = in_order(**values)
-        plan = memory_plan(config, load_demonstrations(config.data), Device("cpu", "no"))
+        plan = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no")).plan(config)
         return next(phase.total for phase in plan.phases if phase.name == "drawing")
 
     alone = drawing(teacher_model=large, method_settings={"later": []})

@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ import selfdistill as sd
 from selfdistill.cli import main
 from selfdistill.config.commands import CompareConfig
 from selfdistill.config.train import TrainConfig
-from selfdistill.methods import Method, uses
-from selfdistill.methods.grpo import grpo
+from selfdistill.data import Verdict
+from selfdistill.loss import CrossEntropy, Divergence
+from selfdistill.methods import FROZEN, Method, uses
+from selfdistill.methods.grpo import GroupAdvantages, grpo
+from selfdistill.methods.hints import HintSchedule
 from selfdistill.methods.sdft import sdft
 from selfdistill.methods.sft import sft
+from selfdistill.model import TeacherRule
+from selfdistill.training.checkpoint import checkpoint_at, list_checkpoints
 
 MODULE = '''
 from dataclasses import replace
@@ -299,3 +305,222 @@ def test_settings_of_a_method_of_ones_own_are_checked(
         sd.train(**common, method=dict)
     with pytest.raises(sd.UserError, match=r"^setting 'method': python:.*\.tempered needs untempered samples of the"):
         sd.train(**common, method=f"python:{module}.tempered", temperature=0.5)
+
+
+def rewarded_and_distilled(config: sd.TrainConfig) -> Method:
+    (rewarded,), (distilled,) = grpo(config), sdft(config)
+    return replace(rewarded, examples=distilled.examples, also=(("sdft", replace(distilled, weight=0.5)),))
+
+
+def two_rates(config: sd.TrainConfig) -> Method:
+    (method,) = sdft(config)
+    return replace(method, also=(("slower", replace(method, teacher=TeacherRule("ema", ema_rate=0.001))),))
+
+
+EMA, SLOWER = TeacherRule("ema"), TeacherRule("ema", ema_rate=0.001)
+FOLLOWS = "but only the task's teacher follows the student: give the task the same rule, or use FROZEN here"
+
+
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        (rewarded_and_distilled, f": also 'sdft', slot 'teacher': found {EMA}, {FOLLOWS}"),
+        (two_rates, f": also 'slower', slot 'teacher': found {SLOWER}, {FOLLOWS}"),
+        (
+            lambda config: (sdft(config)[0], replace(sdft(config)[0], teacher=FROZEN)),
+            f": slot 'teacher': found {EMA} and {FROZEN} in its stages, expected one rule for all",
+        ),
+        (
+            lambda config: replace(sdft(config)[0], teacher=None),
+            ": slot 'loss': found a Divergence without a teacher: fill slot 'teacher', or use CrossEntropy()",
+        ),
+        (
+            lambda config: replace(grpo(config)[0], relative_weights=True),
+            ": slot 'relative_weights': found True without a 'weighting': give one, or leave it out",
+        ),
+        (
+            lambda config: replace(sft(config)[0], also=("more", sft(config)[0])),
+            "TypeError: slot 'also': found 'more', expected pairs, as also=(('name', method),)",
+        ),
+        (
+            lambda config: replace(sft(config)[0], also=(sft(config)[0],)),
+            "expected pairs, as also=(('name', method),)",
+        ),
+    ],
+)
+def test_slots_that_do_not_fit_together_are_refused(method: Callable[..., Any], problem: str) -> None:
+    with pytest.raises(sd.UserError) as caught:
+        sd.plan("no/such/model", ROWS, method=method, **RUN)
+    assert str(caught.value).startswith("method 'function:")
+    assert str(caught.value).endswith(problem)
+
+
+def test_what_a_teacher_may_do_beside_the_task_is_not_refused() -> None:
+    def mine(config: Any) -> Method:
+        (rewarded,), (distilled,) = grpo(config), sdft(config)
+        task = replace(rewarded, examples=distilled.examples, teacher=distilled.teacher)
+        return replace(task, also=(("sdft", distilled), ("frozen", replace(distilled, teacher=FROZEN))))
+
+    assert uses(TrainConfig(model="m", data="d", output_dir="o", method=mine), "ema_rate")
+
+
+def from_zero(config: sd.TrainConfig) -> Method:
+    def loss_at(step: int, steps: int) -> Divergence:
+        return Divergence(pull=0.1 * step / steps)
+
+    return replace(sdft(config)[0], loss=loss_at(0, 1), loss_at=loss_at)
+
+
+def half_done(config: sd.TrainConfig) -> Method:
+    return replace(sdft(config)[0], loss_at=lambda step, steps: Divergence() if step < steps / 2 else None)
+
+
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        (
+            lambda config: replace(grpo(config)[0], select=None, loss=Divergence(), teacher=FROZEN),
+            r": slot 'examples' of part 'task': no context for the teacher in .*; use examples with one, as .*",
+        ),
+        (
+            lambda config: replace(sft(config)[0], teacher=FROZEN),
+            r": slot 'examples' of part 'task': no context for the teacher in .*",
+        ),
+        (
+            from_zero,
+            r": slot 'loss_at' at step 1 of 2: found a loss that needs the model before training, which 'loss' does "
+            r"not need: set weighs_base=True",
+        ),
+        (half_done, r": slot 'loss_at' at step 1 of 2: found None, expected Divergence or CrossEntropy"),
+        (
+            lambda config: replace(sft(config)[0], loss_at=lambda step, steps: [CrossEntropy()][step]),
+            r" failed \(test_own\.py:\d+\): IndexError: list index out of range",
+        ),
+        (
+            lambda config: replace(sft(config)[0], loss_at=lambda step: CrossEntropy()),
+            r" failed \(own\.py:\d+\): TypeError: .* takes 1 positional argument but 2 were given",
+        ),
+    ],
+)
+def test_a_mistake_found_with_the_data_begins_no_folder(
+    method: Callable[..., Any], problem: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(sd.UserError, match=f"^method 'function:.*'{problem}$"):
+        sd.train(model, ROWS, output_dir="run", method=method, **RUN)
+    assert not Path("run").exists()
+
+
+def test_a_pull_that_grows_from_zero_may_be_announced(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def announced(config: sd.TrainConfig) -> Method:
+        return replace(from_zero(config), weighs_base=True)
+
+    assert len(sd.train(model, ROWS, output_dir="run", method=announced, **RUN).metrics) == 2
+
+
+class Selected(GroupAdvantages):
+    """Selects with a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        object.__setattr__(self, "function", function)
+
+    def __call__(self, samples: Any, verdicts: Any, encode: Any) -> Any:
+        return self.function(samples)  # type: ignore[attr-defined]
+
+
+def rewarding(**slots: Any) -> Callable[..., Method]:
+    def mine(config: sd.TrainConfig) -> Method:
+        return replace(grpo(config)[0], **slots)
+
+    return mine
+
+
+@pytest.mark.parametrize(
+    ("slots", "problem"),
+    [
+        (
+            {"checker": lambda samples, chat: [1.0 for _ in samples]},
+            r": slot 'checker': returned 1\.0, expected a list of Verdict",
+        ),
+        (
+            {"checker": lambda samples, chat: [Verdict(1.0)] * 2 * len(samples)},
+            r": slot 'checker': returned 8 verdicts on 4 samples, expected one on each, in their order",
+        ),
+        (
+            {"checker": lambda samples, chat: [Verdict(1.0)]},
+            r": slot 'checker': returned 1 verdict on 4 samples, expected one on each, in their order",
+        ),
+        ({"select": Selected(lambda samples: None)}, r": slot 'select': returned None, expected a list of Completion"),
+        ({"select": Selected(lambda samples: [0, 2])}, r": slot 'select': returned 0, expected a list of Completion"),
+        (
+            {"select": Selected(lambda samples: samples), "teacher": FROZEN},
+            r": slot 'select': a sample of .* has no context for the teacher; give its example teacher_ids, or .*",
+        ),
+        (
+            {"select": Selected(lambda samples: samples), "weighting": lambda pair, tokens: pair.log_p_NV},
+            r"slot 'weighting': returned shape \(\d+, \d+\), expected one factor per token, shape \(n,\)",
+        ),
+        (
+            {"select": Selected(lambda samples: samples), "weighting": lambda pair, tokens: None},
+            r"slot 'weighting': returned None, expected one factor per token, shape \(n,\)",
+        ),
+        (
+            {"select": Selected(lambda samples: samples), "weighting": lambda pair, tokens: pair.p_VN},
+            r" failed \(test_own\.py:\d+\): AttributeError: 'Pair' object has no attribute 'p_VN'",
+        ),
+    ],
+)
+def test_a_mistake_in_a_step_is_one_line(
+    slots: dict[str, Any], problem: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(sd.UserError, match=f"^(method 'function:mine')?{problem}$"):
+        sd.train(model, ROWS, output_dir="run", method=rewarding(**slots), num_generations=2, **RUN)
+    with pytest.raises(sd.UserError, match=f"^(method 'function:mine')?{problem}$"):
+        sd.plan(model, ROWS, method=rewarding(**slots), num_generations=2, **RUN)
+
+
+def test_code_that_fails_in_a_step_loses_nothing(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_rows: Callable[..., Path]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fails = [False, True, False]
+
+    def checker(samples: Any, chat: Any) -> list[Verdict]:
+        return [{False: Verdict(float(n % 2))}[fails[0]] for n, _ in enumerate(samples)]
+
+    def moved(*_: Any) -> bool:
+        fails.append(fails.pop(0))
+        return False
+
+    given: dict[str, Any] = RUN | {"save_steps": 0, "max_steps": 3, "num_generations": 2}
+    given |= {"model": model, "data": str(write_rows(ROWS)), "method": rewarding(checker=checker)}
+    whole = sd.train(**given, output_dir="whole")
+    with pytest.raises(sd.UserError, match=r"^method 'function:mine' failed \(test_own\.py:\d+\): KeyError: True$"):
+        sd.train(**given, output_dir="run", on_step=moved)
+    assert list_checkpoints(Path("run")) == [checkpoint_at(Path("run"), 1)]
+    fails[:] = [False]
+    run = sd.train(output_dir="run", resume=True, method=given["method"])
+    assert same(*(final_weights(one.config) for one in (whole, run)))
+
+
+def test_a_controller_that_fails_after_the_update_saves_no_step_that_is_half_done(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class Failing(HintSchedule):
+        def applied(self, method: Method, value: float) -> Method:
+            return method
+
+        def update(self, state: Any, metrics: dict[str, Any], step: int, steps: int) -> Any:
+            return state if step == 0 else metrics["los"]
+
+    given: dict[str, Any] = RUN | {"save_steps": 0, "method": rewarding(controller=Failing(0, 1))}
+    with pytest.raises(sd.UserError, match=r"^method 'function:mine' failed \(test_own\.py:\d+\): KeyError: 'los'$"):
+        sd.train(model, ROWS, output_dir="run", num_generations=2, **given)
+    assert list_checkpoints(Path("run")) == []

@@ -34,7 +34,6 @@ from selfdistill.model import (
     LoadedModel,
     Sampling,
     add_lora,
-    close_engine,
     engine_for,
     load_model,
     sample,
@@ -42,6 +41,7 @@ from selfdistill.model import (
     vllm_client,
     weight_files,
 )
+from selfdistill.model.engine import close_engine
 from selfdistill.model.engine_weights import hub_tensors
 from selfdistill.model.vllm_client import ServerProblem, VllmClient
 from selfdistill.runtime import read_lines

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from selfdistill.data.shapes import COLOURS, draw_shape
 from selfdistill.errors import UserError
 from selfdistill.model import ForwardPass, LoadedModel, Sampling, add_lora, freeze_vision, load_model, sample
 from selfdistill.model.picture_features import Recent
+from selfdistill.model.pictures import PictureInputs
 from selfdistill.model.prefix_cache import common_prefix_length
 
 Folder = Callable[[PictureFamily], Path]
@@ -300,6 +302,17 @@ def test_greedy_samples_are_those_of_generate(family: PictureFamily, folder_of: 
     for row, example, rollout in zip([*rows(), rows()[0]], [*examples, examples[0]], rollouts, strict=True):
         inputs = by_processor(folder, example.demonstration, in_parts(row))
         assert rollout.ids == plain_reply(plain, loaded, inputs)
+
+
+def test_the_picture_token_is_left_out_without_a_copy_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would wait for a GPU at every token."""
+    logits_BV = torch.rand(2, 5)
+    given_BV, expected_BV = logits_BV.clone(), logits_BV.clone()
+    expected_BV[:, 3] = -torch.inf
+    monkeypatch.setattr(torch, "tensor", None)
+    inputs: Any = SimpleNamespace(token_id=3)
+    assert torch.equal(PictureInputs.allowed(inputs, logits_BV), expected_BV)
+    assert torch.equal(logits_BV, given_BV)
 
 
 @family

@@ -100,6 +100,7 @@ def test_greedy_equals_generate_for_models_of_all_kinds(load: Loader, name: str)
     batch.append(batch[2])
     rollouts = sample(loaded, batch, GREEDY)
     assert [r.ids for r in rollouts] == [generated(loaded, [prompt], 20)[0] for prompt in batch]
+    assert sample(loaded, batch[:1], GREEDY)[0].ids == rollouts[0].ids  # without padding there is no mask
 
 
 def test_memory_for_new_tokens_is_set_aside_again_when_it_is_used_up(load: Loader) -> None:

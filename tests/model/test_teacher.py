@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from itertools import cycle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from selfdistill.model.device import captured
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.lora import add_lora
@@ -136,6 +139,38 @@ def test_an_average_is_moved_in_parts(load: Loader, monkeypatch: pytest.MonkeyPa
     scoring = of_teacher(teacher)
     assert all(torch.equal(t, expected[name].to(t.dtype)) for name, t in scoring.items())
     assert scoring["model.norm.weight"].dtype == torch.float32
+
+
+def test_an_average_beside_a_gpu_never_moves_on_the_stream_that_captures(
+    load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's pool, on a CPU that is taken for a GPU: the 33rd new stream is the first one again."""
+    device, numbers = torch.device("cuda", 89), cycle(range(32))
+    used: list[int] = []
+
+    def new(_device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(number=next(numbers), wait_stream=lambda _: None, synchronize=lambda: None)
+
+    def use(stream: SimpleNamespace) -> contextlib.AbstractContextManager[None]:
+        used.append(stream.number)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "Stream", new)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(wait_stream=lambda _: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    captured(lambda: torch.zeros(1), device)
+    [capture] = used
+    _, teacher = student_and_teacher(load, False, "ema", dtype="bfloat16")
+    weight = SimpleNamespace(device=device)
+    monkeypatch.setattr(teacher, "_student", SimpleNamespace(parameters=lambda: iter([weight])))
+    for step in range(1, 34):
+        teacher.update(step)
+    teacher.wait()
+    assert len(used) == 1 + 33
+    assert capture not in used[1:]
+    assert len({*used}) == next(numbers) == 2  # no stream is made but these
 
 
 @both

@@ -108,7 +108,7 @@ def test_processes_refuse_a_checkpoint_together(tmp_path: Path) -> None:
         where = tmp_path / str(rank)
         where.mkdir()
         optimizer = torch.optim.AdamW(model.parameters())
-        folders.append(save_checkpoint(where, Position(1, 2, ""), "", model, optimizer, None, keep=2))
+        folders.append(save_checkpoint(where, Position(1, 2), "", model, optimizer, None, keep=2))
     (folders[1] / "weights.safetensors").write_bytes(b"none")
 
     def work() -> None:

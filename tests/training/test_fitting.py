@@ -22,10 +22,11 @@ from selfdistill.data import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel, tensor_bytes
 from selfdistill.model.teacher import PART_NUMBERS
-from selfdistill.runtime import planned_devices, size_in_bytes
+from selfdistill.runtime import planned_devices
+from selfdistill.runtime.resources import size_in_bytes
 from selfdistill.training import memory, plan_for, train
 from selfdistill.training.fitting import check_host_fits, fit, fitted, plan_that_fits
-from selfdistill.training.memory import MemoryPlanner, has_moving_teacher, memory_plan
+from selfdistill.training.memory import MemoryPlanner, has_moving_teacher
 from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.traced_step import Device, TracedStep
 from selfdistill.training.train import AMPLE, plan_memory
@@ -37,7 +38,7 @@ IN_ONE = {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
 
 
 def planned(config: TrainConfig, device: Device = CPU) -> MemoryPlan:
-    return memory_plan(config, load_demonstrations(config.data), device)
+    return MemoryPlanner(config, load_demonstrations(config.data), device).plan(config)
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config import ExportConfig, TrainConfig
 from selfdistill.errors import UserError
-from selfdistill.model import LoadedModel, dequantised, load_model, tensor_bytes, weight_tensors
+from selfdistill.model import LoadedModel, load_model, tensor_bytes, weight_tensors
+from selfdistill.model.four_bits import dequantised
 from selfdistill.model.quantisation import import_bitsandbytes
 from selfdistill.training.export import export
 from selfdistill.training.train import train

@@ -18,7 +18,7 @@ from selfdistill.config import MethodName, TrainConfig
 from selfdistill.data import load_demonstrations
 from selfdistill.methods import stages_of
 from selfdistill.model.device import LOSS_LOGITS
-from selfdistill.training.memory import memory_plan
+from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
@@ -172,7 +172,7 @@ def test_the_plan_is_what_the_steps_hold(
     if config.optim == "adamw_8bit" or config.load_in_4bit:
         pytest.importorskip("bitsandbytes")
     rows = load_demonstrations(config.data)
-    plan = memory_plan(config, rows, Device("cpu", config.mixed_precision))
+    plan = MemoryPlanner(config, rows, Device("cpu", config.mixed_precision)).plan(config)
     assert plan.untraced is None
     # oneDNN multiplies bfloat16 numbers in working memory that is no tensor, and whose size depends on the CPU.
     is_float32 = config.dtype == "float32" and config.mixed_precision == "no"
@@ -186,7 +186,7 @@ def test_the_plan_is_what_the_steps_hold(
 
 
 def phases_of(config: TrainConfig) -> dict[str, int]:
-    plan = memory_plan(config, load_demonstrations(config.data), Device("cpu", "no"))
+    plan = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no")).plan(config)
     assert plan.untraced is None
     return {phase.name: phase.total for phase in plan.phases}
 
@@ -198,7 +198,7 @@ def test_the_plan_counts_the_chunks_of_the_loss_as_they_are_on_a_gpu(
     rows = load_demonstrations(config.data)
 
     def loss(kind: str) -> int:
-        plan = memory_plan(config, rows, Device(kind, "bf16"))
+        plan = MemoryPlanner(config, rows, Device(kind, "bf16")).plan(config)
         return max(phase.bytes["loss"] for phase in plan.phases)
 
     found = []
@@ -254,7 +254,7 @@ def test_the_plan_counts_the_guides_that_samples_see(make: Make, write_rows: Cal
     run = Trainer(config)
     held, task = after_a_step(run) - before, run.stage.task
     measured = held + added_peak(lambda: task.method.sequence(run.loaded, task.examples[:4], 1))
-    plan = memory_plan(config, load_demonstrations(config.data), Device("cpu", "no"))
+    plan = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no")).plan(config)
     (sampling,) = (phase for phase in plan.phases if phase.name == "sampling")
     assert sampling.total - sampling.bytes["moments"] == pytest.approx(measured, rel=0.03)
 
@@ -287,4 +287,5 @@ def test_the_plan_of_every_method_is_whole(
     own: list[dict[str, Any]] = [{}, {"method_settings": {"trust_region": 0.5}}] if method == "sdpo" else [{}]
     for values in own:
         config = all_of_them(method=method, model=str(model_folder(ends=ENDS, layers=1)), **values)
-        assert memory_plan(config, load_demonstrations(config.data), Device("cpu", "no")).untraced is None
+        planner = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no"))
+        assert planner.plan(config).untraced is None

@@ -97,12 +97,12 @@ def test_shares_are_exact_on_average_and_whole_at_every_step(
 
 
 def test_one_part_has_every_batch_whole() -> None:
-    assert [positions_of([1.0], step, 5, seed=3) for step in (0, 7)] == [[range(5)], [range(35, 40)]]
+    assert [positions_of([1.0], step, 5, seed=3, unit=1) for step in (0, 7)] == [[range(5)], [range(35, 40)]]
 
 
 def test_the_seed_decides_at_which_steps_a_fraction_is_rounded_up() -> None:
     def counts(seed: int) -> list[int]:
-        return [len(positions_of([0.9, 0.1], step, 4, seed)[1]) for step in range(10)]
+        return [len(positions_of([0.9, 0.1], step, 4, seed, unit=1)[1]) for step in range(10)]
 
     assert {sum(counts(seed)) for seed in range(20)} == {4}
     assert len({tuple(counts(seed)) for seed in range(20)}) > 1
@@ -131,11 +131,11 @@ def test_a_batch_too_small_for_a_large_share_names_one_that_is_not(
     shares: list[float], batch_size: int, says: str
 ) -> None:
     with pytest.raises(UserError, match=f"{says}$") as told:
-        check_shares(shares, batch_size)
+        check_shares(shares, batch_size, unit=1)
     named = int(re.findall(r"need (\d+)", str(told.value))[0])
-    check_shares(shares, named)
+    check_shares(shares, named, unit=1)
     with pytest.raises(UserError):
-        check_shares(shares, named - 1)
+        check_shares(shares, named - 1, unit=1)
 
 
 def test_a_batch_too_small_for_processes_that_share_the_weights_says_why() -> None:

@@ -37,7 +37,7 @@ from selfdistill.methods import hints
 from selfdistill.methods.prefixes import continued
 from selfdistill.model import ForwardPass, Sampling, fake_model, load_model, make_optimizer, pictures
 from selfdistill.training import export, merge, train
-from selfdistill.training.memory import memory_plan
+from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.planned_parts import planned_stages
 from selfdistill.training.token_views import token_views
 from selfdistill.training.traced_step import Device
@@ -386,10 +386,10 @@ def test_the_plan_of_memory_counts_tower_and_picture_tokens(
     make: Make, tmp_path: Path, family: PictureFamily, values: dict[str, Any]
 ) -> None:
     config, device = make(family, **values), Device("cpu", "no")
-    plan = memory_plan(config, load_demonstrations(config.data), device)
+    plan = MemoryPlanner(config, load_demonstrations(config.data), device).plan(config)
     assert plan.untraced is None
     bare = [{name: row[name] for name in ("prompt", "completion")} for row in rows_of(tmp_path, "a", 8)]
-    without = memory_plan(config, load_demonstrations(bare), device)
+    without = MemoryPlanner(config, load_demonstrations(bare), device).plan(config)
     assert plan.peak > without.peak
     size = sum(value.nbytes for value in weights(config.model).values())
     fixed = plan.phases[-1].bytes
@@ -416,7 +416,7 @@ def test_the_plan_of_memory_keeps_the_pictures_of_longer_prompts(
     for part in planned_stages(config, demonstrations, fake_model(config.model, dtype="auto"), 4)[0]:
         teachers = [x.teacher_ids for x in part.examples if x.teacher_ids is not None]
         assert all(map(pictures_in, [*(x.student_ids for x in part.examples), *teachers, *part.guided]))
-    assert memory_plan(config, demonstrations, Device("cpu", "no")).untraced is None
+    assert MemoryPlanner(config, demonstrations, Device("cpu", "no")).plan(config).untraced is None
 
 
 @one_family

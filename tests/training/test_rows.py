@@ -234,7 +234,7 @@ def test_a_run_from_before_the_split_of_the_test_resumes_with_that_of_the_data(m
     file.write_text(file.read_text().replace("test_split: train\n", ""), encoding="utf-8")
     assert sd.Run("run").config.test_split == "train"
     assert len(sd.train(output_dir="run", resume=True, progress=False, max_steps=3).metrics) == 3
-    with pytest.raises(sd.UserError, match="have changed"):
+    with pytest.raises(sd.UserError, match="changed since the run began: the rows of test"):
         sd.train(output_dir="run", resume=True, progress=False, max_steps=4, test_split="test")
 
 

@@ -83,5 +83,5 @@ def test_the_warm_up_takes_at_most_a_tenth_of_all_steps() -> None:
 @pytest.mark.parametrize("batch_size", [8, 20, 25, 32])
 def test_the_fewest_of_the_first_part_are_those_of_some_step(batch_size: int, share: float) -> None:
     shares = [1 - share, share]
-    counts = {len(positions_of(shares, step, batch_size, seed=0)[0]) for step in range(100)}
-    assert min(counts) == fewest_of_first(shares, batch_size)
+    counts = {len(positions_of(shares, step, batch_size, seed=0, unit=1)[0]) for step in range(100)}
+    assert min(counts) == fewest_of_first(shares, batch_size, unit=1)

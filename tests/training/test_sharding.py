@@ -9,7 +9,7 @@ import pytest
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import load_demonstrations
-from selfdistill.training.memory import memory_plan
+from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.traced_step import Bytes, Device
 
 Make = Callable[..., TrainConfig]
@@ -19,7 +19,7 @@ ROOT = 4 * (2 * 300 * 32 + 32)
 
 def phases(config: TrainConfig) -> dict[str, Bytes]:
     """Of each of two processes."""
-    plan = memory_plan(config, load_demonstrations(config.data), Device("cpu", "no", 2))
+    plan = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no", 2)).plan(config)
     return {phase.name: phase.bytes for phase in plan.phases}
 
 

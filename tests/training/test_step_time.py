@@ -18,7 +18,8 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.model.fake import fake_model
-from selfdistill.runtime import GPUS, check_device
+from selfdistill.runtime import GPUS
+from selfdistill.runtime.gpus import check_device
 from selfdistill.training import plan_for, train
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.rates import Rates, measured_rates, named_rates

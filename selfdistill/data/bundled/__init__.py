@@ -10,7 +10,7 @@ from selfdistill.data.readers import read_jsonl
 from selfdistill.data.sources import Note, packaged
 from selfdistill.errors import UserError, closest
 
-__all__ = ["PACKAGE", "anchor_kinds", "anchor_prompts", "drift_prompts", "is_packaged", "packaged"]
+__all__ = ["PACKAGE", "anchor_kinds", "anchor_prompts", "drift_prompts", "is_packaged"]
 
 PACKAGE = "package"
 """The source of anchors that ships with the package."""

@@ -1,0 +1,111 @@
+"""A user's own method: what it fills the slots with is checked, and what its code raises becomes one line."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from selfdistill.config import TrainConfig
+from selfdistill.data import is_own, one_line
+from selfdistill.errors import UserError
+from selfdistill.loss import CrossEntropy, Divergence
+from selfdistill.methods.slots import Method, function_of
+
+
+@contextmanager
+def own_errors(name: str) -> Iterator[None]:
+    """Say in one line what is raised while the code of a user's method may run; other methods' errors stay as they are.
+
+    So do errors that the machine may cause, such as no memory, unless they come from the user's file.
+
+    Args:
+        name: of the method.
+
+    Raises:
+        UserError: names the last line of the user's file that ran, else of the package.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if not is_own(name):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        file = getattr(getattr(function_of(name), "__code__", None), "co_filename", None)
+        own = [frame for frame in frames if frame.filename == file]
+        if not own and isinstance(error, MemoryError | OSError | RuntimeError):
+            raise
+        last = (own or frames)[-1]
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"method {name!r} failed ({Path(last.filename).name}:{last.lineno}): {what}") from error
+
+
+def own_stages(config: TrainConfig) -> tuple[Method, ...]:
+    """What the user's method makes of the settings.
+
+    Raises:
+        UserError: it cannot be imported, raises an error, returns something else, or its slots do not fit together.
+    """
+    function = function_of(config.method)
+    with own_errors(config.method):
+        found = function(config)
+    stages = (found,) if isinstance(found, Method) else found
+    if not (isinstance(stages, tuple) and stages and all(isinstance(stage, Method) for stage in stages)):
+        shown = " ".join(repr(found).split())[:60]
+        raise UserError(f"method {config.method!r} returned {shown}, expected a Method, or a tuple of them for stages")
+    for problem in _problems(stages):
+        raise UserError(f"method {config.method!r}: {problem}")
+    return stages
+
+
+def _problems(stages: Sequence[Method]) -> Iterator[str]:
+    """Slots that do not fit together."""
+    tasks = list(dict.fromkeys(stage.teacher for stage in stages if stage.teacher))
+    if len(tasks) > 1:
+        yield f"slot 'teacher': found {tasks[0]} and {tasks[1]} in its stages, expected one rule for all"
+    for stage in stages:
+        for where, method in (("", stage), *((f"also {name!r}, ", other) for name, other in stage.also)):
+            if problem := _of_loss(method, method.loss):
+                yield f"{where}slot 'loss': {problem}"
+            if method.relative_weights and method.weighting is None:
+                yield f"{where}slot 'relative_weights': found True without a 'weighting': give one, or leave it out"
+            teacher = method.teacher
+            if teacher and teacher.kind in ("ema", "snapshot") and teacher not in tasks:
+                yield (
+                    f"{where}slot 'teacher': found {teacher}, but only the task's teacher follows the student: give "
+                    "the task the same rule, or use FROZEN here"
+                )
+
+
+def _of_loss(method: Method, loss: object) -> str | None:
+    """Why the method cannot have this loss, in its first step or a later one."""
+    if not isinstance(loss, Divergence | CrossEntropy):
+        return f"found {loss!r:.60}, expected Divergence or CrossEntropy"
+    if isinstance(loss, Divergence) and method.teacher is None:
+        return "found a Divergence without a teacher: fill slot 'teacher', or use CrossEntropy()"
+    if isinstance(loss, Divergence) and loss.needs_base and not method.needs_base:
+        return "found a loss that needs the model before training, which 'loss' does not need: set weighs_base=True"
+    return None
+
+
+def check_losses(name: str, method: Method, steps: int) -> None:
+    """Check the loss of every step of a stage, if the method is the user's and changes it.
+
+    Args:
+        name: of the method.
+        method: of a part of the stage.
+        steps: of the stage.
+
+    Raises:
+        UserError: ``loss_at`` fails, or returns what the step cannot use.
+    """
+    if method.loss_at is None or not is_own(name):
+        return
+    for step in range(steps):
+        with own_errors(name):
+            loss = method.loss_at(step, steps)
+        if problem := _of_loss(method, loss):
+            raise UserError(f"method {name!r}: slot 'loss_at' at step {step} of {steps}: {problem}")
