@@ -221,7 +221,7 @@ def evaluate(
         path, rows = data_of(data)
         config = EvalConfig(**with_own_dtype({"model": name, "data": path, "base": base_name, **settings}, loaded))
         details = run_evaluation(config, rows, on_best_device(loaded), base_loaded)
-        return EvalResult(name, path, details)
+        return EvalResult(name, path, replies=details.pop("replies"), details=details)
 
 
 def compare(
@@ -249,7 +249,7 @@ def compare(
         UserError: a mistake the user can fix.
         RunStopped: a signal stopped the comparison; its progress is saved.
     """
-    with session(progress, resume=resume):
+    with session(progress, resume=resume, alone="compare"):
         given = given_settings(model, output_dir, settings)
         if not isinstance(given.get("model", ""), str):
             raise UserError("model: found a loaded model, but every run loads its own; save it and give its folder")
@@ -283,7 +283,7 @@ def learn(
         UserError: a mistake the user can fix.
         RunStopped: a signal stopped the action; repeat the call to resume.
     """
-    with session(progress):
+    with session(progress, alone="learn"):
         config, in_memory = learn_config({"action": action, "state": state} | settings, {"data": data, "test": test})
         with repeating(config):
             return run_action(config, in_memory)
@@ -335,7 +335,7 @@ def make_questions(
     Raises:
         UserError: a mistake the user can fix.
     """
-    with session(progress):
+    with session(progress, alone="make_questions"):
         places: dict[str, Any] = {"model": model, "documents": documents, "output_dir": output_dir}
         config = QuestionsConfig(**places | settings)
         return QuestionsResult(Path(config.output_dir), run_questions(config))
@@ -376,7 +376,7 @@ def export(
     ``step`` writes the model of that step's checkpoint instead. ``merge`` merges a LoRA adapter into its base, which
     ``adapter_base`` names if it was moved.
     """
-    with session(progress):
+    with session(progress, alone="export"):
         places: dict[str, Any] = {"run": run, "output_dir": output_dir, "adapter_base": adapter_base}
         return run_export(ExportConfig(**places, step=step, merge=merge))
 
@@ -394,6 +394,6 @@ def merge(
 
     ``subtract`` may be left out if ``add`` is an adapter, whose base it then is.
     """
-    with session(progress):
+    with session(progress, alone="merge"):
         places: dict[str, Any] = {"model": model, "add": add, "subtract": subtract, "output_dir": output_dir}
         return run_merge(MergeConfig(**places, scale=scale))

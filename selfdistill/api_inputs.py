@@ -24,7 +24,7 @@ from selfdistill.errors import UserError, closest
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, own_names, stages_of, whose
 from selfdistill.model import LoadedModel, adopt, check_base, to_best_device, with_own_dtype
-from selfdistill.runtime import check_tracker, progress_shown, quiet_libraries, say, say_note, world_size
+from selfdistill.runtime import check_tracker, is_rank0, progress_shown, quiet_libraries, say, say_note, world_size
 from selfdistill.training import OnStep, accelerator_state_kept, check_output_dir, check_parts
 
 Model = str | os.PathLike[str] | Any
@@ -39,12 +39,16 @@ All of this remains after the call. What training freezes, and gradient checkpoi
 
 
 @contextmanager
-def session(progress: bool, *, resume: bool = False) -> Iterator[None]:
+def session(progress: bool, *, resume: bool = False, alone: str | None = None) -> Iterator[None]:
     """Silence libraries while models load and save, show or hide progress, and leave the caller's accelerators alone.
 
+    ``alone`` names a function that writes to a folder; of several processes only the first may, unless it trains.
+
     Raises:
-        UserError: an argument is neither True nor False.
+        UserError: an argument is neither True nor False, or there are several processes.
     """
+    if alone and world_size() > 1 and (alone in ("compare", "learn") or not is_rank0()):
+        raise UserError(f"found {world_size()} processes, but only train supports several: start {alone} alone")
     for name, value in (("progress", progress), ("resume", resume)):
         if not isinstance(value, bool):
             raise UserError(f"{name}: found {value!r}, expected True or False")
@@ -197,7 +201,7 @@ class RowsInFolder:
 
     @contextmanager
     def kept(self, *, planned: bool = False) -> Iterator[None]:
-        """Write the files; remove them again if the run never began, or is only ``planned``.
+        """Write the files; remove them again if the run neither begins nor goes on, or is only ``planned``.
 
         Raises:
             UserError: a file of that name holds other rows, or cannot be written.
@@ -206,6 +210,7 @@ class RowsInFolder:
         folders = {file.parent for file in missing}
         created = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
         pictures = [path for path in (folder / PICTURE_FOLDER for folder in folders) if not path.exists()]
+        before = {folder: _written(folder) for folder in folders}
         try:
             for file in missing:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -220,12 +225,13 @@ class RowsInFolder:
             error.args = (self._as_given(str(error)), *error.args[1:])
             raise
         finally:
-            for file in missing:
-                if planned or not (file.parent / "config.yaml").exists():
-                    file.unlink(missing_ok=True)
-            for folder in pictures:
-                if planned or not (folder.parent / "config.yaml").exists():
-                    shutil.rmtree(folder, ignore_errors=True)
+            for path in (*missing, *pictures):
+                if not planned and _written(path.parent) != before[path.parent]:
+                    continue
+                if path in missing:
+                    path.unlink(missing_ok=True)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
             for folder in created:  # the innermost first
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
@@ -250,6 +256,12 @@ class RowsInFolder:
                 f"{file}: its rows differ from those given: give the same rows, or choose another output_dir"
             )
         return True
+
+
+def _written(folder: Path) -> tuple[int, int] | None:
+    """When a run last wrote its settings: as it begins, or goes on."""
+    file = folder / "config.yaml"
+    return (file.stat().st_ino, file.stat().st_mtime_ns) if file.exists() else None
 
 
 def rows_of_run(data: Rows | None, test: Rows | None, given: dict[str, Any]) -> RowsInFolder:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfdistill as sd
-from selfdistill.config import CheckConfig
+from selfdistill.config import CheckConfig, CompareConfig
 from selfdistill.continual import add_skill
 from selfdistill.model import load_model
 
@@ -69,6 +69,9 @@ def test_check_train_evaluate_generate(model: str, capsys: pytest.CaptureFixture
     assert (result.items, result.base.items) == (3, 3)
     assert 0.0 <= result.accuracy <= 1.0
     assert result.kl == result.details["kl_base"] > 0
+    found = [(line["prompt"][0]["content"], line["answer"], line["correct"]) for line in result.replies]
+    expected = zip(ROWS[:3], result.details["correct"], strict=True)
+    assert found == [(row["prompt"], row["completion"], right) for row, right in expected]
     assert isinstance(run.generate("Where is ticket 3?"), str)
     assert len(run.generate(["Where is ticket 3?", [{"role": "user", "content": "And 4?"}]], temperature=1.0)) == 2
     assert capsys.readouterr().out == ""
@@ -384,6 +387,7 @@ def test_comparing_learning_exporting_and_reporting(model: str) -> None:
         ("sdft", 1),
         ("sdft", 2),
     ]
+    assert [(run.config.method, len(run.metrics)) for run in compared.runs] == [("sft", 2), ("sdft", 2)]
     assert compared.conclusion in " ".join(repr(compared).split())
     assert "<svg" in compared._repr_html_()
     gates = {"min_teacher": 0, "max_prior_drop": 1, "max_skill_drop": 1, "context": "turns"}
@@ -399,6 +403,9 @@ def test_comparing_learning_exporting_and_reporting(model: str) -> None:
     assert sd.learn("status", state="memory").details["skills"] == ["tickets"]
     with pytest.raises(sd.UserError, match="in-memory rows have no name"):
         sd.learn("add", ROWS, state="memory")
+    told = "model 'memory': a state of selfdistill learn; give its current model, memory/skills/0001-tickets/model"
+    with pytest.raises(sd.UserError, match=f"^{told}$"):
+        sd.ask("memory", "Where?")
     run = sd.Run(Path("memory/skills/0001-tickets/run"))
     assert run.metrics[-1]["step"] == 2
     one, listed = sd.report(Path("compared"), run), sd.report(["compared", run], output="listed.html")
@@ -555,6 +562,70 @@ def test_settings_of_methods_are_refused_with_how_to_give_them(model: str) -> No
         sd.compare(model, "data.jsonl", test="test.jsonl", output_dir="run", pull=2)
 
 
+def bridge(weight: float) -> Callable[..., Any]:
+    def method(config: Any) -> Any:
+        return weight
+
+    return method
+
+
+@pytest.mark.parametrize("setting", ["arms", "methods"])
+def test_different_functions_of_one_name_are_refused(setting: str) -> None:
+    def config(first: Any, second: Any) -> CompareConfig:
+        both = {"arms": {"a": {"method": first}, "b": {"method": second}}, "methods": (first, second)}
+        return CompareConfig(model="m", data="d", test="t", output_dir="c", **{setting: both[setting]})
+
+    weak, strong = bridge(0.1), bridge(0.9)
+    told = (
+        f"setting '{setting}': found two functions named 'method', and methods are known by their names; give each its "
+        "own __name__"
+    )
+    with pytest.raises(sd.UserError, match=f"^{told}$"):
+        config(weak, strong)
+    with pytest.raises(sd.UserError, match=r"^setting '.*': found two functions named 'partial', "):
+        config(partial(bridge, 0.1), partial(bridge, 0.9))
+    strong.__name__ = "strong"
+    found = config(weak, strong)
+    assert "function:strong" in (found.arms["b"]["method"] if found.arms else found.methods)
+    CompareConfig(model="m", data="d", test="t", output_dir="c", arms={"a": {"method": weak}, "b": {"method": weak}})
+
+
+def test_objects_where_text_is_wanted_are_told_in_one_line(model: str) -> None:
+    ours: Any = loaded(model)[0]
+    to_do = "expected: a folder or a name; write the model with save_pretrained and give its folder"
+    for call in (
+        lambda: sd.train(model, ROWS, output_dir="run", teacher_model=ours),
+        lambda: sd.ask(ours, "Where?"),
+        lambda: sd.learn("add", ROWS, state="memory", name="tickets", model=ours),
+        lambda: sd.merge(model, ours, output_dir="merged"),
+    ):
+        with pytest.raises(sd.UserError, match=rf"^setting '\w+': found LlamaForCausalLM\(.{{,60}}, {to_do}$"):
+            call()
+    for prior in (ROWS, datasets.Dataset.from_list(ROWS)):
+        told = r"^setting 'prior': found .{,60}, expected: the path of a file; write the rows to one$"
+        with pytest.raises(sd.UserError, match=told):
+            sd.evaluate(model, ROWS, prior=prior)
+
+
+def test_only_training_has_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    calls: dict[str, Callable[[], Any]] = {
+        "compare": lambda: sd.compare("m", "d.jsonl", test="t.jsonl", output_dir="c"),
+        "learn": lambda: sd.learn("status", state="s"),
+        "make_questions": lambda: sd.make_questions("m", "texts", output_dir="c"),
+        "export": lambda: sd.export("no-run", output_dir="c"),
+        "merge": lambda: sd.merge("no-model", "no-model", output_dir="c"),
+    }
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        for name, call in calls.items():
+            told = f"found 2 processes, but only train supports several: start {name} alone"
+            with pytest.raises(sd.UserError) as caught:
+                call()
+            # after a run, the first process may export it
+            assert (str(caught.value) == told) is (rank == "1" or name in ("compare", "learn"))
+
+
 def test_settings_are_refused_by_name(model: str) -> None:
     with pytest.raises(sd.UserError, match=r"unknown setting 'learning_rat'; did you mean learning_rate\?"):
         sd.train(model, ROWS, output_dir="run", learning_rat=1)
@@ -617,6 +688,25 @@ def test_a_callers_files_are_never_overwritten_and_failures_leave_nothing(model:
         sd.train(model, [{**ROWS[0], "answer": float("nan")}], output_dir="new", **RUN)
     run = sd.train(model, ROWS, output_dir="new", resume=True, context="turns", **RUN)
     assert len(run.metrics) == 2
+
+
+def test_a_refused_call_leaves_nothing_in_the_folder_of_another_run(
+    model: str, write_rows: Callable[..., Path]
+) -> None:
+    options = RUN | {"context": "turns", "save_steps": 1}
+    sd.train(model, str(write_rows(ROWS)), output_dir="run", **options)
+    refused: list[Callable[[], Any]] = [
+        lambda: sd.train(model, ROWS[:2], test=ROWS[:2], output_dir="run", **options),
+        lambda: sd.train(model, ROWS[:2], output_dir="run", resume=True, **options),
+        lambda: sd.compare(model, ROWS, test=ROWS[:2], output_dir="run", **options),
+    ]
+    for call in refused:
+        with pytest.raises(sd.UserError):
+            call()
+        assert not {file.name for file in Path("run").iterdir()} & {"data.jsonl", "test.jsonl"}
+    sd.train(model, ROWS, output_dir="run", resume=True, **options | {"max_steps": 3})
+    assert sd.Run("run").config.data == str(Path("run/data.jsonl"))
+    assert len(Path("run/data.jsonl").read_text().splitlines()) == len(ROWS)
 
 
 def test_a_split_of_data_in_memory_is_the_one_asked_for(model: str) -> None:

@@ -61,6 +61,9 @@ PYTHON: list[tuple[dict[str, Any], str]] = [
     ({"peft_config": None}, "lora_rank and lora_alpha"),
     ({"eval_dataset": []}, "test"),
     ({"processing_class": None}, "tokenizer, in Python with a loaded model"),
+    ({"torch_dtype": "bfloat16"}, "dtype"),
+    ({"max_new_tokens": 32}, "max_completion_length"),
+    ({"r": 16}, "lora_rank"),
     ({"push_to_hub": True}, "nothing is uploaded; export the run and upload that folder"),
 ]
 

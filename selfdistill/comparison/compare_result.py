@@ -12,6 +12,7 @@ from rich.markup import escape
 from selfdistill.comparison.conclusions import assumption
 from selfdistill.errors import number_of
 from selfdistill.runtime import Printable, result_table
+from selfdistill.training import Run
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,6 +32,11 @@ class CompareResult(Printable):
     def table(self) -> list[dict[str, Any]]:
         """One entry per method, learning rate and evaluated step: means over seeds with their intervals."""
         return list(self.details["table"])
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs, in the order of ``details["runs"]``."""
+        return [Run(self.output_dir / run["folder"]) for run in self.details["runs"]]
 
     @property
     def all_failed(self) -> bool:

@@ -55,7 +55,7 @@ def read_folders(folders: Sequence[str]) -> list[Part]:
     Raises:
         UserError: a folder is not a run, or a file in it cannot be read.
     """
-    paths = [Path(folder) for folder in dict.fromkeys(folders)]
+    paths = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())  # each once, however spelled
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; give folders written by selfdistill train or compare")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -143,8 +143,9 @@ def _one_line(detail: Any, fields: Mapping[str, FieldInfo]) -> str:
     if not name:
         return str(detail["msg"]).removeprefix("Value error, ")
     known = re.findall(r"'(\w+)'", detail["msg"]) if detail["type"] == "literal_error" else ()
-    want = _wanted(detail, fields[detail["loc"][0]])
-    return f"setting '{name}': found {detail['input']!r}, expected: {want}{closest(str(detail['input']), known)}"
+    value, want = detail["input"], _wanted(detail, fields[detail["loc"][0]])
+    found = repr(value) if isinstance(value, str) else " ".join(repr(value).split())[:60]  # of a model, or all rows
+    return f"setting '{name}': found {found}, expected: {want}{closest(str(value), known)}"
 
 
 def _what(field: FieldInfo) -> str:
@@ -155,14 +156,18 @@ def _what(field: FieldInfo) -> str:
 
 def _wanted(detail: Any, field: FieldInfo) -> str:
     """What a setting, or an item of it, should have been; with an example of a list or an object, if there is one."""
-    kind, is_item = detail["type"], len(detail["loc"]) > 1
+    kind, value, is_item = detail["type"], detail["input"], len(detail["loc"]) > 1
     if kind in _LIMITS:
         return _LIMITS[kind].format(**detail.get("ctx", {}))
     if not re.search("_(type|parsing|from_float)", kind):
         return str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     want, help_text = _TYPES[kind.partition("_")[0]], field.description or ""
-    if callable(detail["input"]) and "python:" in help_text:
+    if callable(value) and "python:" in help_text:
         return "its name, as in 'python:module.function'"
+    if want == "text" and hasattr(value, "save_pretrained"):
+        return "a folder or a name; write the model with save_pretrained and give its folder"
+    if want == "text" and isinstance(value, Iterable) and isinstance(next(iter(value), None), dict):
+        return "the path of a file; write the rows to one"
     example: Any = None
     if want == "a list" and isinstance(field.default, tuple) and field.default:
         example = list(field.default)

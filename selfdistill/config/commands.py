@@ -53,6 +53,7 @@ class CompareConfig(TrainingSettings):
     def __init__(self, **values: Any) -> None:
         if isinstance(arms := values.get("arms"), str | os.PathLike):
             values["arms"] = read_mapping(Path(arms), "names to settings")
+        _refuse_equal_names(values)
         super().__init__(**values)
 
     @property
@@ -108,6 +109,25 @@ class CompareConfig(TrainingSettings):
         for arm, values in self.arms.items():
             if unknown := [name for name in values if name not in own]:
                 raise UserError(f"setting 'arms', {arm!r}: {unknown[0]!r} cannot differ{closest(unknown[0], own)}")
+
+
+def _refuse_equal_names(given: dict[str, Any]) -> None:
+    """Refuse different functions of the user's with one name, because a method is known by its name.
+
+    Raises:
+        UserError: there are two.
+    """
+    arms, methods = given.get("arms"), given.get("methods")
+    own = [arm.get("method") for arm in arms.values() if isinstance(arm, dict)] if isinstance(arms, dict) else methods
+    functions: dict[str, Any] = {}
+    for function in own if isinstance(own, list | tuple) else ():
+        if callable(function) and not isinstance(function, type):
+            name = by_name(function, "method")
+            if functions.setdefault(name, function) != function:
+                raise UserError(
+                    f"setting {'arms' if arms else 'methods'!r}: found two functions named "
+                    f"{name.removeprefix(GIVEN)!r}, and methods are known by their names; give each its own __name__"
+                )
 
 
 class CheckConfig(TaskSettings):

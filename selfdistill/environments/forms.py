@@ -41,9 +41,11 @@ class OwnClass:
     def step(self, message: Message) -> Step:
         """The class's step; one that fails ends the episode with reward 0."""
         step: Step = self._host.attempt("step", lambda: self._host.object.step(copied(message)), self._read)
-        if step.reward is not None:
-            as_verdict(step.reward, f"environment {self._host.name!r}: step")
-        return step
+        if step.reward is None:
+            return step
+        returned = (step.reward, step.feedback) if step.feedback else step.reward
+        found = as_verdict(returned, f"environment {self._host.name!r}: step")
+        return replace(step, reward=found.reward, feedback=found.feedback)
 
     def close(self) -> None:
         """Close the object and its thread."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from selfdistill.config import TaskSettings
 from selfdistill.data import (
+    JUDGE,
     ChatFormat,
     Context,
     Demonstration,
@@ -16,6 +17,7 @@ from selfdistill.data import (
     Message,
     Verdict,
     check_scorer,
+    default_scorer,
     encode,
     nothing_to_score,
     thought_and_said,
@@ -153,6 +155,8 @@ class EpisodePlayer:
         """The episodes with the scorers' verdicts, also by the lenient standard. One that was cut has failed."""
         whole = [episode for episode in episodes if episode.verdict is None]
         found, lenient = grade(to_score(whole, self.chat, self.scorer), judge)
+        if lenient is None and any(default_scorer(one.example.demonstration, self.scorer) == JUDGE for one in episodes):
+            lenient = [verdict.reward == 1 for verdict in found]  # all episodes for the judge were cut
         verdicts, right = iter(found), iter(lenient or ())
         return (
             [replace(one, verdict=next(verdicts)) if one.verdict is None else one for one in episodes],

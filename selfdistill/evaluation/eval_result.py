@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +22,8 @@ class EvalResult(Printable):
     data: str
     details: dict[str, Any]
     """All results, as ``selfdistill eval --json`` writes them."""
+    replies: list[dict[str, Any]] = field(default_factory=list)
+    """The model's greedy reply to each row, as ``selfdistill eval --replies`` writes it; of a base, empty."""
 
     @property
     def accuracy(self) -> float:

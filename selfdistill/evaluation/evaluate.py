@@ -36,7 +36,7 @@ from selfdistill.evaluation.episodes import (
 from selfdistill.evaluation.judge import Judge, judge_of
 from selfdistill.evaluation.lmeval import lm_eval_abilities
 from selfdistill.evaluation.priors import EncodedPrior, encode_priors, load_prior, prior_abilities
-from selfdistill.evaluation.replies import write_replies
+from selfdistill.evaluation.replies import reply_lines, write_replies
 from selfdistill.evaluation.statistics import difference_interval, mean_interval, paired, pass_at_k, share_interval
 from selfdistill.methods import scorer_judges
 from selfdistill.model import (
@@ -265,7 +265,7 @@ def evaluate(
         base: the base, if already loaded; else ``config.base`` is loaded, if set.
 
     Returns:
-        The model's :data:`Evaluation` with ``settings`` (``ASKED``), ``scorers``, ``dropped`` and, with
+        The model's :data:`Evaluation` with ``settings`` (``ASKED``), ``scorers``, ``dropped``, ``replies`` and, with
         ``num_samples``, ``pass@k``. With a base also ``base`` (the base's results), ``paired`` (differences on the
         same items: ``accuracy``, ``pass@k``, each prior's, ``prior_accuracy``), ``distance`` (:class:`Between` on
         ``general`` prompts and the ``new_task``'s) and ``kl_base``: KL(base||model) on the general prompts.
@@ -326,8 +326,9 @@ def evaluate(
                 ),
             }
             result["kl_base"] = result["distance"]["general"]["kl_base"]
+    result["replies"] = reply_lines(questions.demonstrations, answers)
     if config.replies:
-        write_replies(Path(config.replies), questions.demonstrations, answers)
+        write_replies(Path(config.replies), result["replies"])
     return result
 
 

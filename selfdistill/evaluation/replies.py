@@ -17,13 +17,12 @@ KEPT_CHARACTERS = 4000
 """Maximum length of each text in them."""
 
 
-def write_replies(path: Path, rows: Sequence[Demonstration], answers: Answers) -> None:
-    """Write the replies to all rows, a line each."""
-    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(rows, answers))
-    path.write_text("".join(lines), encoding="utf-8")
+def write_replies(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write the objects of :func:`reply_lines`, a line each."""
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
-def _lines(rows: Sequence[Demonstration], answers: Answers) -> list[dict[str, Any]]:
+def reply_lines(rows: Sequence[Demonstration], answers: Answers) -> list[dict[str, Any]]:
     """An object for each row: its source, prompt and answer, the model's reply, and whether that is correct.
 
     With an environment, also the episode: see :func:`told`.
@@ -47,7 +46,7 @@ def _lines(rows: Sequence[Demonstration], answers: Answers) -> list[dict[str, An
 def kept_replies(rows: Sequence[Demonstration], answers: Answers) -> list[dict[str, Any]]:
     """The objects of at most ``KEPT_ROWS`` rows, whose texts have at most ``KEPT_CHARACTERS``."""
     count = min(KEPT_ROWS, len(rows))
-    lines = _lines(rows, answers)
+    lines = reply_lines(rows, answers)
     return [_shortened(lines[number * len(lines) // count]) for number in range(count)]
 
 

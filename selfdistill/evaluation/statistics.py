@@ -177,6 +177,8 @@ def sign_test(values: Sequence[float]) -> float:
     """
     from scipy import stats
 
+    if len(values) == 1:  # both signs are as extreme
+        return 1.0
     found = stats.permutation_test(
         (numpy.asarray(values, dtype=float),),
         lambda x, axis: x.sum(axis=axis),

@@ -13,15 +13,19 @@ from selfdistill.errors import UserError
 from selfdistill.loss import CrossEntropy, Divergence
 from selfdistill.methods.slots import Method, function_of
 
+_PACKAGE = str(Path(__file__).parents[1])
+
 
 @contextmanager
-def own_errors(name: str) -> Iterator[None]:
+def own_errors(name: str, *, computes: bool = True) -> Iterator[None]:
     """Say in one line what is raised while the code of a user's method may run; other methods' errors stay as they are.
 
-    So do errors that the machine may cause, such as no memory, unless they come from the user's file.
+    So do errors that the machine may cause, such as no memory, if they do not come from the user's file, or come from
+    the package's code that it calls.
 
     Args:
         name: of the method.
+        computes: whether the code may compute, so that errors may be the machine's.
 
     Raises:
         UserError: names the last line of the user's file that ran, else of the package.
@@ -35,10 +39,12 @@ def own_errors(name: str) -> Iterator[None]:
             raise
         frames = traceback.extract_tb(error.__traceback__)
         file = getattr(getattr(function_of(name), "__code__", None), "co_filename", None)
-        own = [frame for frame in frames if frame.filename == file]
-        if not own and isinstance(error, MemoryError | OSError | RuntimeError):
+        own = [number for number, frame in enumerate(frames) if frame.filename == file]
+        called = frames[own[-1] + 1 :] if own else frames
+        from_package = not own or any(frame.filename.startswith(_PACKAGE) for frame in called)
+        if computes and from_package and isinstance(error, MemoryError | OSError | RuntimeError):
             raise
-        last = (own or frames)[-1]
+        last = frames[own[-1]] if own else frames[-1]
         what = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"method {name!r} failed ({Path(last.filename).name}:{last.lineno}): {what}") from error
 
@@ -50,7 +56,7 @@ def own_stages(config: TrainConfig) -> tuple[Method, ...]:
         UserError: it cannot be imported, raises an error, returns something else, or its slots do not fit together.
     """
     function = function_of(config.method)
-    with own_errors(config.method):
+    with own_errors(config.method, computes=False):
         found = function(config)
     stages = (found,) if isinstance(found, Method) else found
     if not (isinstance(stages, tuple) and stages and all(isinstance(stage, Method) for stage in stages)):

@@ -156,7 +156,8 @@ class Method:
                 expected = " or ".join(_KIND_NAMES.get(kind, kind.__name__) for kind in kinds)
                 raise TypeError(f"slot {slot!r}: found {found!r:.60}, expected {expected}")
         for pair in self.also:
-            if not (isinstance(pair, tuple) and [*map(type, pair)] == [str, Method]):
+            named = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+            if not (named and isinstance(pair[1], Method)):
                 raise TypeError(f"slot 'also': found {pair!r:.60}, expected pairs, as also=(('name', method),)")
 
     @property

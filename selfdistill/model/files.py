@@ -43,6 +43,10 @@ def resolve(name: str) -> str:
         raise UserError(f"model {name!r}: a run folder without a final model; resume its training")
     if path.is_dir():
         if not has_settings:
+            if (path / "skills").is_dir() and (path / "start").is_dir():
+                skills = sorted(path.glob("skills/*/model"))
+                own = f"give its current model, {skills[-1]}" if skills else "it has no skill yet, so give its base"
+                raise UserError(f"model {name!r}: a state of selfdistill learn; {own}")
             raise UserError(f"model {name!r}: the folder has neither config.json nor adapter_config.json")
         return str(path)
     if path.is_file():

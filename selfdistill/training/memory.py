@@ -40,6 +40,7 @@ from torch import Tensor
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration
+from selfdistill.errors import UserError
 from selfdistill.evaluation import DRIFT_PROMPTS, DRIFT_TOKENS
 from selfdistill.model import (
     LoadedModel,
@@ -186,6 +187,8 @@ class MemoryPlanner:
                     contexts = contexts_bytes(networks, stages, len(self._rows), cache)
                     pictures = features_bytes(loaded, stages, self._rows, 1 + len(others))
                 return phases, Bytes({"contexts": contexts, "pictures": pictures}), None
+        except UserError:  # of a method of the user's
+            raise
         except Exception as error:  # whatever a model's code makes of tensors without data
             untraced = f"what a step adds, because this model does not run without data ({type(error).__name__})"
             return {"step": sharding("step", Bytes()) if sharding else Bytes()}, Bytes(), untraced
@@ -363,12 +366,13 @@ def _phases(
         sizes = [part.rows(config, device) for part in parts]
         size = max(1, math.ceil(sum(sizes) / config.micro_batches))
         traced: list[list[Segments]] = []
-        for number, (part, own) in enumerate(zip(parts, sizes, strict=True)):
-            traced.append([step.learning(part, min(size, own), again=number > 0 or own > size) for step in steps])
+        for part in parts:
             if part.method.drawn and (config.engine == "none" or part.method.drawn.others):
                 traced.append([step.drawing(part, samplers) for step in steps])
         if config.engine == "none":
             traced += [[step.sampling(alike) for step in steps] for alike in sampled_together(parts)]
+        for number, (part, own) in enumerate(zip(parts, sizes, strict=True)):
+            traced.append([step.learning(part, min(size, own), again=number > 0 or own > size) for step in steps])
         for peaks in traced:
             for (phase, _), whole in _extrapolated(peaks, layers).items():
                 added = sharding(phase, whole) if sharding else whole

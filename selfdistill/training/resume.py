@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from selfdistill.config import TrainConfig, changes, load_saved, refuse_changes
-from selfdistill.data import ContextEncoder
+from selfdistill.data import ContextEncoder, is_own
 from selfdistill.errors import CannotResume, UserError, number_of
 from selfdistill.methods import rules_of
 from selfdistill.model import LoadedModel
@@ -56,7 +56,8 @@ def _of_rows(trainer: Trainer) -> dict[str, str]:
     """Digests of the examples, of the words in which the teacher sees samples, and of columns that are read later."""
     parts = [part for stage in trainer.stages for part in stage.parts]
     encode = ContextEncoder(trainer.chat, None, trainer.config.longest_completion, None)
-    selecting = [(part.method.select, part.examples[:1]) for part in parts if part.method.select]
+    own = is_own(trainer.config.method)  # its code may be mended
+    selecting = [(part.method.select, part.examples[:1]) for part in parts if part.method.select and not own]
     shown = [select.longest(example, 1, encode).teacher_ids for select, first in selecting for example in first]
     read = [part for part in parts if part.method.checker or part.method.select or rules_of(part.method)]
     rows = [example.demonstration.identity() for part in read for example in part.examples]

@@ -268,9 +268,10 @@ def _encoded(
 
 
 def _check_contexts(name: str, part: EncodedPart) -> None:
-    """Check that the teacher has a context in each example, unless ``select`` makes it."""
+    """Check that the teacher has a context in each example, unless ``select`` or ``drawn`` makes it."""
     method, seen = part.method, [x.demonstration.source for x in part.examples if x.teacher_ids is None]
-    if seen and method.select is None and (method.teacher or method.base_sees_context):
+    made_later = method.select or method.drawn
+    if seen and not made_later and (method.teacher or (method.needs_base and method.base_sees_context)):
         raise UserError(
             f"method {name!r}: slot 'examples' of part {part.name!r}: no context for the teacher in {first_ten(seen)}; "
             "use examples with one, as DemonstrationExamples(config, config.context), or a 'select' that makes it"

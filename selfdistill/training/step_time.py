@@ -181,11 +181,13 @@ def _sampling_seconds(
     config: TrainConfig, device: Device, network: Network, parts: Sequence[PlannedPart], rates: Rates
 ) -> float:
     """Seconds to sample the completions of parts that sample together."""
-    counts = [part.rows(config, device) for part in parts]
-    prompts = [fmean(len(x.student_ids) for x in part.examples) for part in parts]
-    sampling = parts[0].sampling
+    rows, prompts, sampling = 0, 0.0, parts[0].sampling
     assert sampling is not None
-    return network.sampling_seconds(rates, sum(counts), fmean(prompts, counts), sampling.max_completion_length)
+    for part in parts:
+        count = part.rows(config, device)
+        rows += count
+        prompts += count * fmean(len(x.student_ids) for x in part.examples)
+    return network.sampling_seconds(rates, rows, prompts / rows, sampling.max_completion_length)
 
 
 def _scoring_seconds(

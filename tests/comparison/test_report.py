@@ -21,6 +21,7 @@ from selfdistill.api import report as write_page
 from selfdistill.cli import main
 from selfdistill.comparison.plots import Curve, over, pareto_front, trade_off
 from selfdistill.comparison.report import visible
+from selfdistill.comparison.run_folders import read_folders
 from selfdistill.config.files import dump_yaml, load_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
@@ -426,6 +427,10 @@ def test_what_is_missing_is_said(here: Path, capsys: pytest.CaptureFixture[str])
     assert "No steps yet." in report("bare --json -").text
     summary = ["bare: smollm2-135m trained on skill.jsonl with sdft for 0 steps."]
     assert json.loads(capsys.readouterr().out) == {"output": "report.html", "summary": summary}
+
+
+def test_a_folder_that_is_named_in_two_ways_is_one_run(here: Path) -> None:
+    assert len(read_folders(["bare", "bare/", "./bare", str(here / "bare")])[0].runs) == 1
 
 
 def test_a_comparison_is_shown_with_its_runs(everything: Path) -> None:

@@ -35,6 +35,8 @@ def result(code: str, tests: list[str] = TESTS) -> CodeResult:
         ("- so:\n  ```py\n  if a:\n      b = 1\n\n  c = 2\n  ```\n  Done.", "if a:\n    b = 1\n\nc = 2\n"),
         ("1. So:\n\t```py\n    a = 1", "a = 1"),
         ("```a = 0```\nor\n```\na = 1\n```", "a = 1\n"),
+        ("````python\na = 1\n````", "a = 1\n"),
+        ('```\na = """x\n  \ny"""\n```', 'a = """x\n  \ny"""\n'),
         ("use `a = 1`", "use `a = 1`"),
         ("", ""),
     ],

@@ -239,6 +239,18 @@ def test_hub_data_set_in_offline_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_hub_data_set_with_several_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert message_of("owner/name") == (
+        "owner/name: no such file, and no readable hub data set: Config name is missing. Please pick one among the "
+        "available configs: ['main', 'socratic']; load one with datasets, write it with save_to_disk and give that "
+        "folder"
+    )
+
+
 def test_hub_data_set_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> None:
         raise ConnectionError(f"Couldn't reach '{name}'\non the Hub")

@@ -279,6 +279,24 @@ def test_observations_of_a_finished_step_are_not_read(make: Make, observations: 
     environment.close()
 
 
+@pytest.mark.parametrize("reward", ["numpy.float32(1)", "numpy.mean([1.0, 1.0])", "torch.tensor(1.0)", "True"])
+def test_a_reward_of_the_protocol_is_a_plain_number(make: Make, reward: str) -> None:
+    environment = make("import numpy, torch\n" + textwrap.dedent(RETURNS).replace("{}, {}", f"(), True, {reward}"))()
+    environment.reset(ROW)
+    step = environment.step(said("3"))
+    assert (step, type(step.reward)) == (Step(done=True, reward=1.0), float)
+    environment.close()
+
+
+@pytest.mark.parametrize("returned", ["reward=1.0, feedback=5", "reward=(1.0, 'no'), feedback='well'"])
+def test_what_is_no_reward_or_no_feedback_is_a_mistake(make: Make, returned: str) -> None:
+    environment = make(RETURNS.replace("{}, {}", f"(), True, {returned}"))()
+    environment.reset(ROW)
+    with pytest.raises(UserError, match=r"step returned \(.*\), expected True or False, a reward from 0 to 1, or"):
+        environment.step(said("3"))
+    environment.close()
+
+
 def test_observations_may_be_a_generator(make: Make) -> None:
     made = "(dict(role='user', content=one) for one in 'ab'), False"
     environment = make(RETURNS.replace("{}, {}", made))()

@@ -236,6 +236,9 @@ def test_without_a_reward_the_judges_grades_count(
     own = {"scorer": "judge", "judge_url": "http://localhost:1", "judge_model": "m"}
     result = evaluate(EvalConfig(**words(tiny_worlds.FUNCTIONS), **own))
     assert (result["correct"], result["accuracy_lenient"]) == ([True, False, True], 1)
+    # episodes that were cut have failed by both standards, though the judge sees none of them
+    cut = evaluate(EvalConfig(**words(tiny_worlds.FUNCTIONS, "tea " * 60), **own))
+    assert (cut["correct"], cut["accuracy_lenient"]) == ([False] * 3, 0)
 
 
 def test_rows_without_anything_to_score_are_refused_before_a_model_is_loaded(

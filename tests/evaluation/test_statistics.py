@@ -139,6 +139,7 @@ def test_shares_are_compared_by_random_signs() -> None:
     sums = [sum(s * d for s, d in zip(signs, differences, strict=True)) for signs in product((-1, 1), repeat=6)]
     expected = sum(abs(s) >= abs(sum(differences)) - 1e-12 for s in sums) / 64
     assert paired(first, second).p == pytest.approx(expected)
+    assert paired([0.25], [0.5]).p == 1  # a single item: both signs are as extreme
 
 
 def test_smallest_difference_is_found_three_times_in_four() -> None:
