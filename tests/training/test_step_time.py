@@ -77,6 +77,15 @@ def test_sampling_computes_or_reads() -> None:
     assert SMALL.sampling_seconds(reading, 5, 10, 4) == pytest.approx(prompts + 4 * (2 * (1_300 + 960) / 1e5 + 0.02))
 
 
+def test_rows_and_anchors_sample_as_one_batch(settings: Make, write_rows: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "anchors.txt").write_text("fghij\nklmno\n", encoding="utf-8")
+    data = str(write_rows(ROWS))
+    alone = timed(settings(data=data, batch_size=4)).step
+    beside = timed(settings(data=data, batch_size=4, anchors=str(tmp_path / "anchors.txt"), anchor_share=0.5)).step
+    assert beside.sampling == pytest.approx(alone.sampling)
+    assert beside.teacher < alone.teacher  # anchors have no context
+
+
 @pytest.mark.parametrize(
     ("changes", "passes", "moved"),
     [
