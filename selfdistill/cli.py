@@ -145,7 +145,7 @@ def _of_the_machine(error: Exception, command: str) -> tuple[str, int] | None:
     if unrepeatable := re.match(r".* does not have a deterministic implementation", text):
         return f"setting 'deterministic': {unrepeatable[0]}; leave it out", 2
     if re.match("Deterministic behavior was enabled .* it uses CuBLAS", text):
-        found = "found that cuBLAS was used before; set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
+        found = "found cuBLAS already in use; set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
         return f"setting 'deterministic': {found}", 2
     if is_out_of_memory(error):
         advice, trains = _saving(command)

@@ -806,8 +806,7 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
     (
         used_before,
         "--deterministic true",
-        "setting 'deterministic': found that cuBLAS was used before; set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the "
-        "environment",
+        "setting 'deterministic': found cuBLAS already in use; set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment",
     ),
     (
         no_host_memory,

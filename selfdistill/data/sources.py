@@ -258,7 +258,9 @@ def _read_set(path: str, split: Split, note: Note, *, saved: bool) -> list[RawRo
             ) from None
         tried = "not a readable saved data set" if saved else "no such file, and no readable hub data set"
         several = "Config name is missing" in str(error)
-        todo = "; load one with datasets, write it with save_to_disk and give that folder" if several else ""
+        todo = (
+            "; load one configuration with datasets, write it with save_to_disk and give that folder" if several else ""
+        )
         raise UserError(f"{path}: {tried}: {one_line(error)}{todo}") from error
     if isinstance(rows, datasets.DatasetDict):
         rows = choose(path, rows, split, note)

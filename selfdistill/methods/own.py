@@ -71,17 +71,17 @@ def _problems(stages: Sequence[Method]) -> Iterator[str]:
     """Slots that do not fit together."""
     tasks = list(dict.fromkeys(stage.teacher for stage in stages if stage.teacher))
     if len(tasks) > 1:
-        yield f"slot 'teacher': found {tasks[0]} and {tasks[1]} in its stages, expected one rule for all"
+        yield f"slot 'teacher': found {tasks[0]} and {tasks[1]} in different stages, expected one rule for all"
     for stage in stages:
         for where, method in (("", stage), *((f"also {name!r}, ", other) for name, other in stage.also)):
             if problem := _of_loss(method, method.loss):
                 yield f"{where}slot 'loss': {problem}"
             if method.relative_weights and method.weighting is None:
-                yield f"{where}slot 'relative_weights': found True without a 'weighting': give one, or leave it out"
+                yield f"{where}slot 'relative_weights': found True without 'weighting'; give one, or leave this out"
             teacher = method.teacher
             if teacher and teacher.kind in ("ema", "snapshot") and teacher not in tasks:
                 yield (
-                    f"{where}slot 'teacher': found {teacher}, but only the task's teacher follows the student: give "
+                    f"{where}slot 'teacher': found {teacher}, but only the task's teacher follows the student; give "
                     "the task the same rule, or use FROZEN here"
                 )
 
@@ -91,9 +91,9 @@ def _of_loss(method: Method, loss: object) -> str | None:
     if not isinstance(loss, Divergence | CrossEntropy):
         return f"found {loss!r:.60}, expected Divergence or CrossEntropy"
     if isinstance(loss, Divergence) and method.teacher is None:
-        return "found a Divergence without a teacher: fill slot 'teacher', or use CrossEntropy()"
+        return "found a Divergence without a teacher; fill slot 'teacher', or use CrossEntropy()"
     if isinstance(loss, Divergence) and loss.needs_base and not method.needs_base:
-        return "found a loss that needs the model before training, which 'loss' does not need: set weighs_base=True"
+        return "found a loss that needs the model before training, but 'loss' does not; set weighs_base=True"
     return None
 
 

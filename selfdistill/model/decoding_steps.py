@@ -76,7 +76,7 @@ class GrowingSteps:
         self._padded = rows.padded
         self._position_B = rows.mask_BL.sum(1) + rows.shift_B
         preallocate(self.cache, most)
-        mask_without_reading(self.cache)
+        mask_without_reading(self.cache, padded=any(self._padded))
 
     def __call__(self, token_B: Tensor) -> Tensor:
         """Append a token to each row; returns the logits of the next, ``logits_BV``."""
@@ -118,6 +118,7 @@ class GrowingSteps:
         select_rows(self.cache, index_B)
         self.mask_BL, self._position_B = self.mask_BL[index_B], self._position_B[index_B]
         self._padded = [self._padded[row] for row in rows]
+        mask_without_reading(self.cache, padded=any(self._padded))
 
 
 class FixedSteps:

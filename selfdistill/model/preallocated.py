@@ -165,12 +165,12 @@ def preallocate(cache: DynamicCache, most: int) -> None:
             layers[number] = PreallocatedLayer(layer, most)
 
 
-def mask_without_reading(cache: DynamicCache) -> None:
+def mask_without_reading(cache: DynamicCache, *, padded: bool) -> None:
     """Have transformers make the mask of a single token without looking for padding, for which it waits for the device.
 
-    It does that for caches whose layers say that they may be compiled, if all do.
+    It does that for caches whose layers say that they may be compiled, if all do; without padding it makes no mask.
     """
     layers: list[Any] = cache.layers
     for layer in layers:
         if isinstance(layer, PreallocatedLayer | DynamicSlidingWindowLayer):
-            layer.is_compileable = True
+            layer.is_compileable = padded

@@ -242,7 +242,7 @@ class BatchGradient:
             source = micro.completions[contexts.index([])].example.demonstration.source
             raise UserError(
                 f"method {self.config.method!r}: slot 'select': a sample of {source} has no context for the teacher; "
-                "give its example teacher_ids, or leave it out"
+                "set teacher_ids of its example, or do not select it"
             )
         if method.teacher:
             taught = self._score(method.teacher, contexts, micro, self.prefix_caches.get(method.teacher))

@@ -116,14 +116,14 @@ def _refuse_changes(checkpoint: Path, config: TrainConfig, digests: dict[str, st
         cause = f"{rows} template, tokenizer or limits differ, or an earlier version encoded them differently"
         raise CannotResume(f"{checkpoint}: the training examples have changed: {cause} (CHANGELOG.md); restore them")
     what = {
-        "parts": "the number of examples of each source",
+        "parts": "the number of examples in each source (data, anchors)",
         "column 'row'": "the places of the training rows among all rows",
-        "shown": "the context that shows samples to the teacher",
+        "shown": "the template that shows samples to the teacher",
         "model": f"the initial weights of model {config.model!r}",
         "config.json of model": f"config.json of model {config.model!r}",
         "teacher_model": f"the weights of teacher_model {config.teacher_model!r}",
         "config.json of teacher_model": f"config.json of teacher_model {config.teacher_model!r}",
-        "ends": f"the tokens that end a reply of model {config.model!r}",
+        "ends": f"the end tokens of model {config.model!r}",
         "test": f"the rows of test {config.test!r} or prior {config.prior!r}",
     }
     if changed:

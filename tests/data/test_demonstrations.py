@@ -246,8 +246,8 @@ def test_hub_data_set_with_several_configurations(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert message_of("owner/name") == (
         "owner/name: no such file, and no readable hub data set: Config name is missing. Please pick one among the "
-        "available configs: ['main', 'socratic']; load one with datasets, write it with save_to_disk and give that "
-        "folder"
+        "available configs: ['main', 'socratic']; load one configuration with datasets, write it with "
+        "save_to_disk and give that folder"
     )
 
 

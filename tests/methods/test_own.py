@@ -328,15 +328,15 @@ FOLLOWS = "but only the task's teacher follows the student: give the task the sa
         (two_rates, f": also 'slower', slot 'teacher': found {SLOWER}, {FOLLOWS}"),
         (
             lambda config: (sdft(config)[0], replace(sdft(config)[0], teacher=FROZEN)),
-            f": slot 'teacher': found {EMA} and {FROZEN} in its stages, expected one rule for all",
+            f": slot 'teacher': found {EMA} and {FROZEN} in different stages, expected one rule for all",
         ),
         (
             lambda config: replace(sdft(config)[0], teacher=None),
-            ": slot 'loss': found a Divergence without a teacher: fill slot 'teacher', or use CrossEntropy()",
+            ": slot 'loss': found a Divergence without a teacher; fill slot 'teacher', or use CrossEntropy()",
         ),
         (
             lambda config: replace(grpo(config)[0], relative_weights=True),
-            ": slot 'relative_weights': found True without a 'weighting': give one, or leave it out",
+            ": slot 'relative_weights': found True without 'weighting'; give one, or leave this out",
         ),
         (
             lambda config: replace(sft(config)[0], also=("more", sft(config)[0])),
@@ -458,7 +458,7 @@ def rewarding(**slots: Any) -> Callable[..., Method]:
         ({"select": Selected(lambda samples: [0, 2])}, r": slot 'select': returned 0, expected a list of Completion"),
         (
             {"select": Selected(lambda samples: samples), "teacher": FROZEN},
-            r": slot 'select': a sample of .* has no context for the teacher; give its example teacher_ids, or .*",
+            r": slot 'select': a sample of .* has no context for the teacher; set teacher_ids of its example, or .*",
         ),
         (
             {"select": Selected(lambda samples: samples), "weighting": lambda pair, tokens: pair.log_p_NV},

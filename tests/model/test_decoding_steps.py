@@ -179,6 +179,24 @@ def test_between_looks_nothing_waits_for_the_device(
     assert waits(15) == waits(10)
 
 
+@pytest.mark.parametrize(("lengths", "masked"), [((9, 9), False), ((9, 4), True)])
+def test_only_padded_rows_have_a_mask(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, int], masked: bool
+) -> None:
+    attend, masks = torch.nn.functional.scaled_dot_product_attention, []
+
+    def seen(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **others: Any) -> Tensor:
+        if query.shape[2] <= 2:  # one token, or its two heads per group
+            masks.append(attn_mask)
+        return attend(query, key, value, attn_mask=attn_mask, **others)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", seen)
+    loaded = of_kind(load, lambda: Qwen2ForCausalLM(Qwen2Config(**TINY)))
+    sample(loaded, prompts(*lengths), Sampling(6), [1, 2])
+    assert masks
+    assert {mask is not None for mask in masks} == {masked}
+
+
 # --- passes of fixed shapes ---
 
 

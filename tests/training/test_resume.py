@@ -75,7 +75,7 @@ def test_another_template_is_refused_where_the_teacher_sees_samples_in_it(
     train(config)
     assert resumed(config) == 3
     template.write_text("{prompt} Another said {demonstration}. And you?", encoding="utf-8")
-    with pytest.raises(UserError, match=r"changed since the run began: the context that shows samples to the teacher"):
+    with pytest.raises(UserError, match=r"changed since the run began: the template that shows samples to the teacher"):
         resumed(config, max_steps=4)
 
 
@@ -83,7 +83,7 @@ def test_another_template_is_refused_where_the_teacher_sees_samples_in_it(
     ("file", "key", "value", "told"),
     [
         ("config.json", "rms_norm_eps", 1e-3, r"config\.json of model '.*'"),
-        ("generation_config.json", "eos_token_id", [257], r"the tokens that end a reply of model '.*'"),
+        ("generation_config.json", "eos_token_id", [257], r"the end tokens of model '.*'"),
         ("config.json", "transformers_version", "9", None),
     ],
     ids=["network", "end tokens", "version"],
@@ -127,7 +127,10 @@ def test_anchors_that_moved_from_one_source_to_another_are_refused(
     sources = tuple(str(tmp_path / f"{name}.txt") for name in ("one", "two"))
     config = settings(anchors=sources, anchor_share=0.5, batch_size=8, max_steps=2, save_steps=1)
     train(config)
-    with pytest.raises(UserError, match=r"changed since the run began: the number of examples of each source; restore"):
+    with pytest.raises(
+        UserError,
+        match=r"changed since the run began: the number of examples in each source \(data, anchors\); restore",
+    ):
         resumed(config, anchors=tuple(str(tmp_path / f"{name}.txt") for name in files))
 
 
