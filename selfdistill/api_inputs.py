@@ -48,7 +48,7 @@ def session(progress: bool, *, resume: bool = False, alone: str | None = None) -
         UserError: an argument is neither True nor False, or there are several processes.
     """
     if alone and world_size() > 1 and (alone in ("compare", "learn") or not is_rank0()):
-        raise UserError(f"found {world_size()} processes, but only train supports several: start {alone} alone")
+        raise UserError(f"found {world_size()} processes, but only train supports several: run {alone} in one")
     for name, value in (("progress", progress), ("resume", resume)):
         if not isinstance(value, bool):
             raise UserError(f"{name}: found {value!r}, expected True or False")

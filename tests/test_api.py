@@ -619,7 +619,7 @@ def test_only_training_has_several_processes(monkeypatch: pytest.MonkeyPatch) ->
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         for name, call in calls.items():
-            told = f"found 2 processes, but only train supports several: start {name} alone"
+            told = f"found 2 processes, but only train supports several: run {name} in one"
             with pytest.raises(sd.UserError) as caught:
                 call()
             # after a run, the first process may export it

@@ -318,7 +318,7 @@ def two_rates(config: sd.TrainConfig) -> Method:
 
 
 EMA, SLOWER = TeacherRule("ema"), TeacherRule("ema", ema_rate=0.001)
-FOLLOWS = "but only the task's teacher follows the student: give the task the same rule, or use FROZEN here"
+FOLLOWS = "but only the task's teacher follows the student; give the task the same rule, or use FROZEN here"
 
 
 @pytest.mark.parametrize(
