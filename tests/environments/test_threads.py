@@ -154,4 +154,4 @@ def test_a_tool_that_holds_the_interpreter_is_named(tmp_path: Path) -> None:
         while "in find" not in said and (line := process.stderr.readline()):
             said += line
     assert said.startswith("Timeout (0:00:01.5")
-    assert 'ends.py", line 11 in find' in said
+    assert 'ends.py", line 12 in find' in said
