@@ -388,8 +388,8 @@ def half_done(config: sd.TrainConfig) -> Method:
         ),
         (
             from_zero,
-            r": slot 'loss_at' at step 1 of 2: found a loss that needs the model before training, which 'loss' does "
-            r"not need: set weighs_base=True",
+            r": slot 'loss_at' at step 1 of 2: found a loss that needs the model before training, but 'loss' does not; "
+            r"set weighs_base=True",
         ),
         (half_done, r": slot 'loss_at' at step 1 of 2: found None, expected Divergence or CrossEntropy"),
         (
