@@ -270,7 +270,7 @@ def test_an_error_inside_it_is_one_line_and_it_is_not_used_again(load: Loader, m
         with pytest.raises(EngineFailed) as error:
             sample(loaded, prompts(3), GREEDY)
     assert "\n" not in str(error.value)
-    assert str(error.value).startswith("engine vllm failed: RuntimeError: no memory left; change engine_memory")
+    assert str(error.value).startswith("engine vllm failed: RuntimeError: no memory left; if it lacks memory, change ")
     with pytest.raises(EngineFailed, match="it failed earlier"):
         engine.sample(loaded, prompts(3), GREEDY, None)
     assert sample(loaded, prompts(3), GREEDY) == own(loaded, prompts(3), GREEDY)  # by another
