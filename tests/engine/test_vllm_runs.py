@@ -75,6 +75,7 @@ def state_of_the_process() -> dict[str, Any]:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_process_stays_as_it_was(model: str, threads: int) -> None:
     close_engine()
+    gc.unfreeze()  # conftest.py froze what it had imported
     torch.set_num_threads(threads)
     loaded = load_model(model)
     before = state_of_the_process()
