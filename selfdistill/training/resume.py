@@ -79,7 +79,7 @@ def refuse_changed_rows(checkpoint: Path, trainer: Trainer) -> None:
         CannotResume: names what changed.
     """
     if not any(part.method.drawn for stage in trainer.stages for part in stage.parts):
-        _refuse_changes(checkpoint, trainer.config, _of_rows(trainer))
+        _refuse_changes(checkpoint, trainer, _of_rows(trainer))
 
 
 def check_unchanged(checkpoint: Path, trainer: Trainer, digests: dict[str, str]) -> None:
@@ -94,20 +94,19 @@ def check_unchanged(checkpoint: Path, trainer: Trainer, digests: dict[str, str])
             f"{checkpoint}: model was {before!r} and is now {now!r}; with a merged adapter the "
             "weights cannot be compared, so use the original path"
         )
-    weights = digests.get("model")
-    if trainer.loaded.adopted and saved_position(checkpoint).digests.get("model", weights) != weights:
-        raise CannotResume(f"{checkpoint}: {_not_as_it_was(trainer.loaded, trainer.config.dtype)}")
-    _refuse_changes(checkpoint, trainer.config, digests)
+    _refuse_changes(checkpoint, trainer, digests)
 
 
-def _refuse_changes(checkpoint: Path, config: TrainConfig, digests: dict[str, str]) -> None:
+def _refuse_changes(checkpoint: Path, trainer: Trainer, digests: dict[str, str]) -> None:
     """Refuse digests that differ from the checkpoint's of the same name, which one of an earlier version may lack.
 
     Raises:
         CannotResume: names what changed.
     """
-    saved = saved_position(checkpoint).digests
+    config, saved = trainer.config, saved_position(checkpoint).digests
     changed = [name for name, digest in digests.items() if saved.get(name, digest) != digest]
+    if "model" in changed and trainer.loaded.adopted:
+        raise CannotResume(f"{checkpoint}: {_not_as_it_was(trainer.loaded, config.dtype)}")
     if "data" in changed:
         then = settings_of(checkpoint)
         before, now = ({name: getattr(one, name) for name in _OF_EXAMPLES} for one in (then, config))
