@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,19 +70,14 @@ def fake_model(
     Raises:
         UserError: ``config.json`` or the tokenizer cannot be used, or the weights are quantised.
     """
+    if like is not None:
+        whole = unwrap(like.model)
+        saved = whole.dtype if dtype == "auto" else getattr(torch, dtype)
+        model = _without_data(name, type(whole)._from_config, _with_layers(whole.config, layers), saved)
+        tokenizer, pictures = like.tokenizer, like.pictures
+    else:
+        model, tokenizer, pictures = _from_files(name, dtype, adapter_base, trained)
     with torch.device("meta"):
-        try:
-            if like is not None:
-                whole = unwrap(like.model)
-                saved = whole.dtype if dtype == "auto" else getattr(torch, dtype)
-                model: Any = type(whole)._from_config(_with_layers(whole.config, layers), dtype=saved)
-                tokenizer, pictures = like.tokenizer, like.pictures
-            else:
-                model, tokenizer, pictures = _from_files(name, dtype, adapter_base, trained)
-        except UserError:
-            raise
-        except Exception as error:  # model code may raise anything on tensors without data
-            raise UserError(f"model {name!r}: its memory cannot be planned: {first_line(error)}") from None
         disable_dropout(model.eval())
         if load_in_4bit:
             replace_layers(model)
@@ -101,6 +96,15 @@ def fake_model(
             add_scales(loaded.model, unwrap(loaded.model).dtype)
     unwrap(loaded.model).tie_weights()
     return loaded
+
+
+def _without_data(name: str, made: Callable[..., Any], config: Any, dtype: torch.dtype) -> Any:
+    """A model on the meta device: only its making is, as a starter model is converted when its files are found."""
+    try:
+        with torch.device("meta"):
+            return made(config, dtype=dtype)
+    except Exception as error:  # model code may raise anything on tensors without data
+        raise UserError(f"model {name!r}: its memory cannot be planned: {first_line(error)}") from None
 
 
 def _with_layers(config: Any, layers: int | None) -> Any:
@@ -137,7 +141,7 @@ def _from_files(
     loading_options(config, local_folder(base_path), name, training=trained)
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     kind = auto_class(config, local_folder(base_path))
-    model = kind.from_config(config, dtype=saved if dtype == "auto" else getattr(torch, dtype))
+    model = _without_data(name, kind.from_config, config, saved if dtype == "auto" else getattr(torch, dtype))
     tokenizer = load_tokenizer(path, base_path, name)
     return model, tokenizer, pictures_for(model, base_path, tokenizer, name)
 
