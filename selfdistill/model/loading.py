@@ -276,21 +276,20 @@ def with_special_tokens(model: Any, tokenizer: Any, name: str, pictures: Picture
 
 
 def _end_tokens(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | None, notes: list[str]) -> list[int]:
-    """Ids of the tokens that end a reply; tells the generation config of one that only the chat template names."""
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
+    """Ids of the tokens that end a reply; tells the generation config of those that it lacks."""
+    saved = model.generation_config.eos_token_id if model.generation_config is not None else None
+    saved = [] if saved is None else [saved] if isinstance(saved, int) else list(saved)
+    ends = [*saved, *({tokenizer.eos_token_id} - {None, *saved})]
     written = ChatFormat(tokenizer, (), {}, pictures=pictures).turn_end_id
     if tokenizer.chat_template and written is None and ends:
         names = " or ".join(map(repr, tokenizer.convert_ids_to_tokens(ends)))
         notes.append(f"the chat template writes no control token after a reply; replies end with {names}")
-    elif written is not None and written not in ends:
+    elif written is not None and written not in saved:
         token = tokenizer.convert_ids_to_tokens(written)
         notes.append(f"the chat template ends replies with {token!r}, so it is an end token, here and in saved models")
-        ends.append(written)
-        if model.generation_config is not None:
-            model.generation_config.eos_token_id = list(ends)
+        ends += [written] if written not in ends else []
+    if model.generation_config is not None and ends != saved:
+        model.generation_config.eos_token_id = list(ends)
     if not ends:
         raise UserError(
             f"model {name!r}: neither the tokenizer nor generation_config.json names an end token, so replies would "

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from odd_models import long_rope
-from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from selfdistill.errors import UserError
 from selfdistill.model import STARTER_MODELS
@@ -76,6 +85,19 @@ def test_the_token_that_the_template_writes_after_a_reply_ends_it(
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [257, 259]
     again = load(template=template)
     assert again.end_token_ids == (257, 259)
+
+
+@pytest.mark.parametrize("saved", [None, 256])
+def test_an_end_token_that_only_the_tokenizer_names_is_saved(
+    saved: int | None, model_folder: Callable[..., Path]
+) -> None:
+    """Else `generate` of the saved model would not stop there."""
+    model = AutoModelForCausalLM.from_pretrained(folder := model_folder())
+    model.generation_config.eos_token_id = saved
+    loaded = adopt(model, AutoTokenizer.from_pretrained(folder))
+    assert loaded.end_token_ids[-1] == 257
+    assert model.generation_config.eos_token_id == list(loaded.end_token_ids)
+    assert any("here and in saved models" in note for note in loaded.notes)
 
 
 def test_a_template_that_writes_the_end_token_changes_nothing(load: Callable[..., LoadedModel]) -> None:
