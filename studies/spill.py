@@ -20,6 +20,8 @@ SETS: dict[str, dict[str, Any]] = {
     "routing": {"contexts": ["turns:repeats=4"], "max_completion_length": 48},
     "tools": {"contexts": ["turns:repeats=2"], "max_completion_length": 48},
     "knowledge": {"contexts": ["document:repeats=2"], "max_completion_length": 48},
+    "codes": {"contexts": ["turns:repeats=4"], "max_completion_length": 48},
+    "letters": {"contexts": ["turns:repeats=2"], "max_completion_length": 96},
 }
 COMMON: dict[str, Any] = {"spill": True, "learning_rate": 5e-5, "temperature": 0.3, "sample": 16}
 
