@@ -72,7 +72,8 @@ def check(model: Model, data: Rows, *, tokenizer: Any = None, progress: bool = T
         data: demonstrations; see :data:`Rows`.
         tokenizer: of a loaded model.
         progress: show bars and notes.
-        settings: the options of ``selfdistill check``. ``anchors`` may also be rows in memory.
+        settings: the options of ``selfdistill check``, except ``memory`` and ``device``, for which there is
+            :func:`memory_plan`. ``anchors`` may also be rows in memory.
 
     Raises:
         UserError: settings, data or model are invalid, or no context layout fits.
@@ -105,10 +106,10 @@ def train(
         output_dir: the run folder. An existing run is never overwritten.
         test: held-out rows on which the model is evaluated. In-memory rows are saved as ``test.jsonl``.
         tokenizer: of a loaded model.
-        resume: resume the run in ``output_dir`` with the settings saved there. Load a model that was trained in place
-            again, or leave ``model`` and ``tokenizer`` out: the run then loads it by its name.
+        resume: resume the run in ``output_dir`` with the settings saved there. Reload a model that was trained in
+            place, or leave ``model`` and ``tokenizer`` out: the run then loads it by its name.
         on_step: called as ``on_step(step, model, metrics)`` after every step, with the transformers model (with
-            ``lora_rank`` a ``PeftModel``), which :func:`evaluate` takes; ends the run where it returns True. If it
+            ``lora_rank`` a ``PeftModel``), which :func:`evaluate` takes; ends the run when it returns True. If it
             raises an exception, the run stops there with its progress saved.
         progress: show bars and notes.
         settings: fields of :class:`TrainConfig`. ``anchors`` may also be rows in memory, saved as ``anchors.jsonl``.
@@ -234,7 +235,7 @@ def compare(
     progress: bool = True,
     **settings: Any,
 ) -> CompareResult:
-    """Train by several methods on equal terms, and compare what each gained and forgot.
+    """Train with several methods on equal terms, and compare what each gained and forgot.
 
     Args:
         model: a folder or name; every run loads it again.
@@ -302,7 +303,7 @@ def ask(
     Args:
         run: run folder, model folder, hub id or ``smollm2-135m``.
         question: one user turn, or the chat messages of a conversation.
-        base: a second model to ask the same.
+        base: a second model that is asked the same.
         progress: show bars and notes.
         settings: the options of ``selfdistill ask``, such as ``image``. ``environment`` may also be functions.
 

@@ -33,8 +33,8 @@ Model = str | os.PathLike[str] | Any
 A loaded model is moved to the best device and put into eval mode, and its dropout is set to zero. Its generation config
 gets the end token that the chat template writes, and a tokenizer without a usable pad token gets the end token as one.
 Its weights keep their data type, which is the call's ``dtype``.
-All of this remains after the call. What training freezes, and gradient checkpointing, is as before afterwards. With
-``lora_rank`` the model is as before, too, and the adapter is in the run's ``final``.
+All of this remains after the call; what training freezes, and gradient checkpointing, are restored. With ``lora_rank``
+the model stays as it was, and the adapter is in the run's ``final``.
 """
 
 

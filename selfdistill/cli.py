@@ -54,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code. 0: done; 1: nobody reads the output any more, as with ``| head``; 2: a mistake the user can fix;
-        3: training diverged or collapsed, or another process of the run ended; 4: ``check`` advises against training,
-        or ``learn`` refused the skill; 128 + n: stopped by signal n. ``train``, ``compare`` and ``learn`` first finish
-        their step and save their progress; other commands, and any command at a further Ctrl-C, save nothing more.
+        3: training diverged or collapsed (in ``compare``: every run), or an engine or another process failed;
+        4: ``check`` advises against training, or ``learn`` refused the skill; 128 + n: stopped by signal n. ``train``,
+        ``compare`` and ``learn`` first finish their step and save their progress; other commands, and any command at a
+        further Ctrl-C, save nothing more.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does; a file's name may not be UTF-8
@@ -115,7 +116,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def _check_processes(command: str, given: dict[str, Any]) -> None:
     """Refuse commands and settings that do not work with several processes."""
     if command != "train":
-        raise UserError(f"found {world_size()} processes, but only train supports several: start {command} alone")
+        raise UserError(f"found {world_size()} processes, but only train supports several: run {command} in one")
     if given.get("documents"):
         raise UserError("setting 'documents': make the questions first (selfdistill questions), in a single process")
 

@@ -114,8 +114,8 @@ SWITCHES = {
 _SWITCH_HELP = {
     "resume": "Resume the run in --output_dir.",
     "dry_run": "Print settings, one example as student and teacher see it, time and memory; do not train.",
-    "memory": "Plan training on a GPU with SIZE of memory, such as 80GiB, or on several, 8x80GiB, from config.json "
-    "alone. With train, it needs --dry_run.",
+    "memory": "Plan training on a GPU with SIZE of memory, such as 80GiB, or on several, 8x80GiB, without loading "
+    "weights. With train, it needs --dry_run.",
     "device": f"Plan for a named device, with a rough time: {', '.join(GPUS)}, several such as 8xh100, or {THIS} (the "
     "current device).",
 }

@@ -56,7 +56,7 @@ class RunFailed(UserError):
 
 
 class RunCollapsed(RunFailed):
-    """A run collapsed and was stopped; ``final/`` holds the model of the last evaluation before that."""
+    """A run collapsed and was stopped; ``final/`` is the model of an evaluation at least five steps earlier."""
 
 
 class EngineFailed(UserError):

@@ -301,6 +301,14 @@ CONFIG: list[tuple[str, str]] = [
         "package index); setting 'output_dir' is required: the run folder",
     ),
     (
+        f"compare --test d.jsonl {BASE}",
+        "setting 'output_dir' is required: folder of the comparison, with a run folder for each run",
+    ),
+    (
+        "learn add d.jsonl --state s --model model --stop_on_collapse",
+        "setting 'stop_on_collapse' is for train and compare; learn has gates instead",
+    ),
+    (
         f"{SFT} --method isdft --pull 2",
         """unknown option --pull; write this setting of isdft as --method_settings '{"pull": 2}'""",
     ),

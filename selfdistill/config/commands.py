@@ -33,6 +33,8 @@ from selfdistill.errors import UserError, closest
 class CompareConfig(TrainingSettings):
     """Settings of ``selfdistill compare``: those of its runs, and what varies between them."""
 
+    output_dir: str
+    """Folder of the comparison, with a run folder for each run. An existing one is never overwritten."""
     test: str
     """Held-out rows on which every run is evaluated. Do not use them to choose anything."""
     methods: tuple[OwnOrMethodName, ...] = ("sft", "sdft")
@@ -58,7 +60,7 @@ class CompareConfig(TrainingSettings):
 
     @property
     def evaluates_between(self) -> bool:
-        """Whether its runs have evaluations between the start and the end: also if ``eval_steps`` is 0."""
+        """Whether its runs have evaluations between the start and the end: even if ``eval_steps`` is 0."""
         return True
 
     @field_validator("arms", mode="before")
@@ -201,9 +203,9 @@ class EvalConfig(TaskSettings):
     num_samples: int = Field(default=0, ge=0)
     """Sampled replies, or episodes, per row, for pass@k with k up to this number; 0: greedy replies only."""
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature of these replies."""
+    """Sampling temperature for ``num_samples``."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling of these replies: sample from the smallest set of tokens with at least this mass."""
+    """Nucleus sampling for ``num_samples``: sample from the smallest set of tokens with at least this mass."""
     seed: int = Field(default=0, ge=0)
     """Random seed for data order, contexts and sampling."""
     lm_eval_tasks: list[str] = Field(default_factory=list)
@@ -273,16 +275,16 @@ class LearnConfig(TrainingSettings, OneRun):
     """Held-out rows on which the skill is evaluated, now and whenever another is added; default: a share of the data.
     They decide only the gates."""
     test_share: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the data held out as the test if ``test`` is not given. A ``stream`` uses it as the validation set that
-    ends training on a chunk; without ``test``, half of it for each."""
+    """Share of the data held out as the test if ``test`` is not given. In a ``stream`` it is the validation set that
+    ends training on a chunk; without ``test``, half of it is the test."""
     min_teacher: float = Field(default=0.5, ge=0, le=1)
-    """Refuse a skill before training if its teacher (the current model shown the demonstration) answers a smaller share
-    of its rows correctly than this, or is no better than the model itself; 0: never."""
+    """Refuse a skill before training if its teacher (the current model shown the demonstration) is right on a smaller
+    share of its rows than this, or is no better than the model itself; 0: never."""
     max_prior_drop: float = Field(default=0.02, ge=0, le=1)
     """Gate: refuse a skill if it lowers the mean prior accuracy by more than this below the base's."""
     max_skill_drop: float | None = Field(default=None, ge=0, le=1)
-    """Gate: refuse a skill if an earlier one drops by more than this since it was learnt, or the new one below its
-    score before training. Default: a drop below the 95% interval of that score, which is wide for a small test."""
+    """Gate: refuse a skill if an earlier one's score drops by more than this since it was learnt, or its own since
+    before training. Default: a drop below the 95% interval of that score, which is wide for a small test."""
     anchors: tuple[str, ...] = ("package",)
     """Prompts on which the model should answer as before the addition, besides those of earlier skills:
     ``package`` (general prompts of many kinds), ``package:list+code`` (only these kinds), or a text file with one
@@ -318,7 +320,7 @@ class LearnConfig(TrainingSettings, OneRun):
             what = "the skill's file" if needs == "data" else "output_dir"
             raise UserError(f"learn {self.action} needs {what}")
         if self.stop_on_collapse:
-            raise UserError("setting 'stop_on_collapse' is for train; in learn, the gates refuse a harmful skill")
+            raise UserError("setting 'stop_on_collapse' is for train and compare; learn has gates instead")
         if self.environment.startswith(IN_PYTHON):
             raise UserError(
                 "setting 'environment': found functions given in Python, which end with this process, but learn plays "
@@ -369,7 +371,7 @@ class MergeConfig(Settings):
     """Settings of ``selfdistill merge``."""
 
     model: str
-    """The model to change: run folder, model folder or ``smollm2-135m``, like the others."""
+    """The model to change. Like the others: run or model folder, hub id in the local cache, or ``smollm2-135m``."""
     add: str
     """The trained model whose weights are added. It may be a LoRA adapter."""
     subtract: str | None = None
@@ -384,7 +386,7 @@ class DemoConfig(Settings):
     """Settings of ``selfdistill demo``."""
 
     output_dir: str | None = None
-    """The run folder; default ``runs/demo``, or the first of ``runs/demo-2``, ... that is free."""
+    """Folder of the demo; default ``runs/demo``, or the first of ``runs/demo-2``, ... that is free."""
     seed: int = Field(default=0, ge=0)
     """Random seed for data order and sampling."""
 

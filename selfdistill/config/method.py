@@ -79,7 +79,7 @@ def anchor_sources(value: Any) -> Any:
         elif _is_misspelt(name):
             raise ValueError(f"{PACKAGE}, a file or none; did you mean {PACKAGE}?")
     if "none" in value:
-        raise ValueError("none alone, or only sources")
+        raise ValueError("none, or sources without it")
     sources = [os.fspath(source) if isinstance(source, os.PathLike) else source for source in value]
     places = [os.path.normpath(source) if isinstance(source, str) else source for source in sources]
     if twice := [source for number, source in enumerate(sources) if places[number] in places[:number]]:
@@ -157,8 +157,8 @@ class MethodSettings(EpisodeSettings):
     anchors: tuple[str, ...] = ()
     """Prompts on which the model should answer as before the run: ``package`` (general prompts of many kinds),
     ``package:list+code`` (only these kinds), or a text file with one prompt per line, or rows with ``prompt`` or
-    ``messages``, such as your own traffic. Several sources, separated by commas, get equal shares. They need no
-    answers. ``none``: no anchors."""
+    ``messages``, such as your own traffic. They need no answers. Several sources, separated by commas, get
+    equal shares. ``none``: no anchors."""
     anchor_share: float = Field(default=0.25, ge=0, lt=1)
     """Share of every batch that is anchors, on average over the steps."""
     anchor_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"

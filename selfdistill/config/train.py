@@ -51,7 +51,7 @@ class TrainingSettings(MethodSettings, TaskSettings):
     """A separate, fixed model as the teacher of ``sdft``, ``sdpo``, ``vopd``, ``isdft``, ``veto``, ``atesd`` or
     ``msd``: the base of a sequence of skills, an earlier checkpoint, or a larger model with the same architecture and
     vocabulary. For ``npo``, a better model, such as a later checkpoint, with the same
-    vocabulary. For ``t3s``, the worse model."""
+    vocabulary. For ``t3s``, a worse SFT run."""
 
     teacher_cache_mib: int = Field(default=2048, ge=0)
     """Memory in MiB for the cached key/value states of a ``frozen`` teacher's contexts, which later epochs reuse. Each
@@ -85,8 +85,9 @@ class TrainingSettings(MethodSettings, TaskSettings):
     """Recompute activations in the backward pass: less memory, about a third more time. Default: if the memory plan
     needs it."""
     stop_on_collapse: bool = False
-    """Stop a run that collapses and keep the model of the last evaluation before that; needs ``test`` and
-    ``eval_steps``. Without it the run only warns. docs/reliability.md lists the signs."""
+    """Stop a run that collapses and keep the model of its last evaluation at least five steps earlier, if there is
+    one; needs ``test`` and ``eval_steps``. Without it the run only warns; docs/reliability.md lists the signs. Not in
+    ``learn``, which has gates."""
     max_skipped_steps: int = Field(default=5, ge=1)
     """Steps with a non-finite loss or gradient are skipped; after this many in a row the run stops."""
     mixed_precision: Precision = "auto"
@@ -193,8 +194,8 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
     """Demonstrations: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, a folder of them, a saved data set,
     a hub name, or a file of the package, e.g. ``bundled:shop.test.jsonl``."""
     documents: str | None = None
-    """Documents, instead of ``data``. Questions about them are generated first, as in ``selfdistill questions``, and
-    saved in the folder ``<output_dir>-questions``."""
+    """Folder of documents or one file, instead of ``data``. Questions about them are generated first, as in
+    ``selfdistill questions``, and saved in ``<output_dir>-questions``."""
     load_in_4bit: bool = False
     """Keep the weights of linear layers in 4 bits (NF4 with quantised scales) under an adapter: QLoRA, arXiv
     2305.14314. Needs ``lora_rank`` and the extra ``bitsandbytes``. ``teacher_model`` is not quantised."""
@@ -211,7 +212,7 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
             )
         if self.teacher_model is not None and self.teacher not in ("ema", "frozen"):
             raise UserError(
-                f"setting 'teacher_model' is a fixed teacher, found teacher {self.teacher!r}: leave that out"
+                f"setting 'teacher_model' is a fixed teacher, found teacher {self.teacher!r}: leave teacher out"
             )
         if self.fsdp and self.optim == "adamw_8bit":
             raise UserError("setting 'optim': adamw_8bit does not work with fsdp: leave one of them out")

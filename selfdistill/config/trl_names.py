@@ -47,7 +47,7 @@ TRL_NAMES = {
     "compute_metrics": "`scorer`, of replies to `test`",
     "callbacks": "`on_step`, in Python",
     "resume_from_checkpoint": "`resume`",
-    "loss_type": "that of grpo in TRL",
+    "loss_type": "always TRL's grpo",
     "num_iterations": "one update from each batch of samples",
     "beta": "`anchors`, or `target_base`",
     "sync_ref_model": "`anchors`, or `target_base`",
@@ -68,7 +68,7 @@ TRL_NAMES = {
     "push_to_hub": "nothing is uploaded; export the run and upload that folder",
     "load_best_model_at_end": "the final model is that of the last step",
     "metric_for_best_model": "the final model is that of the last step",
-    "run_name": "a tracker shows the name of `output_dir`",
+    "run_name": "a tracker shows the name of `output_dir`, with an id",
     "trust_remote_code": "always off",
 }
 """By TRL's name, what there is here; settings and arguments in backticks."""

@@ -158,8 +158,8 @@ def load_demonstrations(
             ``bundled:shop.test.jsonl``; or in-memory rows: dicts, demonstrations, a ``datasets.Dataset``.
         completion_required: every row must have a completion. Otherwise it may be "".
         split: split of a folder or data set with several; None: ``test``, or the only one. Files and a single
-            ``Dataset`` are read in full. A folder has splits where the names of its files, or of folders in it, tell
-            them, as in ``test.jsonl`` or ``data/test-00000-of-00001.parquet``.
+            ``Dataset`` are read in full. A folder has splits if the names of its files, or of folders in it, say so,
+            as in ``test.jsonl`` or ``data/test-00000-of-00001.parquet``.
         split_advice: how to choose another split, for messages; default: by the setting ``split`` or ``test_split``.
         note: takes what the user should know, a line each: columns that are not used, equal prompts with unlike
             answers, calls that do not fit the tools or have no results, other splits.

@@ -279,7 +279,8 @@ def _closeness_line(result: CheckResult) -> str:
     if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None or result.student_accuracy is None:
         return f"{text}. To tell if that is near, compare a model fine-tuned on the same rows: give it as fine_tuned."
     text += (
-        f"; the fine-tuned model has {result.fine_tuned_accuracy:.0%} and {result.fine_tuned_kl:.2f} nats along its own"
+        f"; the fine-tuned model has {result.fine_tuned_accuracy:.0%} accuracy and is {result.fine_tuned_kl:.2f} nats "
+        "from it along its own"
     )
     if result.fine_tuned_accuracy <= result.student_accuracy:
         return f"{text}. It has learnt nothing, so its distance is not comparable: fine-tune it further."

@@ -128,7 +128,7 @@ def stored_weights(name: str) -> StoredWeights:
     """The stored weights of a model: a full model, or a LoRA adapter with its base.
 
     Args:
-        name: run folder, model folder, ``smollm2-135m`` or a hub id in the local cache. Nothing is downloaded.
+        name: run folder, model folder, hub id in the local cache, or ``smollm2-135m``, the only one that is downloaded.
 
     Raises:
         UserError: there is no such model on this machine, or its weights cannot be read.

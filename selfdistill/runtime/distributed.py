@@ -57,7 +57,7 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Number of processes that the launcher started on this machine; 1 if it does not tell."""
+    """Number of processes that the launcher started on this machine; 1 if it does not say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 

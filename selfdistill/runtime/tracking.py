@@ -45,7 +45,7 @@ METRICS = {
     "reward": "mean reward of the samples; only for methods with a checker, such as ``grpo``",
     "teacher_gain/right": "mean log q - log p of the learnt samples with reward 1, nats per retained token, q the "
     "teacher's and p the student's probability; only for methods with a checker and a teacher, such as ``sdpo``",
-    "teacher_gain/wrong": "the same of the other learnt samples: a teacher that helps has less here than above",
+    "teacher_gain/wrong": "the same for the other learnt samples; lower if the teacher helps",
     "learnt": "share of the samples that are learnt; only for methods that may leave some out, such as ``sdpo``",
     "unfit": "share of the samples whose context is too long, or that the chat template does not show",
     "control": "value chosen by the method's controller, such as the share of the demonstration that the teacher sees",

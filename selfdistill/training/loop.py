@@ -324,7 +324,7 @@ def say_signs(loop: Loop, output_dir: Path) -> None:
     if idle := without_gradient(output_dir):
         say(
             f"note: in {idle} of {loop.step} steps no sample taught anything, for example because all samples of a "
-            "prompt had the same reward; try easier prompts, a more lenient scorer or more num_generations"
+            "prompt had the same reward; try easier prompts, a more lenient scorer or a higher num_generations"
         )
 
 

@@ -99,8 +99,8 @@ class Run(Printable):
             prompt: text (one user turn), or a list of prompts, each text or chat messages.
             system: a system turn before each prompt that has none; "": none. Default: that of the training rows, if
                 the same one begins all rows of the run.
-            options: ``max_completion_length`` (tokens) and ``dtype``, by default those of the run; ``temperature``,
-                ``top_p``, ``seed``; ``adapter_base``, the base of an adapter, if it was moved.
+            options: ``max_completion_length`` (tokens), ``dtype`` and ``chat_template_kwargs``, by default those of the
+                run; ``temperature``, ``top_p``, ``seed``; ``adapter_base``, the base of an adapter, if it was moved.
 
         Raises:
             UserError: the prompt is neither or has a system turn beside ``system``, an option is wrong, or there is no

@@ -274,7 +274,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "--model", "m"], "found 2 processes, but only train supports several: start eval alone"),
+        (["eval", "--model", "m"], "found 2 processes, but only train supports several: run eval in one"),
         (
             ["train", "--model", "MODEL", "--data", "DATA", "--output_dir", "o"],
             "setting 'context': 'auto' needs a single process; find the best with selfdistill check and name it",

@@ -401,7 +401,7 @@ def test_prompts_in_place_of_sources_are_refused(settings: Settings) -> None:
 
 
 def test_none_beside_sources_is_refused(settings: Settings) -> None:
-    with pytest.raises(UserError, match=r"'anchors': found 'package,none', expected: none alone, or only sources$"):
+    with pytest.raises(UserError, match=r"'anchors': found 'package,none', expected: none, or sources without it$"):
         settings(anchors="package,none")
 
 
