@@ -87,7 +87,7 @@ class Measure:
     ) -> None:
         self.config, self.pool, self.loaded = config, rows_of(config, demonstrations), loaded
         self.bfloat16 = resolved_precision(config.mixed_precision) == "bf16"
-        self.chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+        self.chat = loaded.chat_for(config)
         self.forward_pass = ForwardPass(loaded)
         self.player = player_of(config, self.chat, batch_size=16)
         self.general = drawn_anchors(config, anchors, loaded, self.chat)

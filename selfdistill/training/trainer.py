@@ -109,7 +109,7 @@ class Trainer:
         """Of the model and of ``teacher_model``; see :func:`selfdistill.training.resume.digests_of`."""
         for note in self.loaded.notes:
             say_note(note)
-        self.chat = self.loaded.chat(config.chat_template_kwargs, config.template_date)
+        self.chat = self.loaded.chat_for(config)
         config = config.model_copy(update={"template_date": self.chat.date})  # methods make chat formats of their own
         self.stages = make_stages(config, chosen_rows(demonstrations, config), self.loaded, self.chat)
         refuse_with_pictures(config, self.stages, self.loaded)

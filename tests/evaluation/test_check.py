@@ -25,7 +25,8 @@ from selfdistill.evaluation import measure
 from selfdistill.evaluation.answers import answer
 from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.check_result import UNLIKELY, Layout, verdict_on
-from selfdistill.model.loading import LoadedModel, weights_fingerprint
+from selfdistill.model.fingerprints import weights_fingerprint
+from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Sampling, sample, sample_seed
 from selfdistill.runtime import result_console
 
