@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import mean
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -47,6 +47,14 @@ from selfdistill.model import (
 )
 from selfdistill.runtime import barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
+
+
+class _HasMethod(Protocol):
+    @property
+    def method(self) -> Method: ...
+
+
+APart = TypeVar("APart", bound=_HasMethod)
 
 
 @dataclass
@@ -91,6 +99,14 @@ class Stage:
     def own_samples(self) -> list[EncodedPart]:
         """The parts with samples of their own; they divide a batch."""
         return [part for part in self.parts if not part.same_samples]
+
+
+def by_sequence(parts: Iterable[APart]) -> list[list[APart]]:
+    """The parts in groups with equal sequences; those of a group are sampled by one call."""
+    groups: dict[Any, list[APart]] = {}
+    for part in parts:
+        groups.setdefault(part.method.sequence, []).append(part)
+    return list(groups.values())
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from selfdistill.model import (
     tensor_bytes,
     weight_tensors,
 )
+from selfdistill.training.setup import by_sequence
 
 Ids = list[int]
 Bytes = Counter[str]
@@ -96,9 +97,7 @@ class PlannedPart:
 
 def sampled_together(parts: Sequence[PlannedPart]) -> list[list[PlannedPart]]:
     """A step's parts whose completions are sampled, those that are sampled by one call together."""
-    own = [part for part in parts if part.method.sequence.sampling is not None and not part.same_samples]
-    sequences = dict.fromkeys(part.method.sequence for part in own)
-    return [[part for part in own if part.method.sequence == sequence] for sequence in sequences]
+    return by_sequence(part for part in parts if part.method.sequence.sampling is not None and not part.same_samples)
 
 
 class TracedStep:

@@ -50,6 +50,7 @@ from selfdistill.training.setup import (
     EncodedPart,
     Stage,
     batch_unit,
+    by_sequence,
     check_engine,
     choose_weights,
     chosen_rows,
@@ -351,16 +352,15 @@ class Trainer:
     ) -> dict[str, list[Completion]]:
         """The completions of each part's examples, by name; parts that sample alike sample together."""
         completions: dict[str, list[Completion]] = {part.name: [] for part in parts}
-        for sequence in dict.fromkeys(part.method.sequence for part in parts):
-            alike = [part.name for part in parts if part.method.sequence == sequence]
-            asked = [example for name in alike for example in examples[name]]
+        for alike in by_sequence(parts):
+            asked = [example for part in alike for example in examples[part.name]]
             if not asked:
                 continue
-            made = sequence(self.loaded, asked, step)
+            made = alike[0].method.sequence(self.loaded, asked, step)
             per_example, start = len(made) // len(asked), 0
-            for name in alike:
-                stop = start + len(examples[name]) * per_example
-                completions[name], start = made[start:stop], stop
+            for part in alike:
+                stop = start + len(examples[part.name]) * per_example
+                completions[part.name], start = made[start:stop], stop
         return completions
 
     def _update_student(self, results: Sequence[PartResult]) -> tuple[float, bool]:
