@@ -173,12 +173,10 @@ class EvaluationSet:
             prompts,
             [row.demonstration for row in rows],
             self.chat,
-            max_completion_length=sampling.max_completion_length,
+            sampling,
             batch_size=self.config.batch_size,
             scorer=self.config.scorer,
             judge=judge,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
             seeds=seeds,
             what=what,
         )

@@ -183,20 +183,20 @@ class Measure:
         return torch.autocast(self.loaded.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def _answer(self, prompts: list[list[int]], rows: Sequence[Example], loaded: LoadedModel | None = None) -> Answers:
+        asked, judge = loaded or self.loaded, judge_of(self.config)
+        greedy = Sampling(self.config.max_completion_length, temperature=0)
         with self._arithmetic():
             if self.player:
-                policy = Sampling(self.config.max_completion_length, temperature=0)
-                judge = judge_of(self.config)
-                return self.player(loaded or self.loaded, rows, prompts, policy, judge=judge, scored=self.scored)
+                return self.player(asked, rows, prompts, greedy, judge=judge, scored=self.scored)
             return answer(
-                loaded or self.loaded,
+                asked,
                 prompts,
                 [row.demonstration for row in rows],
                 self.chat,
-                max_completion_length=self.config.max_completion_length,
+                greedy,
                 batch_size=16,
                 scorer=self.config.scorer,
-                judge=judge_of(self.config),
+                judge=judge,
                 scored=self.scored,
             )
 
