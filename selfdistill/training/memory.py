@@ -158,7 +158,7 @@ class MemoryPlanner:
         if _is_on_host(config, device):
             host = _total_average(averaged) + 3 * staging_bytes(averaged)
         elif "sampling" in traced:  # meanwhile a thread moves the average
-            moved = Bytes({"teacher": 2 * staging_bytes(averaged, _shares(config, device))})
+            moved = Bytes({"teacher": 2 * staging_bytes(averaged, device.shares(config))})
             traced["sampling"] = traced["sampling"] + moved
         before = Bytes({name: permanent[name] for name in permanent if name not in ("moments", "contexts", "drift")})
         phases = tuple(
@@ -269,7 +269,7 @@ def _permanent(
     others: dict[TeacherRule, LoadedModel],
 ) -> Bytes:
     """Permanent memory, without what is cached for later steps."""
-    model, shares = loaded.model, _shares(config, device)
+    model, shares = loaded.model, device.shares(config)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     rules = teacher_rules(planned_methods(config))
     averaged = [] if _is_on_host(config, device) else _averaged(config, loaded)
@@ -287,11 +287,6 @@ def _permanent(
     if config.engine != "none" and device.kind == "cpu":  # on a GPU it sleeps while the model learns
         permanent["engine"] = _engine_bytes(config, device, loaded)
     return permanent
-
-
-def _shares(config: TrainConfig, device: Device) -> int:
-    """How many processes hold a share of the weights each."""
-    return device.processes if config.fsdp else 1
 
 
 def _teacher_bytes(

@@ -60,6 +60,10 @@ class Device:
         """The device of this process."""
         return cls(accelerator.device.type, str(accelerator.mixed_precision), accelerator.num_processes)
 
+    def shares(self, config: TrainConfig) -> int:
+        """How many processes hold a share of the weights each, and need equal parts of a batch."""
+        return self.processes if config.fsdp else 1
+
 
 def arithmetic(weights: torch.dtype, mixed_precision: str) -> str:
     """``bf16`` if the run's products are of bfloat16 numbers, by autocast or because the weights are; else ``no``."""
