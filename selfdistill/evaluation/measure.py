@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, CheckConfig
+from selfdistill.config import CheckConfig, default_learning_rate
 from selfdistill.data import (
     Demonstration,
     Example,
@@ -379,7 +379,7 @@ class Measure:
     @cached_property
     def _trials(self) -> Trials:
         rank = self.config.lora_rank
-        rate = self.config.learning_rate or (LORA_LEARNING_RATE if rank else LEARNING_RATE)
+        rate = self.config.learning_rate or default_learning_rate(rank)
         settings = TrialSettings(rate, self._sampling(), self.config.seed, rank, self._arithmetic)
         return Trials(self.loaded, self.forward_pass, self.general, self.chat, settings)
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
-from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, LearnConfig, TrainConfig, TrainingSettings
+from selfdistill.config import LearnConfig, TrainConfig, TrainingSettings, default_learning_rate
 from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
@@ -340,7 +340,7 @@ def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str) 
     return config.model_copy(
         update={
             "max_steps": steps_of(config, len(task.examples), task.share),
-            "learning_rate": config.learning_rate or (LORA_LEARNING_RATE if config.lora_rank else LEARNING_RATE),
+            "learning_rate": config.learning_rate or default_learning_rate(config.lora_rank),
             "lora_alpha": config.lora_alpha or (2.0 * config.lora_rank if config.lora_rank else None),
             "mixed_precision": mixed_precision,
         }
