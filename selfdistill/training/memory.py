@@ -296,7 +296,7 @@ def _teacher_bytes(
     if rule in others:
         return tensor_bytes(others[rule].model.parameters())
     if config.lora_rank:
-        return tensor_bytes(p for p in loaded.model.parameters() if p.requires_grad) if _moves(rule) else 0
+        return tensor_bytes(p for p in loaded.model.parameters() if p.requires_grad) if rule.moves else 0
     if rule.kind == "live":
         return 0
     moving = (p for p in loaded.model.parameters() if p.requires_grad)  # it shares the frozen ones
@@ -305,11 +305,7 @@ def _teacher_bytes(
 
 def has_moving_teacher(config: TrainConfig) -> bool:
     """Whether a teacher of a run with these settings follows the student."""
-    return any(map(_moves, teacher_rules(planned_methods(config))))
-
-
-def _moves(rule: TeacherRule) -> bool:
-    return rule.kind in ("ema", "snapshot")
+    return any(rule.moves for rule in teacher_rules(planned_methods(config)))
 
 
 def _averaged(config: TrainConfig, loaded: LoadedModel) -> list[Tensor]:

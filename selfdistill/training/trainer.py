@@ -249,7 +249,7 @@ class Trainer:
     def _teacher_drift(self, students: float) -> float:
         """The teacher's drift; measured only for moving teachers, known for the others."""
         assert self.teacher is not None
-        if self.teacher.kind in ("frozen", "live"):
+        if not self.teacher.rule.moves:
             return students if self.teacher.kind == "live" else 0.0
         with self.teacher.model() as network:
             return self._drift_of(network)
