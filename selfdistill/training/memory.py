@@ -63,7 +63,7 @@ from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
 from selfdistill.training.planned_caches import contexts_bytes, features_bytes
 from selfdistill.training.planned_parts import characters, longest_lengths, planned_methods, planned_stages
 from selfdistill.training.rates import Rates
-from selfdistill.training.setup import chosen_rows, teacher_rules
+from selfdistill.training.setup import chosen_rows, keeps_contexts, teacher_rules
 from selfdistill.training.sharding import Sharding
 from selfdistill.training.step_time import TimePlan, time_plan
 from selfdistill.training.traced_step import (
@@ -138,12 +138,10 @@ class MemoryPlanner:
         rows = self._rows[::-1] if least else self._rows
         stages = planned_stages(config, rows, loaded, config.batch_size, least=least)
         others = self._others(config)
-        # Contexts that are made after sampling are read once.
-        tasks = {parts[0].method.teacher for parts in stages if parts[0].method.select is None}
-        cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
+        tasks = [parts[0].method for parts in stages]
+        cached = list({task.teacher for task in tasks if task.teacher and keeps_contexts(config, task)})
         if self.has_pictures or not has_full_attention(loaded.model.config.get_text_config()):
             cached = []
-        cached = [] if config.fsdp else cached
         sharding = Sharding.of(config, device, loaded, others) if config.fsdp else None
         key = (config.model_dump_json(exclude={"optim"}), least)  # the moments are no part of a trace
         if key not in self._traces:

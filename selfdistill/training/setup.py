@@ -252,6 +252,15 @@ def teacher_rules(methods: Iterable[Method]) -> list[TeacherRule]:
     return list(dict.fromkeys([*rules, *(FROZEN for method in methods if method.needs_base)]))
 
 
+def keeps_contexts(config: TrainConfig, task: Method) -> bool:
+    """Whether the contexts of a task's teacher may be cached for later epochs: it is frozen, and not sharded.
+
+    Contexts that are made after sampling are read once.
+    """
+    kept = config.teacher_cache_mib and not config.fsdp and task.select is None
+    return bool(kept and task.teacher and task.teacher.kind == "frozen")
+
+
 def check_parts(config: TrainConfig, processes: int | None = None) -> None:
     """Check that every step has room for all of its parts.
 

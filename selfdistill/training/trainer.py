@@ -55,6 +55,7 @@ from selfdistill.training.setup import (
     choose_weights,
     chosen_rows,
     divide_steps,
+    keeps_contexts,
     make_accelerator,
     make_stages,
     model_digests,
@@ -158,7 +159,7 @@ class Trainer:
             start.check(self)
         for stage in self.stages:
             self._draw(stage)
-        self.prefix_caches = {} if config.fsdp else self._make_caches()
+        self.prefix_caches = self._make_caches()
         self.selector = Selector(config, self.chat, self.loaded.window)
         self.gradient = BatchGradient(
             config, self.accelerator, self.loaded, self.selector, self.forward_pass, self.teachers, self.prefix_caches
@@ -202,12 +203,10 @@ class Trainer:
             return engine_for(self.loaded)
 
     def _make_caches(self) -> dict[TeacherRule, PrefixCache | None]:
-        """A cache for the contexts of the task's teacher, if it is frozen; prompts beside it rarely come twice."""
-        if self.teacher is None or self.teacher.kind != "frozen":
-            return {}
-        tasks = [stage.task for stage in self.stages if stage.task.method.teacher and not stage.task.method.select]
+        """A cache for the contexts of the task's teacher, if they are kept; prompts beside it rarely come twice."""
+        tasks = [stage.task for stage in self.stages if keeps_contexts(self.config, stage.task.method)]
         contexts = [example.teacher_ids for task in tasks for example in task.examples if example.teacher_ids]
-        if not contexts:  # they are made during the run
+        if self.teacher is None or not contexts:
             return {}
         return {self.teacher.rule: self.forward_pass.keep(contexts, self.config.teacher_cache_mib * 2**20)}
 
