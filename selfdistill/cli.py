@@ -172,6 +172,20 @@ def _saving(command: str) -> tuple[str, bool]:
 # --- commands: from the given options to an exit code ---
 
 
+def _result_of(function: str) -> Callable[[dict[str, Any]], int]:
+    """A command that prints the result of a function of the API; the exit code is the result's, or 0 if it has none."""
+
+    def command(given: dict[str, Any]) -> int:
+        from selfdistill import api
+
+        with _printed(given) as show:
+            result = getattr(api, function)(**given)
+            show(result, result.details)
+        return int(getattr(result, "exit_code", 0))
+
+    return command
+
+
 def _train(given: dict[str, Any]) -> int:
     from selfdistill import api
 
@@ -216,15 +230,6 @@ def _compare(given: dict[str, Any]) -> int:
     return RunFailed.exit_code if result.all_failed else 0
 
 
-def _eval(given: dict[str, Any]) -> int:
-    from selfdistill import api
-
-    with _printed(given) as show:
-        result = api.evaluate(**given)
-        show(result, result.details)
-    return 0
-
-
 def _check(given: dict[str, Any]) -> int:
     from selfdistill import api
 
@@ -250,33 +255,6 @@ def _plan_of_check(given: dict[str, Any], planned_for: dict[str, Any]) -> dict[s
         return {"plan": None}
     found.print(result_console())
     return {"plan": found.to_dict()}
-
-
-def _ask(given: dict[str, Any]) -> int:
-    from selfdistill import api
-
-    with _printed(given) as show:
-        result = api.ask(**given)
-        show(result, result.details)
-    return 0
-
-
-def _learn(given: dict[str, Any]) -> int:
-    from selfdistill import api
-
-    with _printed(given) as show:
-        result = api.learn(**given)
-        show(result, result.details)
-    return result.exit_code
-
-
-def _questions(given: dict[str, Any]) -> int:
-    from selfdistill import api
-
-    with _printed(given) as show:
-        result = api.make_questions(**given)
-        show(result, result.details)
-    return 0
 
 
 def _demo(given: dict[str, Any]) -> int:
@@ -324,11 +302,11 @@ _RUN: dict[str, Callable[[dict[str, Any]], int]] = {
     "demo": _demo,
     "check": _check,
     "train": _train,
-    "ask": _ask,
-    "eval": _eval,
+    "ask": _result_of("ask"),
+    "eval": _result_of("evaluate"),
     "compare": _compare,
-    "learn": _learn,
-    "questions": _questions,
+    "learn": _result_of("learn"),
+    "questions": _result_of("make_questions"),
     "report": _report,
     "export": _export,
     "merge": _merge,

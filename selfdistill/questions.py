@@ -252,7 +252,7 @@ class _Maker:
             prompts,
             rows,
             self._chat,
-            max_completion_length=ASK_TOKENS,
+            Sampling(ASK_TOKENS, temperature=0),
             batch_size=self._config.batch_size,
             what="questions answered from their text",
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.evaluation import answer
-from selfdistill.model import LoadedModel, load_model, sample_seed, to_best_device, training_precision
+from selfdistill.model import LoadedModel, Sampling, load_model, sample_seed, to_best_device, training_precision
 
 MODEL = "smollm2-135m"
 SAMPLES, TEMPERATURE, LENGTH = 8, 0.3, 48
@@ -54,10 +54,9 @@ def asked(loaded: LoadedModel, files: Sequence[str]) -> list[Asked]:
             prompts * times,
             rows * times,
             chat,
-            max_completion_length=LENGTH,
+            Sampling(LENGTH, temperature),
             batch_size=64,
             scorer="contains",
-            temperature=temperature,
             seeds=seeds,
         )
         return many.correct

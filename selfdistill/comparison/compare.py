@@ -301,7 +301,7 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
         UserError: rows are too long, or lack what a method learns from.
     """
     rows = load_demonstrations(config.data, split=config.split, turns=config.turns)
-    count, chat = len(rows), base.chat(config.chat_template_kwargs, config.template_date)
+    count, chat = len(rows), base.chat_for(config)
     for kind in kinds_of(config):
         stages = stages_of(first_run(config, kind))
         for source in (part.method.examples for parts in stages for part in parts):

@@ -28,12 +28,10 @@ from selfdistill.config.files import (
     without_defaults,
 )
 from selfdistill.config.method import SHORTEST, MethodName, MethodSettings
-from selfdistill.config.train import LEARNING_RATE, LORA_LEARNING_RATE, OPEN, TrainConfig, TrainingSettings
+from selfdistill.config.train import OPEN, TrainConfig, TrainingSettings, default_learning_rate
 from selfdistill.config.trl_names import trl_hint
 
 __all__ = [
-    "LEARNING_RATE",
-    "LORA_LEARNING_RATE",
     "MAY_CHANGE",
     "OPEN",
     "SHARED_WITH_CHECK",
@@ -60,6 +58,7 @@ __all__ = [
     "as_begun",
     "changes",
     "continued",
+    "default_learning_rate",
     "dump_yaml",
     "load_saved",
     "load_yaml",

@@ -21,8 +21,11 @@ Precision = Annotated[
 
 OPEN = ("gradient_accumulation_steps", "gradient_checkpointing")
 """Settings that the memory plan chooses unless they are given; they do not change the result."""
-LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
-"""Defaults of ``learning_rate``, with full fine-tuning and with LoRA."""
+
+
+def default_learning_rate(lora_rank: int | None) -> float:
+    """The value of ``learning_rate`` if it is not set."""
+    return 1e-4 if lora_rank else 1e-5
 
 
 class OneRun(ModelSettings):

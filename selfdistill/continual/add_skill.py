@@ -221,7 +221,7 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
             skills[name] = EvaluationSet(loaded, rows, {}, settings).ask(
                 loaded, judge_of(settings), who="model", rows=f"skill {name}"
             )[0]
-        chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+        chat = loaded.chat_for(config)
         priors = encode_priors(loaded, chat, load_prior(prior)) if prior else []
         return {"skills": skills, **prior_scores(loaded, chat, priors, config.batch_size, "model")}
 

@@ -67,7 +67,7 @@ def fitting_rows(run: TrainConfig, config: LearnConfig, rows: Sequence[Demonstra
 def _model_of(run: TrainConfig) -> tuple[LoadedModel, ChatFormat]:
     """The model without its weights."""
     loaded = fake_model(run.model, dtype=run.dtype, adapter_base=run.adapter_base, trained=False)
-    return loaded, loaded.chat(run.chat_template_kwargs, run.template_date)
+    return loaded, loaded.chat_for(run)
 
 
 def date_shown(run: TrainConfig) -> str | None:

@@ -105,7 +105,7 @@ def _chunk(
         return {"rows": 0, "accuracy": None, "steps": 0, "loss_before": None, "loss_after": None, "training": None}
     loaded = load_for_training(model, dtype=config.dtype, adapter_base=config.adapter_base)
     use_engine(loaded, config)
-    chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+    chat = loaded.chat_for(config)
     with training_precision(loaded.model, config.mixed_precision):
         questions = EvaluationSet(loaded, chunk, {}, config)
         accuracy = questions.answers(loaded, judge_of(config), what="test of a chunk").accuracy

@@ -108,13 +108,11 @@ def answer(
     prompts: Sequence[Sequence[int]],
     demonstrations: Sequence[Demonstration],
     chat: ChatFormat,
+    sampling: Sampling,
     *,
-    max_completion_length: int,
     batch_size: int,
     scorer: str | None = None,
     judge: Judge | None = None,
-    temperature: float = 0,
-    top_p: float = 1,
     seeds: Sequence[int] | None = None,
     what: str | None = None,
     scored: bool = True,
@@ -126,12 +124,10 @@ def answer(
         prompts: token ids, the student's or the teacher's, one per demonstration.
         demonstrations: what the replies are scored against.
         chat: the model's chat format.
-        max_completion_length: maximum length of a reply, in tokens.
+        sampling: how the replies are sampled.
         batch_size: prompts per batch; an engine forms its own batches.
         scorer: scorer for rows that name none.
         judge: required if a scorer is ``judge``.
-        temperature: sampling temperature; 0: greedy.
-        top_p: nucleus sampling: sample from the smallest set of tokens with at least this mass.
         seeds: one per reply, for sampling.
         what: label of the progress bar; None: silent.
         scored: whether to score the replies; if not, ``correct`` is empty.
@@ -143,7 +139,6 @@ def answer(
         check_answers(demonstrations, scorer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batch prompts of similar length: less padding
     rollouts: list[Rollout | None] = [None] * len(prompts)
-    sampling = Sampling(max_completion_length, temperature, top_p)
     size = prompts_at_a_time(loaded, batch_size)
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     with ProgressBar(f"{what}, batch", len(batches), quiet=what is None) as reporter:

@@ -108,7 +108,7 @@ class EvaluationSet:
         pool: Sequence[Demonstration] | None = None,
     ) -> None:
         self.config = config
-        self.chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+        self.chat = loaded.chat_for(config)
         self._player = player_of(config, self.chat, config.batch_size)
         self.rows: list[Example]
         self.rows, self.dropped = encoded(
@@ -173,12 +173,10 @@ class EvaluationSet:
             prompts,
             [row.demonstration for row in rows],
             self.chat,
-            max_completion_length=sampling.max_completion_length,
+            sampling,
             batch_size=self.config.batch_size,
             scorer=self.config.scorer,
             judge=judge,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
             seeds=seeds,
             what=what,
         )
@@ -360,7 +358,7 @@ def _measured(
 def _general_distance(base: LoadedModel, loaded: LoadedModel, config: EvalConfig) -> Between:
     contexts, answers = [], []
     for model in (base, loaded):
-        chat = model.chat(config.chat_template_kwargs, config.template_date)
+        chat = model.chat_for(config)
         contexts.append(encode_prompts(drift_prompts(), chat))
         answers.append([r.ids for r in sample(model, contexts[-1], Sampling(ANSWER_TOKENS, temperature=0))])
     return between(base, loaded, contexts[0], contexts[1], answers[0], answers[1])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, CheckConfig
+from selfdistill.config import CheckConfig, default_learning_rate
 from selfdistill.data import (
     Demonstration,
     Example,
@@ -87,7 +87,7 @@ class Measure:
     ) -> None:
         self.config, self.pool, self.loaded = config, rows_of(config, demonstrations), loaded
         self.bfloat16 = resolved_precision(config.mixed_precision) == "bf16"
-        self.chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+        self.chat = loaded.chat_for(config)
         self.forward_pass = ForwardPass(loaded)
         self.player = player_of(config, self.chat, batch_size=16)
         self.general = drawn_anchors(config, anchors, loaded, self.chat)
@@ -183,20 +183,20 @@ class Measure:
         return torch.autocast(self.loaded.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def _answer(self, prompts: list[list[int]], rows: Sequence[Example], loaded: LoadedModel | None = None) -> Answers:
+        asked, judge = loaded or self.loaded, judge_of(self.config)
+        greedy = Sampling(self.config.max_completion_length, temperature=0)
         with self._arithmetic():
             if self.player:
-                policy = Sampling(self.config.max_completion_length, temperature=0)
-                judge = judge_of(self.config)
-                return self.player(loaded or self.loaded, rows, prompts, policy, judge=judge, scored=self.scored)
+                return self.player(asked, rows, prompts, greedy, judge=judge, scored=self.scored)
             return answer(
-                loaded or self.loaded,
+                asked,
                 prompts,
                 [row.demonstration for row in rows],
                 self.chat,
-                max_completion_length=self.config.max_completion_length,
+                greedy,
                 batch_size=16,
                 scorer=self.config.scorer,
-                judge=judge_of(self.config),
+                judge=judge,
                 scored=self.scored,
             )
 
@@ -379,7 +379,7 @@ class Measure:
     @cached_property
     def _trials(self) -> Trials:
         rank = self.config.lora_rank
-        rate = self.config.learning_rate or (LORA_LEARNING_RATE if rank else LEARNING_RATE)
+        rate = self.config.learning_rate or default_learning_rate(rank)
         settings = TrialSettings(rate, self._sampling(), self.config.seed, rank, self._arithmetic)
         return Trials(self.loaded, self.forward_pass, self.general, self.chat, settings)
 

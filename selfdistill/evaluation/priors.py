@@ -32,7 +32,7 @@ from selfdistill.data import (
 )
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import answer, check_answers
-from selfdistill.model import ForwardPass, LoadedModel
+from selfdistill.model import ForwardPass, LoadedModel, Sampling
 from selfdistill.runtime import ProgressBar, say_note
 
 REPLY_TOKENS = 48
@@ -306,7 +306,7 @@ def _replied(
         prior.contexts,
         questions,
         chat,
-        max_completion_length=REPLY_TOKENS,
+        Sampling(REPLY_TOKENS, temperature=0),
         batch_size=32,
         scorer=_SCORER,
         what=what,

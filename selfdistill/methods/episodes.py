@@ -274,7 +274,7 @@ class EpisodeSamples(StudentSamples):
     config: TrainConfig = field(kw_only=True, compare=False)
 
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
-        chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        chat = loaded.chat_for(self.config)
         expanded, seeds = self.expanded(examples, step)
         return play(loaded, chat, expanded, self.sampling, self.rules, seeds)
 

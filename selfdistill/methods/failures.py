@@ -95,7 +95,7 @@ class OthersSuccesses(DrawnSamples):
         return load_matching(self.model, loaded, dtype=self.config.dtype)
 
     def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
-        chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        chat = loaded.chat_for(self.config)
         check = ScorerChecker(self.config.scorer)
         found: list[list[int]] = [[] for _ in examples]
         for number in range(self.tries):

@@ -88,7 +88,7 @@ class GuidedAfterFailure:
 
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
         made = StudentSamples(self.sampling, self.group, self.seed)(loaded, examples, step)
-        config, chat = self.config, loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        config, chat = self.config, loaded.chat_for(self.config)
         check = ScorerChecker(config.scorer)
         encode = encoder_of(config, chat, loaded.window)
         verdicts = verdicts_on(check, made, chat)

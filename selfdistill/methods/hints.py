@@ -92,7 +92,7 @@ class ShortestHints(DrawnSamples):
         return [replace(x, teacher_ids=ids) for x, ids in zip(drawn, seen, strict=True)]
 
     def _encoder(self, loaded: LoadedModel) -> ContextEncoder:
-        chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        chat = loaded.chat_for(self.config)
         return encoder_of(self.config, chat, loaded.window)
 
     def _with_pictures(self, drawn: Example, whole: list[int], encode: ContextEncoder) -> list[int] | None:

@@ -79,7 +79,7 @@ def _problems(stages: Sequence[Method]) -> Iterator[str]:
             if method.relative_weights and method.weighting is None:
                 yield f"{where}slot 'relative_weights': found True without 'weighting'; give one, or leave this out"
             teacher = method.teacher
-            if teacher and teacher.kind in ("ema", "snapshot") and teacher not in tasks:
+            if teacher and teacher.moves and teacher not in tasks:
                 yield (
                     f"{where}slot 'teacher': found {teacher}, but only the task's teacher follows the student; give "
                     "the task the same rule, or use FROZEN here"

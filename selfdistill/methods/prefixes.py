@@ -67,7 +67,7 @@ def prompted(
     Raises:
         UserError: such a prompt is too long, or the chat template cannot show it.
     """
-    chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+    chat = loaded.chat_for(config)
     encode = encoder_of(config, chat, loaded.window)
     shown = [_prompted(x, prefix, encode) for x, prefix in zip(examples, prefixes, strict=True)]
     if encode.unfit:
@@ -139,7 +139,7 @@ class MicroGroups:
         return sum(self.sizes)
 
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]:
-        chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        chat = loaded.chat_for(self.config)
         check = ScorerChecker(self.config.scorer)
         made: list[list[Completion]] = [[] for _ in examples]
         rewards: list[list[float]] = [[] for _ in examples]
@@ -220,7 +220,7 @@ class ShortestPrefixes(DrawnSamples):
         return example.student_ids
 
     def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
-        chat = loaded.chat(self.config.chat_template_kwargs, self.config.template_date)
+        chat = loaded.chat_for(self.config)
         check, found = ScorerChecker(self.config.scorer), dict.fromkeys(range(len(examples)), -1)
         for number in range(self.lengths + 1):
             open_ = [i for i in found if found[i] < 0 for _ in range(self.tries)]

@@ -7,6 +7,7 @@ from selfdistill.model.engine import Engine, engine_for, prompts_at_a_time, use_
 from selfdistill.model.episode_sampling import TurnSampler
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, check_matching, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
+from selfdistill.model.fingerprints import network_fingerprint, start_fingerprint
 from selfdistill.model.forward import ForwardOutput, ForwardPass
 from selfdistill.model.four_bits import (
     can_be_in_4bit,
@@ -32,10 +33,7 @@ from selfdistill.model.loading import (
     load_matching,
     load_model,
     matched,
-    network_fingerprint,
-    start_fingerprint,
     to_best_device,
-    weights_fingerprint,
 )
 from selfdistill.model.lora import add_lora, check_base, describe_lora, with_lora
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
@@ -140,7 +138,6 @@ __all__ = [
     "use_engine",
     "vision_weights",
     "weight_tensors",
-    "weights_fingerprint",
     "with_lora",
     "with_own_dtype",
 ]

@@ -1,10 +1,8 @@
-"""Safe loading of models and tokenizers, adapters, and fingerprints of weights."""
+"""Safe loading of models, tokenizers and adapters."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,17 +11,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from selfdistill.config import EngineSettings
+from selfdistill.config import EngineSettings, ModelSettings
 from selfdistill.data import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.model.adapters import attach, merged, read_config, without_adapter
 from selfdistill.model.device import best_device, has_gpu
 from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.files import has_tokenizer, local_folder, resolve
-from selfdistill.model.four_bits import plain, scales
 from selfdistill.model.pictures import PictureInputs, divided, has_own_positions, pictures_for
 from selfdistill.model.rollout_count import RolloutCount
 from selfdistill.model.weights import (
@@ -34,9 +30,6 @@ from selfdistill.model.weights import (
     refuse_other_vocabulary,
 )
 from selfdistill.runtime import library_warnings, say
-
-_OF_FILES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
-"""What ``config.json`` says of its files. The type of the weights is part of their fingerprint."""
 
 
 @dataclass
@@ -86,6 +79,10 @@ class LoadedModel:
     def chat(self, kwargs: Mapping[str, Any] | None = None, date: str | None = None) -> ChatFormat:
         """How the model's tokenizer encodes messages; see :class:`ChatFormat`."""
         return ChatFormat(self.tokenizer, self.end_token_ids, kwargs or {}, date, self.pictures)
+
+    def chat_for(self, config: ModelSettings) -> ChatFormat:
+        """The same, with the template's arguments and the date of the settings."""
+        return self.chat(config.chat_template_kwargs, config.template_date)
 
 
 def load_model(
@@ -344,38 +341,6 @@ def load_for_training(
     return to_best_device(
         load_model(name, dtype=dtype, merge_adapter=True, adapter_base=adapter_base, load_in_4bit=load_in_4bit)
     )
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of names, shapes, data types and bits of all weights, and of the scales of quantised ones."""
-    digest = hashlib.sha256()
-    for name, weight in (*model.named_parameters(), *scales(model).items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-        digest.update(plain(weight).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def start_fingerprint(loaded: LoadedModel) -> str:
-    """Fingerprint of the weights before training; empty if an adapter was merged.
-
-    Merging may round differently on another machine.
-    """
-    return "" if loaded.merged_adapter else weights_fingerprint(loaded.model)
-
-
-def network_fingerprint(loaded: LoadedModel) -> str:
-    """SHA-256 of ``config.json`` without what only describes its files; empty if the model has no files.
-
-    The file, because what transformers makes of it differs between releases.
-    """
-    file = None if loaded.files is None else loaded.files / "config.json"
-    if file is None or not file.is_file():
-        return ""
-    said = json.loads(
-        file.read_text(encoding="utf-8"),
-        object_hook=lambda part: {name: value for name, value in part.items() if name not in _OF_FILES},
-    )
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def load_matching(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:

@@ -51,6 +51,11 @@ class TeacherRule:
     model: str | None = None
     """A separate model (``frozen``); None: the student's own weights."""
 
+    @property
+    def moves(self) -> bool:
+        """Whether weights of its own follow the student's."""
+        return self.kind in ("ema", "snapshot")
+
 
 class Teacher:
     """The teacher of one run.
@@ -80,7 +85,7 @@ class Teacher:
         if other is not None:
             assert kind == "frozen", "another model does not follow the student"
             self._copy = other.model.requires_grad_(False).eval()
-        elif self._lora and kind in ("ema", "snapshot"):
+        elif self._lora and rule.moves:
             loaded.model.add_adapter(ADAPTER, loaded.model.peft_config["default"])
             loaded.model.set_adapter("default")
             parameters = dict(loaded.model.named_parameters())
@@ -100,11 +105,11 @@ class Teacher:
         self._scoring: dict[str, Tensor] = {}  # the teacher's weights used for scoring, by name
         if self._copy is not None:
             self._scoring = {name: p for name, p in self._copy.named_parameters() if p is not students.get(name)}
-        elif self._lora and self.kind in ("ema", "snapshot"):
+        elif self._lora and self.rule.moves:
             self._scoring = {name: p for name, p in students.items() if f".{ADAPTER}." in name}
         self._followed: dict[str, Tensor] = {}  # the student's
         self._average: dict[str, Tensor] = {}  # the float32 average; the scoring weights themselves if float32
-        if self.kind in ("ema", "snapshot"):
+        if self.rule.moves:
             self._followed = {name: students[_students_name(name)] for name in self._scoring}
             self._average = {name: _averaged(t.detach()) for name, t in self._scoring.items()}
         self._staging = self._make_staging()

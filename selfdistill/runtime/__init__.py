@@ -51,7 +51,7 @@ from selfdistill.runtime.resources import (
     free_bytes,
     free_memory,
     is_out_of_memory,
-    own_share,
+    own_memory,
     peak_memory,
 )
 from selfdistill.runtime.signals import StopRequests
@@ -98,7 +98,7 @@ __all__ = [
     "is_rank0",
     "library_warnings",
     "local_world_size",
-    "own_share",
+    "own_memory",
     "peak_memory",
     "planned_devices",
     "progress_shown",

@@ -47,11 +47,12 @@ def free_memory(device: torch.device) -> int | None:
     return min([free, *cgroup_memory()])
 
 
-def own_share(free: int | None, device: torch.device) -> int | None:
+def own_memory(device: torch.device) -> int | None:
     """Of the device's free bytes those for this process: its processes share a machine's memory, and none shares a GPU.
 
     None if they are unknown.
     """
+    free = free_memory(device)
     return free if free is None or device.type != "cpu" else free // local_world_size()
 
 

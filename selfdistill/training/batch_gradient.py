@@ -100,8 +100,7 @@ class PartResult:
     @property
     def turn_losses(self) -> dict[str, float]:
         """Mean loss by the number of the reply that tokens belong to, as names of metrics; empty without episodes."""
-        losses = {name: total for name, total in self.statistics.items() if name.startswith("turn_loss/")}
-        return {name: total / self.statistics[name.replace("loss", "weight")] for name, total in losses.items()}
+        return self._means("turn_loss", "turn_weight")
 
     @property
     def teacher_gains(self) -> dict[str, float]:
@@ -109,8 +108,12 @@ class PartResult:
 
         Empty without a teacher.
         """
-        gains = {name: total for name, total in self.statistics.items() if name.startswith("teacher_gain/")}
-        return {name: total / self.statistics[name.replace("gain", "weight")] for name, total in gains.items()}
+        return self._means("teacher_gain", "teacher_weight")
+
+    def _means(self, sums: str, weights: str) -> dict[str, float]:
+        """The statistics ``sums/...``, each divided by its weight."""
+        found = {name: total for name, total in self.statistics.items() if name.startswith(f"{sums}/")}
+        return {name: total / self.statistics[name.replace(sums, weights, 1)] for name, total in found.items()}
 
 
 @dataclass

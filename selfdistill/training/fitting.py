@@ -285,9 +285,9 @@ def _changes(planner: MemoryPlanner, config: TrainConfig, *, only_open: bool) ->
     moves = [moved for moved in _moves(config, planner) if not only_open or all(is_open.get(name) for name in moved)]
     if only_open and not is_open["gradient_accumulation_steps"]:
         return moves, []
-    processes = planner.device(config).processes if config.fsdp else 1  # as in make_accelerator()
+    shares = planner.device(config).shares(config)
     more = range(config.micro_batches + 1, config.batch_size + 1)
-    return moves, [{"gradient_accumulation_steps": n} for n in more if config.batch_size % (n * processes) == 0]
+    return moves, [{"gradient_accumulation_steps": n} for n in more if config.batch_size % (n * shares) == 0]
 
 
 def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:

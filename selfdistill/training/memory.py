@@ -63,7 +63,7 @@ from selfdistill.training.memory_result import GIB, MIB, MemoryPlan, Phase
 from selfdistill.training.planned_caches import contexts_bytes, features_bytes
 from selfdistill.training.planned_parts import characters, longest_lengths, planned_methods, planned_stages
 from selfdistill.training.rates import Rates
-from selfdistill.training.setup import chosen_rows, teacher_rules
+from selfdistill.training.setup import chosen_rows, keeps_contexts, teacher_rules
 from selfdistill.training.sharding import Sharding
 from selfdistill.training.step_time import TimePlan, time_plan
 from selfdistill.training.traced_step import (
@@ -138,12 +138,10 @@ class MemoryPlanner:
         rows = self._rows[::-1] if least else self._rows
         stages = planned_stages(config, rows, loaded, config.batch_size, least=least)
         others = self._others(config)
-        # Contexts that are made after sampling are read once.
-        tasks = {parts[0].method.teacher for parts in stages if parts[0].method.select is None}
-        cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
+        tasks = [parts[0].method for parts in stages]
+        cached = list({task.teacher for task in tasks if task.teacher and keeps_contexts(config, task)})
         if self.has_pictures or not has_full_attention(loaded.model.config.get_text_config()):
             cached = []
-        cached = [] if config.fsdp else cached
         sharding = Sharding.of(config, device, loaded, others) if config.fsdp else None
         key = (config.model_dump_json(exclude={"optim"}), least)  # the moments are no part of a trace
         if key not in self._traces:
@@ -158,7 +156,7 @@ class MemoryPlanner:
         if _is_on_host(config, device):
             host = _total_average(averaged) + 3 * staging_bytes(averaged)
         elif "sampling" in traced:  # meanwhile a thread moves the average
-            moved = Bytes({"teacher": 2 * staging_bytes(averaged, _shares(config, device))})
+            moved = Bytes({"teacher": 2 * staging_bytes(averaged, device.shares(config))})
             traced["sampling"] = traced["sampling"] + moved
         before = Bytes({name: permanent[name] for name in permanent if name not in ("moments", "contexts", "drift")})
         phases = tuple(
@@ -269,7 +267,7 @@ def _permanent(
     others: dict[TeacherRule, LoadedModel],
 ) -> Bytes:
     """Permanent memory, without what is cached for later steps."""
-    model, shares = loaded.model, _shares(config, device)
+    model, shares = loaded.model, device.shares(config)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     rules = teacher_rules(planned_methods(config))
     averaged = [] if _is_on_host(config, device) else _averaged(config, loaded)
@@ -289,11 +287,6 @@ def _permanent(
     return permanent
 
 
-def _shares(config: TrainConfig, device: Device) -> int:
-    """How many processes hold a share of the weights each."""
-    return device.processes if config.fsdp else 1
-
-
 def _teacher_bytes(
     config: TrainConfig, rule: TeacherRule, loaded: LoadedModel, others: dict[TeacherRule, LoadedModel]
 ) -> int:
@@ -301,7 +294,7 @@ def _teacher_bytes(
     if rule in others:
         return tensor_bytes(others[rule].model.parameters())
     if config.lora_rank:
-        return tensor_bytes(p for p in loaded.model.parameters() if p.requires_grad) if _moves(rule) else 0
+        return tensor_bytes(p for p in loaded.model.parameters() if p.requires_grad) if rule.moves else 0
     if rule.kind == "live":
         return 0
     moving = (p for p in loaded.model.parameters() if p.requires_grad)  # it shares the frozen ones
@@ -310,11 +303,7 @@ def _teacher_bytes(
 
 def has_moving_teacher(config: TrainConfig) -> bool:
     """Whether a teacher of a run with these settings follows the student."""
-    return any(map(_moves, teacher_rules(planned_methods(config))))
-
-
-def _moves(rule: TeacherRule) -> bool:
-    return rule.kind in ("ema", "snapshot")
+    return any(rule.moves for rule in teacher_rules(planned_methods(config)))
 
 
 def _averaged(config: TrainConfig, loaded: LoadedModel) -> list[Tensor]:

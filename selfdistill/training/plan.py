@@ -22,8 +22,7 @@ from selfdistill.runtime import (
     THIS,
     Printable,
     check_tracker,
-    free_memory,
-    own_share,
+    own_memory,
     peak_memory,
     world_size,
 )
@@ -182,7 +181,7 @@ def plan_for(
     if device == THIS:
         accelerator = make_accelerator(config)
         own = Device.of(accelerator)
-        has: float | None = own_share(free_memory(accelerator.device), accelerator.device)
+        has: float | None = own_memory(accelerator.device)
         rates = partial(measured_rates, accelerator.device)
     else:
         own, has = Device("cuda", "bf16", processes), None

@@ -45,7 +45,7 @@ def planned_stages(
 def _stages_with(
     config: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, least: bool
 ) -> list[list[PlannedPart]]:
-    chat = loaded.chat(config.chat_template_kwargs, config.template_date)
+    chat = loaded.chat_for(config)
     contexts = LAYOUTS if config.context == "auto" and uses(config, "context") else (config.context,)
     found: list[list[list[PlannedPart]]] = []
     problems: list[UserError] = []

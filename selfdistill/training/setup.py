@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import mean
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
-from selfdistill.config import LEARNING_RATE, LORA_LEARNING_RATE, LearnConfig, TrainConfig, TrainingSettings
+from selfdistill.config import LearnConfig, TrainConfig, TrainingSettings, default_learning_rate
 from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
@@ -47,6 +47,14 @@ from selfdistill.model import (
 )
 from selfdistill.runtime import barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
+
+
+class _HasMethod(Protocol):
+    @property
+    def method(self) -> Method: ...
+
+
+APart = TypeVar("APart", bound=_HasMethod)
 
 
 @dataclass
@@ -91,6 +99,14 @@ class Stage:
     def own_samples(self) -> list[EncodedPart]:
         """The parts with samples of their own; they divide a batch."""
         return [part for part in self.parts if not part.same_samples]
+
+
+def by_sequence(parts: Iterable[APart]) -> list[list[APart]]:
+    """The parts in groups with equal sequences; those of a group are sampled by one call."""
+    groups: dict[Any, list[APart]] = {}
+    for part in parts:
+        groups.setdefault(part.method.sequence, []).append(part)
+    return list(groups.values())
 
 
 @contextmanager
@@ -236,6 +252,15 @@ def teacher_rules(methods: Iterable[Method]) -> list[TeacherRule]:
     return list(dict.fromkeys([*rules, *(FROZEN for method in methods if method.needs_base)]))
 
 
+def keeps_contexts(config: TrainConfig, task: Method) -> bool:
+    """Whether the contexts of a task's teacher may be cached for later epochs: it is frozen, and not sharded.
+
+    Contexts that are made after sampling are read once.
+    """
+    kept = config.teacher_cache_mib and not config.fsdp and task.select is None
+    return bool(kept and task.teacher and task.teacher.kind == "frozen")
+
+
 def check_parts(config: TrainConfig, processes: int | None = None) -> None:
     """Check that every step has room for all of its parts.
 
@@ -324,7 +349,7 @@ def with_defaults(config: TrainConfig, task: EncodedPart, mixed_precision: str) 
     return config.model_copy(
         update={
             "max_steps": steps_of(config, len(task.examples), task.share),
-            "learning_rate": config.learning_rate or (LORA_LEARNING_RATE if config.lora_rank else LEARNING_RATE),
+            "learning_rate": config.learning_rate or default_learning_rate(config.lora_rank),
             "lora_alpha": config.lora_alpha or (2.0 * config.lora_rank if config.lora_rank else None),
             "mixed_precision": mixed_precision,
         }

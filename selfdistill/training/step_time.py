@@ -241,7 +241,7 @@ def _update_seconds(
     moved = 3 * size + 3 * size + 2 * moment_bytes(trained, config.optim)
     if any(part.method.teacher and part.method.teacher.kind == "ema" for stage in stages for part in stage):
         moved += size + 8 * sum(weight.numel() for weight in trained)
-    return moved / rates.bandwidth / (device.processes if config.fsdp else 1)
+    return moved / rates.bandwidth / device.shares(config)
 
 
 def duration_text(seconds: float) -> str:

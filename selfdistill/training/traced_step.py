@@ -36,6 +36,7 @@ from selfdistill.model import (
     tensor_bytes,
     weight_tensors,
 )
+from selfdistill.training.setup import by_sequence
 
 Ids = list[int]
 Bytes = Counter[str]
@@ -58,6 +59,10 @@ class Device:
     def of(cls, accelerator: Accelerator) -> Device:
         """The device of this process."""
         return cls(accelerator.device.type, str(accelerator.mixed_precision), accelerator.num_processes)
+
+    def shares(self, config: TrainConfig) -> int:
+        """How many processes hold a share of the weights each, and need equal parts of a batch."""
+        return self.processes if config.fsdp else 1
 
 
 def arithmetic(weights: torch.dtype, mixed_precision: str) -> str:
@@ -96,9 +101,7 @@ class PlannedPart:
 
 def sampled_together(parts: Sequence[PlannedPart]) -> list[list[PlannedPart]]:
     """A step's parts whose completions are sampled, those that are sampled by one call together."""
-    own = [part for part in parts if part.method.sequence.sampling is not None and not part.same_samples]
-    sequences = dict.fromkeys(part.method.sequence for part in own)
-    return [[part for part in own if part.method.sequence == sequence] for sequence in sequences]
+    return by_sequence(part for part in parts if part.method.sequence.sampling is not None and not part.same_samples)
 
 
 class TracedStep:

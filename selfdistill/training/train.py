@@ -19,9 +19,8 @@ from selfdistill.runtime import (
     barrier,
     broadcast_from_rank0,
     check_tracker,
-    free_memory,
     is_rank0,
-    own_share,
+    own_memory,
     say,
     say_note,
     world_size,
@@ -183,8 +182,7 @@ def plan_memory(
         UserError: there is not enough; names the nearest settings for which there is.
     """
     accelerator = make_accelerator(config)
-    own = own_share(free_memory(accelerator.device), accelerator.device)
-    free = [free for free in all_gather([own]) if free is not None]
+    free = [free for free in all_gather([own_memory(accelerator.device)]) if free is not None]
     limit = min(free, default=None)  # the same on all ranks, so that all are refused or none
     if limit is not None and loaded is not None and loaded.device.type == accelerator.device.type:
         limit += tensor_bytes(loaded.model.parameters())

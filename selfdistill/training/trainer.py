@@ -50,10 +50,12 @@ from selfdistill.training.setup import (
     EncodedPart,
     Stage,
     batch_unit,
+    by_sequence,
     check_engine,
     choose_weights,
     chosen_rows,
     divide_steps,
+    keeps_contexts,
     make_accelerator,
     make_stages,
     model_digests,
@@ -109,7 +111,7 @@ class Trainer:
         """Of the model and of ``teacher_model``; see :func:`selfdistill.training.resume.digests_of`."""
         for note in self.loaded.notes:
             say_note(note)
-        self.chat = self.loaded.chat(config.chat_template_kwargs, config.template_date)
+        self.chat = self.loaded.chat_for(config)
         config = config.model_copy(update={"template_date": self.chat.date})  # methods make chat formats of their own
         self.stages = make_stages(config, chosen_rows(demonstrations, config), self.loaded, self.chat)
         refuse_with_pictures(config, self.stages, self.loaded)
@@ -157,7 +159,7 @@ class Trainer:
             start.check(self)
         for stage in self.stages:
             self._draw(stage)
-        self.prefix_caches = {} if config.fsdp else self._make_caches()
+        self.prefix_caches = self._make_caches()
         self.selector = Selector(config, self.chat, self.loaded.window)
         self.gradient = BatchGradient(
             config, self.accelerator, self.loaded, self.selector, self.forward_pass, self.teachers, self.prefix_caches
@@ -201,12 +203,10 @@ class Trainer:
             return engine_for(self.loaded)
 
     def _make_caches(self) -> dict[TeacherRule, PrefixCache | None]:
-        """A cache for the contexts of the task's teacher, if it is frozen; prompts beside it rarely come twice."""
-        if self.teacher is None or self.teacher.kind != "frozen":
-            return {}
-        tasks = [stage.task for stage in self.stages if stage.task.method.teacher and not stage.task.method.select]
+        """A cache for the contexts of the task's teacher, if they are kept; prompts beside it rarely come twice."""
+        tasks = [stage.task for stage in self.stages if keeps_contexts(self.config, stage.task.method)]
         contexts = [example.teacher_ids for task in tasks for example in task.examples if example.teacher_ids]
-        if not contexts:  # they are made during the run
+        if self.teacher is None or not contexts:
             return {}
         return {self.teacher.rule: self.forward_pass.keep(contexts, self.config.teacher_cache_mib * 2**20)}
 
@@ -248,7 +248,7 @@ class Trainer:
     def _teacher_drift(self, students: float) -> float:
         """The teacher's drift; measured only for moving teachers, known for the others."""
         assert self.teacher is not None
-        if self.teacher.kind in ("frozen", "live"):
+        if not self.teacher.rule.moves:
             return students if self.teacher.kind == "live" else 0.0
         with self.teacher.model() as network:
             return self._drift_of(network)
@@ -351,16 +351,15 @@ class Trainer:
     ) -> dict[str, list[Completion]]:
         """The completions of each part's examples, by name; parts that sample alike sample together."""
         completions: dict[str, list[Completion]] = {part.name: [] for part in parts}
-        for sequence in dict.fromkeys(part.method.sequence for part in parts):
-            alike = [part.name for part in parts if part.method.sequence == sequence]
-            asked = [example for name in alike for example in examples[name]]
+        for alike in by_sequence(parts):
+            asked = [example for part in alike for example in examples[part.name]]
             if not asked:
                 continue
-            made = sequence(self.loaded, asked, step)
+            made = alike[0].method.sequence(self.loaded, asked, step)
             per_example, start = len(made) // len(asked), 0
-            for name in alike:
-                stop = start + len(examples[name]) * per_example
-                completions[name], start = made[start:stop], stop
+            for part in alike:
+                stop = start + len(examples[part.name]) * per_example
+                completions[part.name], start = made[start:stop], stop
         return completions
 
     def _update_student(self, results: Sequence[PartResult]) -> tuple[float, bool]:

@@ -25,7 +25,8 @@ from selfdistill.evaluation import measure
 from selfdistill.evaluation.answers import answer
 from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.check_result import UNLIKELY, Layout, verdict_on
-from selfdistill.model.loading import LoadedModel, weights_fingerprint
+from selfdistill.model.fingerprints import weights_fingerprint
+from selfdistill.model.loading import LoadedModel
 from selfdistill.model.sampling import Sampling, sample, sample_seed
 from selfdistill.runtime import result_console
 
@@ -149,7 +150,7 @@ def test_a_layout_whose_teacher_answers_right_comes_first_and_is_worth_trying(
     rows = load_demonstrations(str(write_rows(count=4)))
     context = parse_context("turns:repeats=2")
     prompts = [chat.encode_prompt(context.messages(row, rows)) for row in rows]
-    replies = answer(loaded, prompts, rows, chat, max_completion_length=6, batch_size=4).replies
+    replies = answer(loaded, prompts, rows, chat, Sampling(6, temperature=0), batch_size=4).replies
     data = write_rows(
         [
             {"prompt": row.prompt[0]["content"], "completion": row.completion, "answer": reply}

@@ -65,9 +65,9 @@ def test_answers_keep_the_order_of_the_rows(load: Callable[..., LoadedModel], wr
     chat = chat_of(loaded)
     rows = load_demonstrations(str(write_rows(count=7)))
     prompts = [chat.encode_prompt(row.prompt) for row in rows]
-    together = answer(loaded, prompts, rows, chat, max_completion_length=5, batch_size=3)
+    together = answer(loaded, prompts, rows, chat, Sampling(5, temperature=0), batch_size=3)
     for prompt, row, reply, length in zip(prompts, rows, together.replies, together.lengths, strict=True):
-        alone = answer(loaded, [prompt], [row], chat, max_completion_length=5, batch_size=1)
+        alone = answer(loaded, [prompt], [row], chat, Sampling(5, temperature=0), batch_size=1)
         assert (alone.replies, alone.lengths) == ([reply], [length])
     cut = [greedy_is_cut(loaded, prompt, 5) for prompt in prompts]
     assert 0 < sum(cut) < 7
@@ -95,7 +95,7 @@ def test_evaluate_counts_right_replies(
     chat = chat_of(loaded)
     rows = load_demonstrations(str(write_rows(count=4)))
     replies = answer(
-        loaded, [chat.encode_prompt(r.prompt) for r in rows], rows, chat, max_completion_length=5, batch_size=4
+        loaded, [chat.encode_prompt(r.prompt) for r in rows], rows, chat, Sampling(5, temperature=0), batch_size=4
     ).replies
     assert all(replies)
     expected = [
@@ -167,13 +167,13 @@ def test_unusable_answers_are_named_together_before_anything_is_sampled(
     monkeypatch.setattr(answers_module, "sample", lambda *_: pytest.fail("sampled"))
     prompts = [chat.encode_prompt(row.prompt) for row in rows]
     with pytest.raises(UserError) as error:
-        answer(loaded, prompts, rows, chat, max_completion_length=5, batch_size=3)
+        answer(loaded, prompts, rows, chat, Sampling(5, temperature=0), batch_size=3)
     message = str(error.value)
     named = f"{rows[1].source}, 3, 4 and 9 more"
     assert message.startswith(f"12 rows cannot be scored: {named}: scorer 'regex' cannot use answer \"a(\": ")
     assert "\n" not in message
     with pytest.raises(UserError) as error:
-        answer(loaded, prompts[:2], rows[:2], chat, max_completion_length=5, batch_size=3)
+        answer(loaded, prompts[:2], rows[:2], chat, Sampling(5, temperature=0), batch_size=3)
     assert str(error.value).startswith(f"{rows[1].source}: scorer 'regex'")
 
 
@@ -225,7 +225,7 @@ def test_model_and_base_are_compared_on_the_same_items(
     questions = load_demonstrations(str(write_rows(count=6)))
     prompts = [chat.encode_prompt(row.prompt) for row in questions]
     replies = {
-        who.name: answer(who, prompts, questions, chat, max_completion_length=6, batch_size=3).replies
+        who.name: answer(who, prompts, questions, chat, Sampling(6, temperature=0), batch_size=3).replies
         for who in (model, base)
     }
     mine, theirs = replies[model.name], replies[base.name]
@@ -322,7 +322,7 @@ def test_thinking_is_counted_and_not_scored(
     rows = load_demonstrations(str(write_rows([{"prompt": "q", "completion": "4"}])))
     text = chat.encode_text("<think>is it 5?</think>4")
     monkeypatch.setattr(answers_module, "sample", lambda *_: [Rollout([*text, 257], [0.0] * 25, False)])
-    found = answer(loaded, [[1]], rows, chat, max_completion_length=40, batch_size=1)
+    found = answer(loaded, [[1]], rows, chat, Sampling(40, temperature=0), batch_size=1)
     assert (found.correct, found.thinking, found.lengths) == ([True], [len("is it 5?")], [len(text) + 1])
 
 
@@ -336,7 +336,7 @@ def test_a_model_that_repeats_the_demonstrated_call_is_right(
     ids, _ = encode_replies(rows[0], chat)
     monkeypatch.setattr(answers_module, "sample", lambda *_: [Rollout(ids, [0.0] * len(ids), False)])
     prompts = [chat.encode_prompt(rows[0].prompt)]
-    found = answer(loaded, prompts, rows, chat, max_completion_length=99, batch_size=1)
+    found = answer(loaded, prompts, rows, chat, Sampling(99, temperature=0), batch_size=1)
     assert (found.correct, found.replies[0][:11]) == ([True], "<tool_call>")
 
 

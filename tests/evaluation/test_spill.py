@@ -27,7 +27,8 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation import measure, spill
 from selfdistill.evaluation.check import best_context, check
 from selfdistill.evaluation.spill import Spill, Trial
-from selfdistill.model.loading import LoadedModel, weights_fingerprint
+from selfdistill.model.fingerprints import weights_fingerprint
+from selfdistill.model.loading import LoadedModel
 from selfdistill.model.lora import add_lora
 from selfdistill.model.sampling import Sampling, sample, sample_seed
 from selfdistill.runtime import result_console

@@ -159,7 +159,7 @@ def test_an_engine_makes_its_own_batches(load: Loader, fake: FakeVllm, write_row
     fake.asked.clear()
     chat = loaded.chat()
     batch = [chat.encode_prompt(row.prompt) for row in rows]
-    answer(loaded, batch, rows, chat, max_completion_length=3, batch_size=2, scored=False)
+    answer(loaded, batch, rows, chat, Sampling(3, temperature=0), batch_size=2, scored=False)
     reads = [path for path, _ in fake.asked if path == "/collective_rpc"]
     assert len(reads) == 2  # of the version, before and after all samples together
 

@@ -22,7 +22,7 @@ from selfdistill.data import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel, tensor_bytes
 from selfdistill.model.teacher import PART_NUMBERS
-from selfdistill.runtime import planned_devices
+from selfdistill.runtime import planned_devices, resources
 from selfdistill.runtime.resources import size_in_bytes
 from selfdistill.training import memory, plan_for, train
 from selfdistill.training.fitting import check_host_fits, fit, fitted, plan_that_fits
@@ -53,7 +53,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets the free memory."""
 
     def set_free(size: int) -> None:
-        monkeypatch.setattr(import_module("selfdistill.training.train"), "free_memory", lambda _: size)
+        monkeypatch.setattr(resources, "free_memory", lambda _: size)
 
     return set_free
 
@@ -122,11 +122,10 @@ def test_processes_on_cpus_share_the_memory_of_their_machine(
     settings: Make, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, load: Callable[..., LoadedModel]
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(import_module("selfdistill.training.plan"), "free_memory", lambda _: 4004)
+    free(4004)
     assert plan_for(settings(), None, "this").limit == 1001
     config, loaded = settings(), load()
     rows, held = load_demonstrations(config.data), tensor_bytes(loaded.model.parameters())
-    free(4004)
     message = r"^0\.0 MiB of memory are free for each of 4 processes, but the run needs"
     with pytest.raises(UserError, match=message):
         plan_memory(config, rows, None)
@@ -141,7 +140,7 @@ def test_where_one_process_has_too_little_all_are_refused(
     settings: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     sizes = {"0": 2**40, "1": 1000}
-    monkeypatch.setattr(import_module("selfdistill.training.train"), "free_memory", lambda _: sizes[os.environ["RANK"]])
+    monkeypatch.setattr(resources, "free_memory", lambda _: sizes[os.environ["RANK"]])
     config = settings(method="sft")
     children = started_together(lambda: train(config), tmp_path / "two")
     assert [child.wait() for child in children] == [1, 1]

@@ -48,6 +48,7 @@ from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation.answers import answer
 from selfdistill.methods.slots import Completion
 from selfdistill.model.loading import load_model
+from selfdistill.model.sampling import Sampling
 from selfdistill.runtime import files, progress_shown
 from selfdistill.runtime.files import folder_lock
 from selfdistill.runtime.tracking import METRICS
@@ -301,7 +302,7 @@ def test_an_evaluation_between_steps_leaves_the_weights_as_they_would_have_been(
             [row.student_ids for row in rows],
             [row.demonstration for row in rows],
             chat,
-            max_completion_length=6,
+            Sampling(6, temperature=0),
             batch_size=4,
         )
         torch.rand(3)

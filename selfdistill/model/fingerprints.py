@@ -1,0 +1,47 @@
+"""Fingerprints of a model's weights and of its network, by which it is known again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from torch import nn
+
+from selfdistill.model.four_bits import plain, scales
+from selfdistill.model.loading import LoadedModel
+
+_OF_FILES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""What ``config.json`` says of its files. The type of the weights is part of their fingerprint."""
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of names, shapes, data types and bits of all weights, and of the scales of quantised ones."""
+    digest = hashlib.sha256()
+    for name, weight in (*model.named_parameters(), *scales(model).items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        digest.update(plain(weight).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def start_fingerprint(loaded: LoadedModel) -> str:
+    """Fingerprint of the weights before training; empty if an adapter was merged.
+
+    Merging may round differently on another machine.
+    """
+    return "" if loaded.merged_adapter else weights_fingerprint(loaded.model)
+
+
+def network_fingerprint(loaded: LoadedModel) -> str:
+    """SHA-256 of ``config.json`` without what only describes its files; empty if the model has no files.
+
+    The file, because what transformers makes of it differs between releases.
+    """
+    file = None if loaded.files is None else loaded.files / "config.json"
+    if file is None or not file.is_file():
+        return ""
+    said = json.loads(
+        file.read_text(encoding="utf-8"),
+        object_hook=lambda part: {name: value for name, value in part.items() if name not in _OF_FILES},
+    )
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
