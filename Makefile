@@ -32,10 +32,12 @@ help: ## Show this list
 
 install: $(STAMP) ## Create .venv with the package and its tools (TORCH_INDEX=URL adds a package index)
 
-# The package alone, which is all that the demo needs. A venv left without pip (python3-venv was missing) is made anew.
-# A stamp is written only after the installation succeeded.
+# A venv that was left without pip (python3-venv was missing), or was made by too old a Python, is made anew.
+USABLE := -c 'import sys, pip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+
+# The package alone, which is all that the demo needs. A stamp is written only after the installation succeeded.
 $(PACKAGE): pyproject.toml constraints.txt
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python $(USABLE) || $(PYTHON) -m venv --clear .venv
 	$(INSTALL) -e .
 	@$(COMPILE)
 	@touch $@
@@ -101,8 +103,8 @@ gpu: $(if $(FOLDER),,$(STAMP)) ## Measure on a GPU what only a GPU shows (under 
 	$(if $(FOLDER),$(PYTHON),$(BIN)/python) benchmarks/gpu $(addprefix --pack ,$(FOLDER)) $(addprefix --only ,$(ONLY)) \
 		$(addprefix --minutes ,$(MINUTES))
 
-gpu-pack: ## Prepare FOLDER (.gpu) with what make gpu needs on a machine without a package index
-	$(PYTHON) benchmarks/gpu/pack.py $(or $(FOLDER),.gpu)
+gpu-pack: $(PACKAGE) ## Prepare FOLDER (.gpu) with what make gpu needs on a machine without a package index
+	$(BIN)/python benchmarks/gpu/pack.py $(or $(FOLDER),.gpu)
 
 # MINUTES=M starts no run that would end later; ONLY='NAME ...' are names of studies and of arms.
 study: $(STAMP) ## Run the studies in configs/study/anchors that have no results yet, and print their tables
@@ -111,7 +113,7 @@ study: $(STAMP) ## Run the studies in configs/study/anchors that have no results
 
 # An environment of its own: the site needs the parser and the sources, but neither torch nor transformers.
 $(DOCS_STAMP): pyproject.toml constraints.txt
-	@.venv-docs/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-docs
+	@.venv-docs/bin/python $(USABLE) || $(PYTHON) -m venv --clear .venv-docs
 	.venv-docs/bin/python -m pip install -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff \
 		jsonargparse pillow psutil pydantic pyyaml regex rich
 	@touch $@

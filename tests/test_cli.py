@@ -678,6 +678,13 @@ def below_a_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("parent").write_text("mine")
 
 
+def of_another_user(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("theirs").mkdir()
+    # Root, who runs some tests, may write everything.
+    monkeypatch.setattr("selfdistill.runtime.files.os.access", lambda path, _: Path(path).name != "theirs")
+    monkeypatch.setattr("selfdistill.training.trainer.Trainer.__init__", lambda *_: pytest.fail("its model is loaded"))
+
+
 def raising(number: int, where: str) -> Callable[..., Any]:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number), where)
@@ -761,7 +768,16 @@ def no_host_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
     (not_empty, "", "output_dir 'run' exists and is not empty: choose another, or continue it with --resume"),
     (is_a_file, "", "output_dir 'run' is a file: choose another name"),
-    (below_a_file, "--output_dir parent/run", "output_dir 'parent/run': cannot be written (Not a directory)"),
+    (
+        below_a_file,
+        "--output_dir parent/run",
+        "output_dir 'parent/run': HERE/parent is not a folder that you may write to; choose another place",
+    ),
+    (
+        of_another_user,
+        "--output_dir theirs/run",
+        "output_dir 'theirs/run': HERE/theirs is not a folder that you may write to; choose another place",
+    ),
     (full, "", "run: 0.0 GiB free, the final model needs about 0.0 GiB; free some space"),
     (
         full,
@@ -836,7 +852,7 @@ def test_machines_that_are_wrong(
 ) -> None:
     with monkeypatch.context() as patch:
         change(here, patch)
-        fails(capsys, f"{SFT} {options}", message)
+        fails(capsys, f"{SFT} {options}", message.replace("HERE", str(here)))
 
 
 SAVING = [

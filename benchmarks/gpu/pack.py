@@ -47,25 +47,35 @@ def download(folder: Path, requirements: Sequence[str], python: str, *options: s
     """Download wheels for Linux on x86-64.
 
     Raises:
-        PackError: pip's last line.
+        PackError: pip's last error, or last line.
     """
     platforms = [word for name in PLATFORMS for word in ("--platform", f"manylinux_{name}_x86_64")]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--implementation", "cp"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--only-binary=:all:", "--implementation", "cp"]
     command += ["--python-version", python, *platforms, "--platform", "manylinux2014_x86_64"]
     command += ["--constraint", str(ROOT / "constraints.txt"), "--dest", str(folder), *options, *requirements]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise PackError((done.stderr.strip().splitlines() or ["pip failed"])[-1])
+        lines = done.stderr.strip().splitlines()
+        raise PackError(([line for line in lines if line.startswith("ERROR")] or lines or ["pip failed"])[-1])
 
 
 def pack(folder: Path, python: str) -> list[Path]:
-    """Fill the folder; returns its numbered folders.
+    """Fill the folder; returns its numbered folders. If that fails, nothing is left.
 
     Raises:
         PackError: it is not empty, or a package cannot be had.
     """
     if folder.exists() and any(folder.iterdir()):
         raise PackError(f"{folder} is not empty: name another folder")
+    try:
+        return _fill(folder, python)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _fill(folder: Path, python: str) -> list[Path]:
     first = folder / "1"
     first.mkdir(parents=True)
     download(first, WITH_ALL, python)

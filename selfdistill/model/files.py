@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from selfdistill.errors import UserError, similar_inside
-from selfdistill.model.starter import STARTER_MODELS, starter_model_path
+from selfdistill.model.starter import STARTER_MODELS, starter_folder, starter_model_path
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
@@ -35,6 +36,9 @@ def resolve(name: str) -> str:
                 "use the starter model"
             )
         return str(starter_model_path(name))
+    for starter in STARTER_MODELS:  # the base of an adapter, as its settings name it on another machine
+        if path.is_absolute() and path.name == starter_folder(starter) and not os.path.exists(path):
+            return str(starter_model_path(starter))
     if (path / "final").is_dir():
         return str(path / "final")
     run = path.parent if path.name == "final" and not path.exists() else path

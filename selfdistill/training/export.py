@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from transformers import GenerationConfig
 from selfdistill.config import ExportConfig, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, merged, resolve, start_fingerprint
-from selfdistill.runtime import corruption, fsync, replace_folder, say
+from selfdistill.runtime import check_folder_writable, corruption, fsync, replace_folder, say
 from selfdistill.training.checkpoint import checkpoint_at, list_checkpoints, load_weights, saved_position, settings_of
 from selfdistill.training.model_card import learnt_in_4bit, merged_card, model_card
 from selfdistill.training.setup import choose_weights
@@ -100,11 +101,12 @@ def unused_folder(name: str) -> Path:
     """The absolute path of a folder to write to, which does not exist or is empty.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or cannot be written.
     """
     folder = Path(name).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output_dir {name!r} exists and is not an empty folder; choose another")
+    check_folder_writable(folder.parent, f"output_dir {name!r}")  # where whole_folder begins it
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +19,7 @@ from selfdistill.runtime import (
     all_gather,
     barrier,
     broadcast_from_rank0,
+    check_folder_writable,
     check_tracker,
     is_rank0,
     own_memory,
@@ -50,12 +52,14 @@ def check_output_dir(name: str, *, resume: bool, own_files: Sequence[str]) -> Pa
     """Check that a run can use the folder, and return its path.
 
     Raises:
-        UserError: it is a file; it holds files other than ``own_files`` and ``resume`` is False; or its run is finished
-            and kept no checkpoint.
+        UserError: it is a file or cannot be written; it holds files other than ``own_files`` and ``resume`` is False;
+            or its run is finished and kept no checkpoint.
     """
     folder = Path(name)
-    if folder.exists() and not folder.is_dir():
+    if os.path.isfile(folder):  # Path.is_file raises where it may not look
         raise UserError(f"output_dir {name!r} is a file: choose another name")
+    if is_rank0():  # which writes it
+        check_folder_writable(folder, f"output_dir {name!r}")
     if not resume and folder.exists() and any(file.name not in own_files for file in folder.iterdir()):
         raise UserError(f"output_dir {name!r} exists and is not empty: choose another, or continue it with resume=True")
     if resume and (folder / "final").exists() and not list_checkpoints(folder):

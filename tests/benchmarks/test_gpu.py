@@ -318,3 +318,12 @@ def test_what_was_not_carried_whole_is_refused(
     harm(packed)
     with pytest.raises(pack.PackError, match=message):
         pack.unpack(packed, tmp_path / "work")
+
+
+def test_a_failed_try_to_pack_leaves_nothing(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "ERROR: no matching distribution\n[notice] To update, run: pip install --upgrade pip\n"
+    failed = SimpleNamespace(returncode=1, stderr=said)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: failed)
+    with pytest.raises(pack.PackError, match=r"^ERROR: no matching distribution$"):
+        pack.pack(tmp_path / "packed", "3.12")
+    assert list(tmp_path.iterdir()) == []

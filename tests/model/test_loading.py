@@ -23,6 +23,7 @@ from transformers import (
 
 from selfdistill.errors import UserError
 from selfdistill.model import STARTER_MODELS
+from selfdistill.model.files import resolve
 from selfdistill.model.loading import LoadedModel, adopt, disable_dropout, load_model
 from selfdistill.model.vllm_engine import longest_sequence
 
@@ -68,6 +69,18 @@ def test_a_model_folder_named_like_the_starter_model_is_not_passed_over(
         "to use the starter model"
     )
     assert load_model(f"./{name}").files == folder
+
+
+def test_an_adapter_on_the_starter_model_is_read_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfdistill.model.files.starter_model_path", lambda name: tmp_path / "here" / name)
+    there = str(tmp_path / "home" / ".cache" / "selfdistill" / "smollm2-135m-0.1.2")  # as its settings name it
+    assert resolve(there) == str(tmp_path / "here" / "smollm2-135m")
+    with pytest.raises(UserError, match="no such folder"):
+        resolve(there.replace("0.1.2", "0.0.9"))  # other weights
+    Path(there, "final").mkdir(parents=True)
+    assert resolve(there) == f"{there}/final"
 
 
 # --- the tokens that end a reply ---

@@ -288,6 +288,10 @@ def test_refusals(
         message = f"output_dir {taken!r} exists and is not an empty folder; choose another"
         refused(message, run="run", output_dir=taken)
     assert Path("full/notes.txt").read_text() == "mine"
+    with monkeypatch.context() as patch:  # of another user
+        patch.setattr("selfdistill.runtime.files.os.access", lambda path, _: Path(path).name != "full")
+        message = f"output_dir 'full/new': {tmp_path}/full is not a folder that you may write to; choose another place"
+        refused(message, run="run", output_dir="full/new", merge=True)
     refused("run 'gone': no such folder; give a run folder or a model folder", run="gone", output_dir="out")
     refused("run 'full': neither a run folder (final) nor a model folder (config.json)", run="full", output_dir="out")
     message = "run 'run': a full model without an adapter to merge; leave merge out"
