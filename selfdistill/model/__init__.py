@@ -29,15 +29,14 @@ from selfdistill.model.loading import (
     LoadedModel,
     adopt,
     load_for_training,
-    load_matching,
     load_model,
-    matched,
     network_fingerprint,
     start_fingerprint,
     to_best_device,
     weights_fingerprint,
 )
 from selfdistill.model.lora import add_lora, check_base, describe_lora, with_lora
+from selfdistill.model.matching import load_matching, matched
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import KEPT_BYTES, freeze_vision, is_image_text, vision_weights
 from selfdistill.model.precision import (
