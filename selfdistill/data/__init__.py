@@ -57,7 +57,7 @@ from selfdistill.data.messages import (
     wrong,
 )
 from selfdistill.data.named import GIVEN, by_name, is_own, known_or_own, named, own_function
-from selfdistill.data.prompts import PROMPT_ROWS, load_prompts
+from selfdistill.data.prompts import PROMPT_ROWS, load_prompts, notes_on_rendered
 from selfdistill.data.readers import read_jsonl
 from selfdistill.data.rows import (
     RawRow,
@@ -167,6 +167,7 @@ __all__ = [
     "not_object",
     "notes_on",
     "notes_on_episodes",
+    "notes_on_rendered",
     "nothing_to_score",
     "nothing_to_show",
     "one_line",

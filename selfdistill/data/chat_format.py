@@ -67,14 +67,25 @@ class ChatFormat:
     @cached_property
     def end_token_id(self) -> int:
         """The end token that the template writes after an assistant turn, else the first end token."""
-        after = self._texts.ids(self._template.turn({}).after) if self.tokenizer.chat_template else []
+        after = self._texts.ids(self.turn.after) if self.tokenizer.chat_template else []
         return next((token for token in after if token in self._ends), self._ends[0])
 
     @cached_property
     def turn_end_id(self) -> int | None:
         """The control token that the template writes after an assistant turn, an end token or not; None if none."""
-        found = self._texts.added.match(self._template.turn({}).after.lstrip())
+        found = self._texts.added.match(self.turn.after.lstrip())
         return None if found is None else int(self.tokenizer.convert_tokens_to_ids(found[0]))
+
+    @property
+    def turn(self) -> AssistantTurn:
+        """How the template writes an assistant turn after a user's."""
+        return self._template.turn({})
+
+    @property
+    def turn_names(self) -> list[str]:
+        """Names of the control tokens in a prompt of one turn, without the first of every text and tags of thoughts."""
+        names = dict.fromkeys(found[0] for found in self._texts.added.finditer(self.turn.prompt))
+        return [n for n in names if n != self.tokenizer.bos_token and self._texts.in_replies.fullmatch(n)]
 
     def unshown(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str | None:
         """The first of a row's own ``options`` that the template does not show, as it would be lost; else None."""

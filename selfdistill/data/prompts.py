@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from selfdistill.data.chat_format import ChatFormat
 from selfdistill.data.demonstrations import Demonstration, Rows, load_demonstrations, notes_on_repeated, without_answer
 from selfdistill.data.readers import is_data_file, read_prompts
 from selfdistill.data.sources import Note
@@ -39,6 +41,18 @@ def load_prompts(data: Rows, note: Note | None = None, name: str = "data") -> li
         return prompts
     rows = load_demonstrations(data, note=note, name=name, **PROMPT_ROWS)
     return [without_answer(row) for row in rows]
+
+
+def notes_on_rendered(rows: Sequence[Demonstration], chat: ChatFormat) -> list[str]:
+    """A note on prompts to which the chat template seems to have been applied already: half of them name its tokens."""
+    for name in chat.turn_names:
+        count = sum(any(name in message["content"] for message in row.prompt) for row in rows)
+        if 2 * count >= len(rows) > 0:
+            return [
+                f"{count} of {len(rows)} prompts contain {name!r}, which stays plain text, because the chat template "
+                "is applied to them; give questions or messages (role, content), not rendered chats"
+            ]
+    return []
 
 
 def _is_text(path: str) -> bool:

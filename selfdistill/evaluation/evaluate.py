@@ -21,6 +21,7 @@ from selfdistill.data import (
     encode_prompts,
     load_demonstrations,
     notes_on_episodes,
+    notes_on_rendered,
     parse_context,
 )
 from selfdistill.evaluation.answers import Answers, answer, check_answers
@@ -121,6 +122,8 @@ class EvaluationSet:
         )
         self.demonstrations = [row.demonstration for row in self.rows]
         self.prompts = [row.teacher_ids or row.student_ids for row in self.rows]
+        for note in notes_on_rendered(self.demonstrations, self.chat):
+            say_note(note)
         self._check_scorers()
         self.priors: list[EncodedPrior] = encode_priors(loaded, self.chat, priors)
 

@@ -24,6 +24,7 @@ from selfdistill.data import (
     doubt_about,
     is_scorable,
     notes_on,
+    notes_on_rendered,
 )
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
@@ -104,7 +105,7 @@ class Measure:
         measured = [row.demonstration for row in self.rows]
         if self.scored and by_scorer:
             check_answers(measured, config.scorer)
-        for note in notes_on(self.rows, self.chat):
+        for note in (*notes_on_rendered(measured, self.chat), *notes_on(self.rows, self.chat)):
             say_note(note)
         if by_scorer and (doubt := doubt_about(measured, config.scorer, self.chat) or self._word_for_word()):
             say_note(doubt, topic="scorer")

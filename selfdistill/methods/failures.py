@@ -92,7 +92,7 @@ class OthersSuccesses(DrawnSamples):
         return (self.model,)
 
     def sampler(self, loaded: LoadedModel) -> LoadedModel:
-        return load_matching(self.model, loaded, dtype=self.config.dtype)
+        return load_matching(self.model, loaded, dtype=self.config.dtype, reads_chats=True)
 
     def draw(self, loaded: LoadedModel, examples: Sequence[Example]) -> list[list[int]]:
         chat = loaded.chat_for(self.config)

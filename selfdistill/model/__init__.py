@@ -30,12 +30,11 @@ from selfdistill.model.loading import (
     LoadedModel,
     adopt,
     load_for_training,
-    load_matching,
     load_model,
-    matched,
     to_best_device,
 )
 from selfdistill.model.lora import add_lora, check_base, describe_lora, with_lora
+from selfdistill.model.matching import load_matching, matched
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import KEPT_BYTES, freeze_vision, is_image_text, vision_weights
 from selfdistill.model.precision import (

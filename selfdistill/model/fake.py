@@ -35,10 +35,11 @@ from selfdistill.model.four_bits import add_scales, pack_weights, replace_layers
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel, load_tokenizer, with_special_tokens
 from selfdistill.model.lora import add_lora
+from selfdistill.model.matching import refuse_unlike
 from selfdistill.model.pictures import PictureInputs, pictures_for
 from selfdistill.model.prefix_cache import in_attention_dtype
 from selfdistill.model.quantisation import loading_options
-from selfdistill.model.weights import auto_class, causal_config, first_line, refuse_other_vocabulary
+from selfdistill.model.weights import auto_class, causal_config, first_line
 
 
 def fake_model(
@@ -142,7 +143,7 @@ def _from_files(
     saved = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     kind = auto_class(config, local_folder(base_path))
     model = _without_data(name, kind.from_config, config, saved if dtype == "auto" else getattr(torch, dtype))
-    tokenizer = load_tokenizer(path, base_path, name)
+    tokenizer = load_tokenizer(path, base_path, name, config.model_type)
     return model, tokenizer, pictures_for(model, base_path, tokenizer, name)
 
 
@@ -156,14 +157,13 @@ def _configured(name: str, adapter_base: str | None) -> tuple[str, str, Any]:
 
 
 def check_matching(name: str, other: LoadedModel) -> None:
-    """Check, without reading weights, that there is a model to compare with ``other``.
+    """Check, without reading weights, that there is a model that can read the chats of ``other``.
 
     Raises:
-        UserError: ``config.json`` or the tokenizer cannot be used, or the vocabulary size differs.
+        UserError: ``config.json`` or the tokenizer cannot be used, or they do not fit; see :func:`refuse_unlike`.
     """
     path, base_path, config = _configured(name, None)
-    load_tokenizer(path, base_path, name)
-    refuse_other_vocabulary(name, config, other.name, other.model.config)
+    refuse_unlike(name, config, load_tokenizer(path, base_path, name, config.model_type), other, reads_chats=True)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from transformers.utils import cached_file
 
 from selfdistill.errors import UserError, similar_inside
 from selfdistill.model.starter import STARTER_MODELS, starter_folder, starter_model_path
@@ -15,6 +17,8 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
+_MISTRAL = ("mistral", "ministral", "mixtral", "pixtral")
+"""How the types of models begin whose tokenizers transformers reads with mistral-common."""
 _SETTINGS = ("config.json", "adapter_config.json")
 """One of them is in every model folder."""
 LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
@@ -79,6 +83,25 @@ def local_folder(path: str) -> Path | None:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer of its own."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def tokenizer_options(path: str, model_type: str) -> dict[str, Any]:
+    """With which options transformers reads a tokenizer from its files.
+
+    Beside ``tekken.json`` it would use mistral-common if that is installed, which cannot keep names of control tokens
+    as text. The option makes it read ``tokenizer.json``, and mends the pattern that its older releases wrote there.
+
+    Args:
+        path: folder or hub id.
+        model_type: of ``config.json``.
+    """
+    if not model_type.startswith(_MISTRAL):
+        return {}
+    try:
+        cached_file(path, "tekken.json")
+    except OSError:  # not there
+        return {}
+    return {"fix_mistral_regex": True}
 
 
 def files_that_go_along(folder: Path) -> list[Path]:

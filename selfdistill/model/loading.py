@@ -19,16 +19,10 @@ from selfdistill.errors import UserError
 from selfdistill.model.adapters import attach, merged, read_config, without_adapter
 from selfdistill.model.device import best_device, has_gpu
 from selfdistill.model.dropout import disable_dropout
-from selfdistill.model.files import has_tokenizer, local_folder, resolve
+from selfdistill.model.files import has_tokenizer, local_folder, resolve, tokenizer_options
 from selfdistill.model.pictures import PictureInputs, divided, has_own_positions, pictures_for
 from selfdistill.model.rollout_count import RolloutCount
-from selfdistill.model.weights import (
-    check_vocabulary,
-    embedding_rows,
-    first_line,
-    load_causal,
-    refuse_other_vocabulary,
-)
+from selfdistill.model.weights import check_vocabulary, embedding_rows, first_line, load_causal
 from selfdistill.runtime import library_warnings, say
 
 
@@ -48,6 +42,8 @@ class LoadedModel:
     """Maximum number of tokens of prompt plus completion; None if the model states no limit."""
     notes: list[str] = field(default_factory=list)
     """Decisions made while loading, to tell the user."""
+    new_end: str | None = None
+    """The token with which the chat template ends replies, if the model's generation config does not name it."""
     files: Path | None = None
     """Folder of the model's files on this machine, or of an adapter's base; None if there is none."""
     merged_adapter: bool = False
@@ -134,7 +130,7 @@ def load_model(
             raise
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"model {name!r}: cannot be loaded: {first_line(error)}") from None
-        tokenizer = load_tokenizer(path, base_path, name)
+        tokenizer = load_tokenizer(path, base_path, name, model.config.model_type)
         pictures = pictures_for(model, base_path, tokenizer, name)
     notes = [*notes, *check_vocabulary(model, tokenizer, name), *heard]
     model.eval()
@@ -169,20 +165,23 @@ def _load_base(
         raise UserError(f"model {name!r}: an adapter whose base cannot be loaded: {error}{another}") from None
 
 
-def load_tokenizer(path: str, base_path: str, name: str) -> Any:
+def load_tokenizer(path: str, base_path: str, name: str, model_type: str) -> Any:
     """The tokenizer of a model; for an adapter, its own tokenizer and chat template if it has them, else its base's.
 
     Args:
         path: folder or hub id of the model or adapter.
         base_path: folder or hub id of the adapter's base; the same as ``path`` for a model.
         name: the name given by the user, for messages.
+        model_type: of ``config.json``.
 
     Raises:
         UserError: there is no usable tokenizer.
     """
     own = path == base_path or has_tokenizer(Path(path))
+    place = path if own else base_path
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path if own else base_path, trust_remote_code=False)
+        options = tokenizer_options(place, model_type)
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
     except Exception as error:  # the tokenizers library raises bare Exception
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
@@ -254,10 +253,15 @@ def with_special_tokens(model: Any, tokenizer: Any, name: str, pictures: Picture
     The tokenizer and the generation config, which saved models have, get the tokens that they lack.
 
     Raises:
-        UserError: no end token.
+        UserError: no end token, or a tokenizer that does not tell its control tokens.
     """
+    if not isinstance(tokenizer.added_tokens_decoder, Mapping):
+        raise UserError(
+            f"model {name!r}: {type(tokenizer).__name__} does not tell its control tokens; load the tokenizer with "
+            "AutoTokenizer.from_pretrained(..., fix_mistral_regex=True), which reads tokenizer.json"
+        )
     notes: list[str] = []
-    ends = _end_tokens(model, tokenizer, name, pictures, notes)
+    ends, new_end = _end_tokens(model, tokenizer, name, pictures, notes)
     pad = _pad_token(model, tokenizer, ends[0], notes)
     if not tokenizer.chat_template:
         notes.append(
@@ -268,16 +272,27 @@ def with_special_tokens(model: Any, tokenizer: Any, name: str, pictures: Picture
     # The model remembers the positions of its last prompt with pictures; continuing another pass would use them.
     never = False if pictures is not None and has_own_positions(model) else None
     return LoadedModel(
-        model, tokenizer, name, tuple(ends), pad, window, notes, pictures=pictures, continues_cache=never
+        model,
+        tokenizer,
+        name,
+        tuple(ends),
+        pad,
+        window,
+        notes,
+        new_end=new_end,
+        pictures=pictures,
+        continues_cache=never,
     )
 
 
-def _end_tokens(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | None, notes: list[str]) -> list[int]:
-    """Ids of the tokens that end a reply; tells the generation config of those that it lacks."""
+def _end_tokens(
+    model: Any, tokenizer: Any, name: str, pictures: PictureInputs | None, notes: list[str]
+) -> tuple[list[int], str | None]:
+    """Ids of the tokens that end a reply, and ``new_end``; tells the generation config of those that it lacks."""
     saved = model.generation_config.eos_token_id if model.generation_config is not None else None
     saved = [] if saved is None else [saved] if isinstance(saved, int) else list(saved)
     ends = [*saved, *({tokenizer.eos_token_id} - {None, *saved})]
-    written = ChatFormat(tokenizer, (), {}, pictures=pictures).turn_end_id
+    written, token = ChatFormat(tokenizer, (), {}, pictures=pictures).turn_end_id, None
     if tokenizer.chat_template and written is None and ends:
         names = " or ".join(map(repr, tokenizer.convert_ids_to_tokens(ends)))
         notes.append(f"the chat template writes no control token after a reply; replies end with {names}")
@@ -292,7 +307,7 @@ def _end_tokens(model: Any, tokenizer: Any, name: str, pictures: PictureInputs |
             f"model {name!r}: neither the tokenizer nor generation_config.json names an end token, so replies would "
             "never stop; set eos_token in tokenizer_config.json"
         )
-    return ends
+    return ends, token
 
 
 def _pad_token(model: Any, tokenizer: Any, end: int, notes: list[str]) -> int:
@@ -341,24 +356,3 @@ def load_for_training(
     return to_best_device(
         load_model(name, dtype=dtype, merge_adapter=True, adapter_base=adapter_base, load_in_4bit=load_in_4bit)
     )
-
-
-def load_matching(name: str, other: LoadedModel, *, dtype: str) -> LoadedModel:
-    """Load a model to compare with ``other``, on the device of ``other``.
-
-    Raises:
-        UserError: the model cannot be loaded, or its vocabulary size differs.
-    """
-    return matched(load_model(name, dtype=dtype), other)
-
-
-def matched(loaded: LoadedModel, other: LoadedModel) -> LoadedModel:
-    """Move a model to the device of ``other`` and sample from it in the same way, to compare the two.
-
-    Raises:
-        UserError: its vocabulary size differs.
-    """
-    refuse_other_vocabulary(loaded.name, loaded.model.config, other.name, other.model.config)
-    loaded.model.to(other.device)
-    loaded.engine = other.engine
-    return loaded

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -131,9 +132,16 @@ def _config(path: str, name: str) -> PretrainedConfig:
     except OSError as error:
         if Path(path).is_dir():
             raise UserError(f"model {name!r}: config.json cannot be read: {first_line(error)}") from None
-        hub = "not found on the model hub"
+        if isinstance(error.__cause__, GatedRepoError):
+            raise UserError(
+                f"model {name!r}: the model hub refuses access; accept the terms at https://huggingface.co/{path}, "
+                "then run hf auth login"
+            ) from None
+        hub = "not found on the model hub, or private there (hf auth login)"
         if is_offline_mode():
             hub = "the model hub was not asked, because offline mode (HF_HUB_OFFLINE) is on"
+        elif isinstance(error.__cause__, LocalEntryNotFoundError):
+            hub = "the model hub cannot be reached"
         raise UserError(
             f"model {name!r}: no such folder, and {hub}; give a folder, a hub id or one of: {', '.join(STARTER_MODELS)}"
         ) from None
@@ -226,20 +234,6 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> list[str]:
         return []
     count, names = number_of(len(rest), "token"), _listed(rest, _SHOWN)
     return [f"the tokenizer has {count} without a row in the embedding, which no text produces: {names}"]
-
-
-def refuse_other_vocabulary(name: str, config: Any, other: str, others: Any) -> None:
-    """Refuse to compare two models, given by name and configuration, whose logits differ in width.
-
-    Raises:
-        UserError: they do. A tokenizer may have fewer entries, and padding differs.
-    """
-    size, other_size = (one.get_text_config().vocab_size for one in (config, others))
-    if size != other_size:
-        raise UserError(
-            f"model {name!r} has a vocabulary of {size} tokens, model {other!r} one of {other_size}; use models with "
-            "the same vocabulary"
-        )
 
 
 def embedding_rows(model: Any) -> float:

@@ -83,6 +83,7 @@ def write_model(
             model.save_pretrained(folder, **options)
         finally:
             model.generation_config = generation
+        _name_rotary_base(folder / "config.json")
     if generation is not None:
         generation.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
     loaded.tokenizer.save_pretrained(folder)
@@ -95,6 +96,19 @@ def write_model(
     for weights in folder.glob("*.safetensors"):  # safetensors makes them readable by the owner only
         weights.chmod(mode)
     (folder / "README.md").write_text(card, encoding="utf-8")  # replaces PEFT's own
+
+
+def _name_rotary_base(file: Path) -> None:
+    """Write the base of the rotary frequencies also where transformers 4 reads it, which would silently use 10,000.
+
+    transformers 5 prefers the value in ``rope_parameters``, which is the same.
+    """
+    values = json.loads(file.read_text(encoding="utf-8"))
+    for part in (values, *values.values()):  # an image-text model has it in text_config
+        rope = part.get("rope_parameters") if isinstance(part, dict) else None
+        if rope and "rope_theta" in rope:  # else one per kind of layer, or none
+            part["rope_theta"] = rope["rope_theta"]
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def unused_folder(name: str) -> Path:

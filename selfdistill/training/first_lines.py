@@ -64,6 +64,7 @@ def first_lines(trainer: Trainer, *, all_rows: bool = True) -> list[str]:
         shares = " and the weights" if config.fsdp else ""
         lines.append(f"{trainer.accelerator.num_processes} processes, which share every batch{shares}")
     lines += [*(_unfilled(trainer) if all_rows else []), *_few_steps(config), *_unused(config), *_never_drawn(trainer)]
+    lines += _unlearnt_end(trainer)
     if not trainer.forward_pass.fused:
         lines.append("the LM head cannot be fused into the loss: full logits need more memory")
     return lines
@@ -123,6 +124,17 @@ def _never_drawn(trainer: Trainer) -> list[str]:
         f"note: {part.name} is in none of the {number_of(stage.steps, 'step')}; raise anchor_share or batch_size"
         for part, positions in zip(stage.own_samples, after, strict=True)
         if positions.start == 0
+    ]
+
+
+def _unlearnt_end(trainer: Trainer) -> list[str]:
+    """A note on an end token that LoRA may be unable to teach: its rows in embedding and head stay as they are."""
+    end = trainer.loaded.new_end
+    if not trainer.config.lora_rank or end is None:
+        return []
+    return [
+        f"note: LoRA leaves embedding and head as they are, so a base that never learnt {end!r} may not learn "
+        "to end with it; begin with a chat model, or leave lora_rank out"
     ]
 
 

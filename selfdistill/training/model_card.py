@@ -44,15 +44,18 @@ folder = "."  # the folder of this file, or its name on the hub
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
+
+It was written with transformers 5. Older releases, also in other tools, may silently compute something else.
 """
 _LOAD_ADAPTER = """\
 ```python
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 folder = "."  # the folder of this file, or its name on the hub
 base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(folder).base_model_name_or_path)
 model = PeftModel.from_pretrained(base, folder)
+model.generation_config = GenerationConfig.from_pretrained(folder)  # with all tokens that end a reply
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
 from selfdistill.config import LearnConfig, TrainConfig, TrainingSettings, default_learning_rate
-from selfdistill.data import ChatFormat, Demonstration, Example, first_ten
+from selfdistill.data import ChatFormat, Demonstration, Example, first_ten, notes_on_rendered
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers
 from selfdistill.loss import check_skip
@@ -281,7 +281,8 @@ def _encoded(
 ) -> EncodedPart:
     method = part.method
     examples, dropped = method.examples(demonstrations, loaded, chat)
-    for note in method.examples.notes(examples, demonstrations, loaded, chat):
+    rendered = notes_on_rendered([example.demonstration for example in examples], chat)
+    for note in (*rendered, *method.examples.notes(examples, demonstrations, loaded, chat)):
         say_note(note)
     if method.checker and scorer_judges(config):
         check_answers([example.demonstration for example in examples], config.scorer)

@@ -212,7 +212,7 @@ class Trainer:
 
     def _other_teacher(self, name: str) -> LoadedModel:
         """Load a separate teacher; it must have the student's architecture."""
-        other = load_matching(name, self.loaded, dtype=self.config.dtype)
+        other = load_matching(name, self.loaded, dtype=self.config.dtype, reads_chats=True)
         for what, digest in model_digests("teacher_model", other).items():
             self.digests[what] = self.digests.get(what, "") + digest  # own methods may have several
         own, others = (unwrap(model).config.model_type for model in (self.loaded.model, other.model))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from selfdistill.data.prompts import load_prompts
+from selfdistill.data import ChatFormat
+from selfdistill.data.prompts import load_prompts, notes_on_rendered
 from selfdistill.errors import UserError
 
 
@@ -66,3 +68,26 @@ def test_text_with_null_bytes_is_refused(tmp_path: Path, form: str) -> None:
     (tmp_path / "p.txt").write_bytes("Who?\nWhen?\n".encode(form))
     with pytest.raises(UserError, match=r"p\.txt: not text: line 1 has a null byte; save it as UTF-8$"):
         load_prompts(str(tmp_path / "p.txt"))
+
+
+@pytest.mark.parametrize(
+    ("template", "prompts", "count"),
+    [
+        ("chatml", ["<|im_start|>user\na<|im_end|>", "<|im_start|>user\nb<|im_end|>", "Who?"], 2),
+        ("chatml", ["What is <|im_start|>?", "Who?", "When?"], 0),
+        ("thinking", ["Think in <think> first. Who?"], 0),
+        ("none", ["<|im_start|>user\na<|im_end|>"], 0),
+    ],
+    ids=["rendered", "one names it", "tags of thoughts", "no template"],
+)
+def test_rendered_chats_are_noted(
+    make_tokenizer: Callable[..., Any], template: str, prompts: list[str], count: int
+) -> None:
+    tokenizer = make_tokenizer()
+    if template == "none":
+        tokenizer.chat_template = None
+    if template == "thinking":
+        tokenizer.add_tokens(["<think>"])
+        tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    notes = notes_on_rendered(load_prompts([{"prompt": x} for x in prompts]), ChatFormat(tokenizer, [257], {}))
+    assert [note.partition(" of ")[0] for note in notes] == ([str(count)] if count else [])

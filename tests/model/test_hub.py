@@ -6,9 +6,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from picture_models import FAMILIES
 
 from selfdistill.errors import UserError
@@ -47,6 +49,37 @@ def refused() -> str:
         load_model(NAME)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+ANSWER: Any = SimpleNamespace(headers={}, request=None)
+"""Of the hub."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            GatedRepoError("no access", response=ANSWER),
+            f"the model hub refuses access; accept the terms at https://huggingface.co/{NAME}, then run hf auth login",
+        ),
+        (
+            LocalEntryNotFoundError("no connection"),
+            "no such folder, and the model hub cannot be reached; give a folder",
+        ),
+        (
+            RepositoryNotFoundError("no such repository", response=ANSWER),
+            "no such folder, and not found on the model hub, or private there (hf auth login); give a folder",
+        ),
+    ],
+    ids=["gated", "unreachable", "unknown"],
+)
+def test_why_the_hub_gives_no_model_is_told(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
+    def download(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", download)
+    monkeypatch.setattr("selfdistill.model.weights.is_offline_mode", lambda: False)
+    assert refused().startswith(f"model '{NAME}': {said}")
 
 
 def test_a_model_in_the_cache_is_loaded(cached: Callable[..., Path]) -> None:

@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from odd_models import long_rope
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,12 +21,14 @@ from transformers import (
     FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto import tokenization_auto
 
 from selfdistill.errors import UserError
 from selfdistill.model import STARTER_MODELS
 from selfdistill.model.files import resolve
-from selfdistill.model.loading import LoadedModel, adopt, disable_dropout, load_model
+from selfdistill.model.loading import LoadedModel, adopt, disable_dropout, load_model, load_tokenizer
 from selfdistill.model.vllm_engine import longest_sequence
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -81,6 +85,65 @@ def test_an_adapter_on_the_starter_model_is_read_on_another_machine(
         resolve(there.replace("0.1.2", "0.0.9"))  # other weights
     Path(there, "final").mkdir(parents=True)
     assert resolve(there) == f"{there}/final"
+
+
+# --- tokenizers of Mistral ---
+
+
+@pytest.fixture
+def tekken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A tokenizer as transformers 4 saved Mistral's, with a pattern of its own, where mistral-common is installed."""
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", *(f"unused {i}" for i in range(100_000))]
+    core = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[("1", "2")]))
+    split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), behavior="isolated")  # Mistral's own divides digits
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(tmp_path)
+    (tmp_path / "tekken.json").write_text("{}")
+    config = {"model_type": "mistral", "transformers_version": "4.57.0"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    monkeypatch.setattr(tokenization_auto, "_use_mistral_format", lambda *_, **__: pytest.fail("mistral-common"))
+    return str(tmp_path)
+
+
+def test_mistrals_tokenizers_are_read_from_tokenizer_json_with_the_right_pattern(tekken: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tekken, tekken, "m", "mistral")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("12")["input_ids"]) == ["1", "2"]
+    tokenizer.save_pretrained(tmp_path / "saved")  # beside an adapter, without config.json
+    again = load_tokenizer(str(tmp_path / "saved"), tekken, "m", "mistral")
+    assert again.convert_ids_to_tokens(again("12")["input_ids"]) == ["1", "2"]
+
+
+def test_a_tokenizer_that_is_not_mistrals_own_stays_as_it_is(
+    tekken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tekken.json").unlink()
+    monkeypatch.setattr(tokenization_auto, "_use_mistral_format", lambda *_, **__: False)
+    tokenizer = load_tokenizer(tekken, tekken, "m", "mistral")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("12")["input_ids"]) == ["12"]
+
+
+class MistralCommonBackend:
+    """What the class of transformers says of control tokens."""
+
+    def apply_chat_template(self) -> None: ...
+
+    def added_tokens_decoder(self) -> None:
+        raise NotImplementedError
+
+    def get_vocab(self) -> dict[str, Any]:
+        return {}
+
+
+def test_a_tokenizer_that_does_not_tell_its_control_tokens_is_refused(load: Callable[..., LoadedModel]) -> None:
+    with pytest.raises(UserError) as caught:
+        adopt(load().model, MistralCommonBackend(), "mine")
+    assert str(caught.value) == (
+        "model 'mine': MistralCommonBackend does not tell its control tokens; load the tokenizer with "
+        "AutoTokenizer.from_pretrained(..., fix_mistral_regex=True), which reads tokenizer.json"
+    )
 
 
 # --- the tokens that end a reply ---

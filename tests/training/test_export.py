@@ -16,7 +16,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from selfdistill.cli import main
 from selfdistill.config.commands import ExportConfig
@@ -76,6 +76,22 @@ def test_a_whole_model_is_copied_to_the_byte(trained: Callable[..., Path], tmp_p
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(out)), logits(AutoModelForCausalLM.from_pretrained(run / "final"))
     )
+
+
+def test_transformers_4_finds_the_rotary_base_where_it_looks(
+    trained: Callable[..., Path], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_folder(), base)
+    values = json.loads((base / "config.json").read_text())
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    (base / "config.json").write_text(json.dumps(values))
+    final = trained(model=str(base)) / "final"
+    written = json.loads((final / "config.json").read_text())
+    assert written["rope_theta"] == 5e5
+    read = AutoConfig.from_pretrained(final).to_dict()
+    assert "rope_theta" not in read
+    assert read["rope_parameters"] == values["rope_parameters"] == written["rope_parameters"]
 
 
 def test_an_adapter_is_copied_or_merged(

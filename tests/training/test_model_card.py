@@ -163,9 +163,10 @@ def test_the_code_in_it_loads_the_folder(
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    monkeypatch.chdir(model_folder().parent)
+    base = model_folder(template="{% for m in messages %}{{ m.role }}: {{ m.content }} <|stop|>\n{% endfor %}")
+    monkeypatch.chdir(base.parent)
     config = settings(
-        model=model_folder().name,
+        model=base.name,
         data=str(write_rows()),
         output_dir=str(tmp_path / "run"),
         max_completion_length=10,
@@ -181,11 +182,11 @@ def test_the_code_in_it_loads_the_folder(
     text = (folder / "README.md").read_text(encoding="utf-8")
     front, body = split(text)
     assert front["library_name"] == ("peft" if kind == "adapter" else "transformers")
-    assert front["base_model"] == model_folder().name
+    assert front["base_model"] == base.name
     assert front["tags"][:2] == ["selfdistill", "sdft"]
     assert f"`train.jsonl`, {len(write_rows().read_text().splitlines())} demonstrations" in body
     assert str(tmp_path) not in text
-    assert str(model_folder()) not in text
+    assert str(base) not in text
     assert len(table(body, "Results")) == 3
     (code,) = re.findall(r"^```python\n(.*?)^```", body, re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(folder)
@@ -193,6 +194,7 @@ def test_the_code_in_it_loads_the_folder(
     exec(compile(code, "README.md", "exec"), found)
     assert isinstance(found["model"], PeftModel if kind == "adapter" else LlamaForCausalLM)
     assert found["model"](input_ids=torch.tensor([found["tokenizer"]("ab")["input_ids"]])).logits.isfinite().all()
+    assert found["model"].generation_config.eos_token_id == [257, 259]  # 259 is the template's
 
 
 def test_merged_card_of_other_hands() -> None:

@@ -457,6 +457,25 @@ def test_settings_of_anchors_without_anchors_are_not_blamed_on_the_method(settin
     assert "note: anchor_share is 0, so no anchors are used" in off
 
 
+def test_the_first_lines_tell_what_lora_may_not_learn_of_a_new_end_token(
+    settings: Callable[..., TrainConfig], model_folder: Callable[..., Path]
+) -> None:
+    base = str(model_folder(template="{% for m in messages %}{{ m.role }}: {{ m.content }} <|stop|>\n{% endfor %}"))
+    doubt = "a base that never learnt '<|stop|>' may not learn to end with it"
+    assert any(doubt in line for line in first_lines(Trainer(settings(model=base, lora_rank=2))))
+    assert not any(doubt in line for line in first_lines(Trainer(settings(model=base))))
+    assert not any("may not learn" in line for line in first_lines(Trainer(settings(lora_rank=2))))
+
+
+def test_prompts_that_are_rendered_chats_are_noted(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"<|im_start|>user\nq{i}<|im_end|>\n<|im_start|>assistant\n", "answer": "a"} for i in range(4)]
+    Trainer(settings(method="grpo", data=str(write_rows(rows, name="rendered.jsonl"))))
+    note = "note: 4 of 4 prompts contain '<|im_start|>', which stays plain text, because the chat template is applied"
+    assert note in capsys.readouterr().err
+
+
 def test_the_first_lines_name_anchors_of_which_the_share_is_none(settings: Callable[..., TrainConfig]) -> None:
     tiny = {"method": "sft", "anchors": "package", "anchor_share": 0.001, "batch_size": 2}
     few = first_lines(Trainer(settings(**tiny, max_steps=10)))
