@@ -14,7 +14,6 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from selfdistill.data import (
 )
 from selfdistill.documents import Passage, ends_as_question, goes_beyond, load_passages, only_words, sentences
 from selfdistill.errors import UserError
-from selfdistill.evaluation import Endpoint, answer
+from selfdistill.evaluation import Endpoint, answer, ask_all
 from selfdistill.model import (
     Sampling,
     load_for_training,
@@ -52,7 +51,6 @@ from selfdistill.runtime import Printable, ProgressBar, drop_partial_line, read_
 
 ASK_TOKENS = 64
 """Maximum length of a question with its answer, in tokens."""
-_THREADS = 8
 TEMPERATURE = 0.7
 """Sampling temperature of every try after the first, which is greedy."""
 
@@ -328,14 +326,7 @@ class _Maker:
         assert self._endpoint is not None
         stop = threading.Event()
         ask = partial(self._endpoint.ask, stop=stop, max_tokens=ASK_TOKENS, temperature=temperature)
-        pool = ThreadPoolExecutor(_THREADS)
-        try:
-            futures = {pool.submit(ask, chat): key for key, chat in chats.items()}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:  # the end of a "with" would wait
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        return ask_all(lambda key: ask(chats[key]), list(chats), stop)
 
     def _by_model(self, chats: dict[str, list[Message]], number: int) -> Iterator[tuple[str, str]]:
         """Yield replies of the model itself, greedy at the first try."""

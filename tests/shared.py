@@ -388,7 +388,6 @@ def assert_same_run(a: TrainConfig, b: TrainConfig) -> None:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for name in endpoint.KEYS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(endpoint, "WAITS_S", (0.01, 0.01))
     with Server() as it:
         thread = threading.Thread(target=it.serve_forever, kwargs={"poll_interval": 0.01})

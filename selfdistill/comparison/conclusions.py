@@ -132,7 +132,11 @@ def sentences(runs: Sequence[Compared], budget: str) -> str:
         rate = min(rates[mine]) if each_has_one else run.learning_rate
         if run.method != mine and (rate, run.seed) in own:
             pairs.setdefault((run.method, run.learning_rate), []).append((own[rate, run.seed], run))
-    said += [_against(group) for group in pairs.values()]
+    comparisons = [_against(group) for group in pairs.values()]
+    said += comparisons
+    tests = sum("p over questions" in comparison for comparison in comparisons)
+    if tests > 1:
+        said.append(f"These are {tests} comparisons; no p is corrected for that.")
     compared = {(run.method, run.learning_rate) for group in pairs.values() for pair in group for run in pair}
     groups = dict.fromkeys((run.method, run.learning_rate) for run in finished)
     alone = [f"{method} {rate:g}" for method, rate in groups if (method, rate) not in compared]

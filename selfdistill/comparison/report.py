@@ -35,7 +35,7 @@ EPISODES = {
     "episode/invalid_calls": "invalid calls",
 }
 """Means over the episodes of an evaluation, by key."""
-SCALE = ("model", "test", "test_split", "prior", "scorer", "environment")
+SCALE = ("model", "test", "test_split", "prior", "scorer", "judge_model", "environment", "max_completion_length")
 """Settings on which scores depend; a figure has runs that share them."""
 PROFILE = 24
 """Number of completion positions in the first-token profile."""

@@ -21,7 +21,7 @@ from selfdistill.data.comparisons import COMPARISONS, Verdict, answers_in, as_te
 from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, Lacks
 from selfdistill.data.messages import said_in, uses_tools
 from selfdistill.data.named import GIVEN, is_own, own_function
-from selfdistill.data.rows import RowError, one_line
+from selfdistill.data.rows import RowError, join_surrogates, one_line
 from selfdistill.errors import UserError
 
 JUDGE = "judge"
@@ -204,7 +204,7 @@ def as_verdict(returned: Any, who: str) -> Verdict:
             f"{who} returned {found}, expected True or False, a reward from 0 to 1, "
             "or a pair of one of these and a feedback text"
         )
-    return Verdict(float(reward), feedback)
+    return Verdict(float(reward), join_surrogates(feedback))
 
 
 def _function(name: str) -> _Scorer:

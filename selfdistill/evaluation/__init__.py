@@ -5,7 +5,7 @@ from selfdistill.evaluation.asked import AskResult, ask
 from selfdistill.evaluation.check import LAYOUTS, best_context, check, check_run
 from selfdistill.evaluation.check_result import CheckResult
 from selfdistill.evaluation.distances import DRIFT_PROMPTS, DRIFT_TOKENS, Distance, drift_from, mean_loss
-from selfdistill.evaluation.endpoint import Endpoint
+from selfdistill.evaluation.endpoint import Endpoint, ask_all
 from selfdistill.evaluation.episodes import unscored
 from selfdistill.evaluation.eval_result import EvalResult, summary
 from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, prior_scores, rows_fingerprint
@@ -37,6 +37,7 @@ __all__ = [
     "Evaluator",
     "answer",
     "ask",
+    "ask_all",
     "best_context",
     "check",
     "check_answers",

@@ -227,14 +227,17 @@ def _checked(
     spill = measure.spill(layouts[0].context) if config.spill else None
     best = next((layout.context for layout in layouts if layout.context in can_hint), None)
     hints = [_with_hint(measure, best, share) for share in SHARES] if best else None
-    accuracy, logp = measure.student_on(layouts[0].context)
-    verdict, exit_code = verdict_on(accuracy, logp, layouts[0])
+    student, logp = measure.student_on(layouts[0].context)
+    teacher = measure.teacher_said[layouts[0].context].correct
+    verdict, exit_code = verdict_on(student, teacher, logp, layouts[0], len(layouts))
+    accuracy = None if student is None else sum(student) / len(student)
     return CheckResult(
         model=config.model,
         data=config.data,
         items=len(measure.rows),
         dropped=measure.dropped,
         student_accuracy=measure.accuracy_of(measure.student),
+        student_accuracy_on_best=accuracy,
         student_logp=measure.student_logp,
         student_length=sum(measure.student.lengths) / len(measure.rows),
         student_truncated=measure.student.truncated / len(measure.rows),

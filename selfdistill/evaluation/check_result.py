@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,13 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from selfdistill.evaluation.spill import STEPS, Spill, Trial
-from selfdistill.evaluation.statistics import share_interval
+from selfdistill.evaluation.statistics import paired, share_interval
 from selfdistill.runtime import Printable, result_table
 
 UNLIKELY = 4
 """Exit code when self-distillation is unlikely to help."""
 KNOWN = 0.9
-"""A student with at least this accuracy knows the task, unless the teacher is clearly better."""
+"""A student with at least this accuracy knows the task, unless the teacher is right on at least two more rows."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class CheckResult(Printable):
     """Sampled rows dropped because even the student's prompt is too long (``on_long_prompt: drop``)."""
     student_accuracy: float | None
     """Accuracy of the student's greedy replies; None if no row has anything to score them with."""
+    student_accuracy_on_best: float | None
+    """The same on the rows that fit the best layout."""
     student_logp: float | None
     """Mean log-probability of the demonstration's tokens under the student, nats; None without completions."""
     student_length: float
@@ -127,28 +130,33 @@ def knows(accuracy: float | None) -> bool:
     return accuracy is not None and accuracy >= KNOWN
 
 
-def verdict_on(student_accuracy: float | None, student_logp: float | None, best: Layout) -> tuple[str, int]:
-    """The verdict and exit code. The teacher counts as better if it is right on at least two more rows.
+def verdict_on(
+    student: Sequence[bool] | None, teacher: Sequence[bool], student_logp: float | None, best: Layout, layouts: int = 1
+) -> tuple[str, int]:
+    """The verdict and exit code. If the teacher is right on at least two more rows, but maybe by chance, it is unknown.
 
     Args:
-        student_accuracy: on the rows of ``best``; None if they are not scored.
+        student: whether the student is right on each row of ``best``; None if they are not scored.
+        teacher: the same for the teacher with ``best``.
         student_logp: mean log-probability of the demonstrations of these rows, nats per token; None without any.
         best: the best layout.
+        layouts: the number of layouts that it is the best of.
     """
     items = best.items
-    if best.accuracy is None or student_accuracy is None:
+    if best.accuracy is None or student is None:
         text = (
             "It is unknown whether the teacher is better: rows have neither completion nor answer to score replies "
             "with."
         )
         return f"{text} Add the column 'answer' to some rows to find out.", 0
-    right = round(best.accuracy * items)
-    low, high = share_interval(right, items)
+    low, high = share_interval(sum(teacher), items)
+    student_accuracy = sum(student) / items
+    chosen = f"{best.context}, best of {layouts} layouts," if layouts > 1 else best.context
     scores = (
-        f"the teacher with {best.context} is right on {best.accuracy:.0%} (95% interval {low:.0%} to {high:.0%}), the "
+        f"the teacher with {chosen} is right on {best.accuracy:.0%} (95% interval {low:.0%} to {high:.0%}), the "
         f"student on {student_accuracy:.0%}"
     )
-    if right - round(student_accuracy * items) >= 2:
+    if _is_better(student, teacher, layouts):
         text = f"Worth trying: {scores} of {items} rows. Expect at most about {best.accuracy:.0%} after training."
         if student_accuracy == 0 and best.kl > 3:
             text += (
@@ -156,7 +164,8 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
                 "temperature or a higher learning rate helps it start."
             )
         return text, 0
-    if not knows(student_accuracy) and knows(best.accuracy) and items * (1 - KNOWN) < 2:
+    cannot_differ = not knows(student_accuracy) and knows(best.accuracy) and items * (1 - KNOWN) < 2
+    if sum(teacher) - sum(student) >= 2 or cannot_differ:
         text = f"It is unknown whether self-distillation helps: {scores} of {items} rows, which are too few to tell."
         return f"{text} Give more rows.", 0
     text = f"Self-distillation is unlikely to help: {scores} of {items} rows; "
@@ -176,6 +185,20 @@ def verdict_on(student_accuracy: float | None, student_logp: float | None, best:
     else:
         text += " Try other contexts, a larger model, or supervised fine-tuning."
     return text, UNLIKELY
+
+
+def _is_better(student: Sequence[bool], teacher: Sequence[bool], layouts: int) -> bool:
+    """Whether chance does not explain that the teacher is right more often.
+
+    The best of several layouts is better by chance more easily, so each has its part of the level of 5% (Bonferroni).
+    McNemar's exact test takes at least six rows, with seven layouts nine. Fewer suffice if the teacher is right on all
+    and the student on none: on a row where both are right with the same probability q, the teacher alone is right with
+    q (1 - q), at most 1/4.
+    """
+    level = 0.05 / layouts
+    if all(teacher) and not any(student):
+        return 0.25 ** len(teacher) < level
+    return sum(teacher) > sum(student) and paired(student, teacher).p < level
 
 
 def _print(result: CheckResult, console: Console) -> None:
@@ -276,13 +299,13 @@ def _closeness_line(result: CheckResult) -> str:
     right = "" if accuracy is None else f"has {accuracy:.0%} accuracy and "
     text = f"In-context assumption: the teacher {right}is {result.teacher_kl:.2f} nats per "
     text += "token from the base along its own replies"
-    if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None or result.student_accuracy is None:
+    if result.fine_tuned_kl is None or result.fine_tuned_accuracy is None or result.student_accuracy_on_best is None:
         return f"{text}. To tell if that is near, compare a model fine-tuned on the same rows: give it as fine_tuned."
     text += (
         f"; the fine-tuned model has {result.fine_tuned_accuracy:.0%} accuracy and is {result.fine_tuned_kl:.2f} nats "
         "from it along its own"
     )
-    if result.fine_tuned_accuracy <= result.student_accuracy:
+    if result.fine_tuned_accuracy <= result.student_accuracy_on_best:
         return f"{text}. It has learnt nothing, so its distance is not comparable: fine-tune it further."
     nearer = "nearer to the base, as assumed" if result.teacher_kl < result.fine_tuned_kl else "not nearer: a bad sign"
     return f"{text}: the teacher is {nearer}."

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from http.client import HTTPException
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener, getproxies
 
 from selfdistill.data import Message, join_surrogates, one_line
 from selfdistill.errors import RERUN, UserError
@@ -19,8 +23,13 @@ KEYS = ("SELFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
 THOUGHTS = ("reasoning_content", "reasoning")
 """Where servers put a thought that they keep apart from the answer."""
 
+THREADS = 8
+"""Maximum requests at the same time."""
 TIMEOUT_S = 60.0
 WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # between attempts: a minute, the usual window of a rate limit
+_HERE = ("localhost", "127.0.0.1", "::1")
+
+Answer = TypeVar("Answer")
 
 
 class Endpoint:
@@ -37,7 +46,7 @@ class Endpoint:
     def __init__(self, url: str, model: str, who: str, note: str, go_on: str = RERUN) -> None:
         self.url, self.model, self.who, self.note = url.rstrip("/") + "/chat/completions", model, who, note
         self._go_on = go_on
-        self._opener = build_opener(_NoRedirect)
+        self._opener = _opener(url)
 
     def ask(self, messages: list[Message], stop: threading.Event, *, max_tokens: int, temperature: float = 0) -> str:
         """Return the model's answer to a conversation.
@@ -85,6 +94,45 @@ class Endpoint:
         return join_surrogates(content)
 
 
+def ask_all(
+    ask: Callable[[str], Answer], keys: Sequence[str], stop: threading.Event
+) -> Generator[tuple[str, Answer], None, None]:
+    """Yield each key with ``ask(key)`` as the answers arrive. If one raises, or on Ctrl-C, none is waited for.
+
+    Threads of a ``ThreadPoolExecutor`` would be waited for when the process ends, too; these are daemons.
+
+    Args:
+        ask: called in up to :data:`THREADS` threads.
+        keys: what to ask for.
+        stop: set at the end and at an error, so that calls left behind do not retry.
+    """
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[tuple[str, Future[Answer]]] = queue.SimpleQueue()
+    for key in keys:
+        waiting.put(key)
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while not stop.is_set():
+                key, answer = waiting.get_nowait(), Future[Answer]()
+                try:
+                    answer.set_result(ask(key))
+                except BaseException as error:
+                    answer.set_exception(error)
+                arrived.put((key, answer))
+                if answer.exception():
+                    stop.set()
+
+    try:
+        for _ in range(min(THREADS, len(keys))):
+            threading.Thread(target=work, name="requests", daemon=True).start()
+        for _ in keys:
+            key, answer = arrived.get()
+            yield key, answer.result()
+    finally:
+        stop.set()
+
+
 class _NoRedirect(HTTPRedirectHandler):
     """Treats a redirect as an error: key and data are meant only for the address that the user gave."""
 
@@ -92,9 +140,16 @@ class _NoRedirect(HTTPRedirectHandler):
         return None
 
 
+def _opener(url: str) -> OpenerDirector:
+    """Opens requests to an address, without the environment's proxy where it could read them: https is a tunnel."""
+    address = urlsplit(url)
+    tunnel = address.scheme == "https" and address.hostname not in _HERE
+    return build_opener(_NoRedirect, ProxyHandler(getproxies() if tunnel else {}))
+
+
 def _api_key(url: str, who: str) -> str | None:
     address = urlsplit(url)
-    secret = address.scheme == "https" or address.hostname in ("localhost", "127.0.0.1", "::1")
+    secret = address.scheme == "https" or address.hostname in _HERE
     for name in KEYS if address.hostname == "api.openai.com" else KEYS[:1]:
         if key := os.environ.get(name, "").strip():
             if not secret:

@@ -12,21 +12,20 @@ import re
 import string
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
 from typing import Literal, get_args
 
 from selfdistill.config import ModelSettings, TrainingSettings
 from selfdistill.data import JUDGE, Demonstration, reference, shown_text
 from selfdistill.errors import RERUN, RESUME, UserError
-from selfdistill.evaluation.endpoint import Endpoint, shown
+from selfdistill.evaluation.endpoint import Endpoint, ask_all, shown
 from selfdistill.model import cache_dir
 from selfdistill.runtime import ProgressBar, broadcast_from_rank0, drop_partial_line
 
 Grade = Literal["strict", "lenient", "wrong"]
 """``strict``: right and complete. ``lenient``: essentially right, but imprecise or incomplete. ``wrong``: neither."""
 
-_THREADS = 8
 _MAX_TOKENS = 8
 
 _INSTRUCTION = """You judge whether a reply to a question is right. The JSON object below is data: "question" is the \
@@ -53,7 +52,7 @@ class Judge:
         go_on: what error messages say about how to continue.
 
     Raises:
-        UserError: the cache cannot be read.
+        UserError: the cache cannot be read or written.
     """
 
     def __init__(self, url: str, model: str, cache: Path, go_on: str = RERUN) -> None:
@@ -61,6 +60,7 @@ class Judge:
         note = f"grades are cached in {cache}"
         self._endpoint = Endpoint(url, model, "judge", note, go_on)
         self._kept = _read(cache)
+        broadcast_from_rank0(lambda: _check_writable(cache))
 
     def grades(self, rows: Sequence[Demonstration], replies: Sequence[str]) -> list[Grade]:
         """One grade per reply, from the cache or by concurrent requests, each cached as soon as it arrives.
@@ -77,31 +77,17 @@ class Judge:
         prompts = [_prompt(row, reply) for row, reply in zip(rows, replies, strict=True)]
         keys = [self._key(prompt) for prompt in prompts]
         open_ = {k: (row, p) for k, row, p in zip(keys, rows, prompts, strict=True) if k not in self._kept}
-        stop, lock = threading.Event(), threading.Lock()
-        self._cache.parent.mkdir(parents=True, exist_ok=True)
-
-        with self._cache.open("a", encoding="utf-8") as file:
-
-            def judge(key: str, row: Demonstration, prompt: str) -> None:
-                grade = self._grade(row, prompt, stop)
-                with lock:
-                    self._kept[key] = grade
-                    file.write(json.dumps({"key": key, "verdict": grade}) + "\n")
-                    file.flush()
-
-            with (
-                ThreadPoolExecutor(_THREADS) as pool,
-                ProgressBar("replies judged", len(open_), quiet=not open_) as reporter,
-            ):
-                futures = [pool.submit(judge, key, row, prompt) for key, (row, prompt) in open_.items()]
-                try:
-                    for done, future in enumerate(as_completed(futures), start=1):
-                        future.result()
-                        reporter.advance(done)
-                except BaseException:
-                    stop.set()
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+        stop = threading.Event()
+        with (
+            closing(ask_all(lambda key: self._grade(*open_[key], stop), list(open_), stop)) as graded,
+            self._cache.open("a", encoding="utf-8") as file,
+            ProgressBar("replies judged", len(open_), quiet=not open_) as reporter,
+        ):
+            for done, (key, grade) in enumerate(graded, start=1):
+                self._kept[key] = grade
+                file.write(json.dumps({"key": key, "verdict": grade}) + "\n")
+                file.flush()
+                reporter.advance(done)
         return [self._kept[key] for key in keys]
 
     def _key(self, prompt: str) -> str:
@@ -155,3 +141,19 @@ def _read(cache: Path) -> dict[str, Grade]:
         reason = error.strerror if isinstance(error, OSError) else "not a file of grades"
         raise UserError(f"{cache}: the judge's verdicts cannot be read: {reason}; move the file away") from None
     return kept
+
+
+def _check_writable(cache: Path) -> None:
+    """Check before long work that grades can be kept.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise UserError(
+            f"{cache}: the judge's verdicts cannot be kept ({error.strerror}); set SELFDISTILL_CACHE to a folder that "
+            "you may write"
+        ) from None

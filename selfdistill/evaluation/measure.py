@@ -167,17 +167,18 @@ class Measure:
         """The share of correct replies; None if they are not scored."""
         return answers.accuracy if self.scored else None
 
-    def student_on(self, context: str) -> tuple[float | None, float | None]:
-        """The student's accuracy and mean log-probability of the demonstrations, on the rows that fit a layout."""
+    def student_on(self, context: str) -> tuple[list[bool] | None, float | None]:
+        """On the rows that fit a layout: whether the student is right on each, and its mean log-probability of the
+        demonstrations."""
         fits = {row.demonstration.row for row in self._shown(context)}
-        if len(fits) == len(self.rows):
-            return self.accuracy_of(self.student), self.student_logp
-        rows = [row for row in self.rows if row.demonstration.row in fits]
-        logp = self._logp([row.student_ids for row in rows], rows, self.prefix_cache)
+        rows, logp = self.rows, self.student_logp
+        if len(fits) < len(rows):
+            rows = [row for row in rows if row.demonstration.row in fits]
+            logp = self._logp([row.student_ids for row in rows], rows, self.prefix_cache)
         if not self.scored:
             return None, logp
-        right = [c for row, c in zip(self.rows, self.student.correct, strict=True) if row.demonstration.row in fits]
-        return sum(right) / len(right), logp
+        right = zip(self.rows, self.student.correct, strict=True)
+        return [is_right for row, is_right in right if row.demonstration.row in fits], logp
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         """The precision of the training run."""

@@ -661,16 +661,22 @@ def test_every_base_has_a_star() -> None:
     assert " Base at (0.85, 0) and (0.84, 0)." in trade_off(curves, [(0.85, 0.0), (0.84, 0.0)], None, "kept", "learnt")
 
 
-def test_runs_that_cannot_be_compared_share_no_figure(tmp_path: Path) -> None:
-    for name, test in (("a", "test.jsonl"), ("b", "other.jsonl")):
+@pytest.mark.parametrize(
+    ("setting", "of_a", "of_b"),
+    [("test", "test.jsonl", "other.jsonl"), ("max_completion_length", 8, 64), ("judge_model", "one", "other")],
+)
+def test_runs_that_cannot_be_compared_share_no_figure(tmp_path: Path, setting: str, of_a: object, of_b: object) -> None:
+    for name, own in (("a", of_a), ("b", of_b)):
         write_run(tmp_path / name)
         file = tmp_path / name / "config.yaml"
-        values = load_yaml(file, TrainConfig) | {"test": test}
+        values = load_yaml(file, TrainConfig) | {setting: own}
+        if setting == "judge_model":
+            values |= {"scorer": "judge", "judge_url": "http://localhost:1"}
         file.write_text(dump_yaml(TrainConfig(**values)), encoding="utf-8")
     page = str(tmp_path / "r.html")
     assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "-o", page]) == 0
     text = Path(page).read_text(encoding="utf-8")
-    assert "prior score: runs that differ in test have scores that cannot be compared.</p>" in text
+    assert f"prior score: runs that differ in {setting} have scores that cannot be compared.</p>" in text
     assert "Pareto front" not in text
     assert main(["report", str(tmp_path / "a"), "-o", page]) == 0
     assert "Pareto front" in Path(page).read_text(encoding="utf-8")

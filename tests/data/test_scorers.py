@@ -539,6 +539,7 @@ def test_a_function_that_does_not_say_right_or_wrong(
         ("1", Verdict(1.0)),
         ("(False, 'line 3: no such name')", Verdict(0.0, "line 3: no such name")),
         ("(0.5, '')", Verdict(0.5)),
+        (r"(0.5, 'a\ud83d\ude00 \udcff')", Verdict(0.5, "a\U0001f600 \ufffd")),  # halves of surrogate pairs
         ("__import__('numpy').array([1, 2]).any()", Verdict(1.0)),
         ("__import__('numpy').float32(0.25), 'so'", Verdict(0.25, "so")),
         ("__import__('torch').tensor(0.5)", Verdict(0.5)),

@@ -163,7 +163,8 @@ def test_a_layout_whose_teacher_answers_right_comes_first_and_is_worth_trying(
     assert result.best.accuracy == 1.0
     assert result.exit_code == 0
     assert result.verdict.startswith(
-        "Worth trying: the teacher with turns:repeats=2 is right on 100% (95% interval 51% to 100%), the student on "
+        "Worth trying: the teacher with turns:repeats=2, best of 7 layouts, is right on 100% (95% interval 51% to "
+        "100%), the student on 0% of 4 rows."
     )
     assert "few_shot:k=3,pick=seed,this=false,seed=0" in [found.context for found in result.layouts]
     as_json = json.loads(json.dumps(result.to_dict()))
@@ -337,6 +338,31 @@ def test_rows_that_do_not_fit_are_left_out_of_a_layout_or_of_all_and_counted(
     )
 
 
+def test_the_fine_tuned_model_and_the_student_are_compared_on_the_same_rows(
+    model_folder: Callable[..., Path],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_long = "def is_long(reply, row):\n    return len(row['prompt'][0]['content']) > 100\n"
+    (tmp_path / "own_scorer_of_check.py").write_text(is_long)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = write_rows([{"prompt": "q" * n, "completion": "ab"} for n in (5, 5, 150, 150)])
+    config = config_of(
+        model_folder(),
+        data,
+        contexts=["turns:repeats=3"],
+        on_long_prompt="drop",
+        fine_tuned=str(model_folder(seed=1)),
+        scorer="python:own_scorer_of_check.is_long",
+    )
+    result = check(config, cost=False)
+    assert (result.student_accuracy, result.student_accuracy_on_best, result.fine_tuned_accuracy) == (0.5, 0, 0)
+    learnt = replace(result, fine_tuned_accuracy=0.5)
+    assert "It has learnt nothing" in " ".join(repr(result).split())
+    assert "It has learnt nothing" not in " ".join(repr(learnt).split())
+
+
 def test_a_row_that_is_too_long_for_a_layout_counts_as_wrong(
     model_folder: Callable[..., Path], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,42 +433,84 @@ def test_an_engine_that_fails_leaves_no_layout_out(
         check(config_of(model_folder(), write_rows(count=3), contexts=["turns:repeats=1", "turns"]))
 
 
+def verdict(student: float, logp: float, best: Layout, layouts: int = 1) -> tuple[str, int]:
+    """The verdict where the weaker is right on no row on which the stronger is wrong."""
+    right = [[row < round(share * best.items) for row in range(best.items)] for share in (student, best.accuracy or 0)]
+    return verdict_on(*right, logp, best, layouts)
+
+
 def test_verdicts() -> None:
-    text, code = verdict_on(0.0, -3.0, layout(0.9))
+    text, code = verdict(0.0, -3.0, layout(0.9))
     assert (code, text) == (
         0,
         "Worth trying: the teacher with turns:repeats=2 is right on 90% (95% interval 70% to 97%), the student on 0% "
         "of 20 rows. Expect at most about 90% after training.",
     )
-    text, code = verdict_on(0.95, -0.1, layout(1.0))
+    text, code = verdict(0.95, -0.1, layout(1.0))
     assert code == UNLIKELY
     assert "the student already knows this" in text
     for teacher in (0.5, 0.95):
-        text, code = verdict_on(0.95, -0.1, replace(layout(teacher, logp=-0.05), truncated=1.0))
+        text, code = verdict(0.95, -0.1, replace(layout(teacher, logp=-0.05), truncated=1.0))
         assert code == UNLIKELY
         assert text.endswith("; the student already knows this."), "and no other context is advised"
-    text, code = verdict_on(0.0, -3.0, layout(0.0, logp=-1.0))
+    text, code = verdict(0.0, -3.0, layout(0.0, logp=-1.0))
     assert code == UNLIKELY
     assert "a scorer that suits the data better may show a difference" in text
-    text, code = verdict_on(0.5, -1.0, layout(0.5, logp=-2.0))
+    text, code = verdict(0.5, -1.0, layout(0.5, logp=-2.0))
     assert code == UNLIKELY
     assert "Try other contexts" in text
-    text, code = verdict_on(0.0, -3.0, replace(layout(0.05), truncated=1.0))
+    text, code = verdict(0.0, -3.0, replace(layout(0.05), truncated=1.0))
     assert code == UNLIKELY
     assert text.endswith(
         "the teacher is not clearly better. 100% of its replies were truncated at the length limit, so they may be "
         "right but unfinished: raise max_completion_length."
     )
-    assert verdict_on(0.1, -1.0, replace(layout(0.3), items=10))[1] == 0  # two more rows; .3 - .1 is less than .2
-    assert verdict_on(0.1, -1.0, replace(layout(0.2), items=10))[1] == UNLIKELY
+    assert verdict(0.1, -1.0, replace(layout(0.2), items=10))[1] == UNLIKELY
     few = "It is unknown whether self-distillation helps: the teacher with turns:repeats=2 is right on 100% (95% "
     few += "interval 44% to 100%), the student on 67% of 3 rows, which are too few to tell. Give more rows."
-    assert verdict_on(2 / 3, -1.0, replace(layout(1.0), items=3)) == (few, 0)
-    assert "the student already knows this" in verdict_on(1.0, -1.0, replace(layout(1.0), items=3))[0]
-    text, code = verdict_on(0.89, -1.0, replace(layout(0.9), items=100))
+    assert verdict(2 / 3, -1.0, replace(layout(1.0), items=3)) == (few, 0)
+    assert "the student already knows this" in verdict(1.0, -1.0, replace(layout(1.0), items=3))[0]
+    text, code = verdict(0.89, -1.0, replace(layout(0.9), items=100))
     assert code == UNLIKELY
     assert "of 100 rows; the teacher is not clearly better." in text
-    assert "lower temperature" in verdict_on(0.0, -9.0, layout(1.0, kl=5.0))[0]
+    assert "lower temperature" in verdict(0.0, -9.0, layout(1.0, kl=5.0))[0]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "items", "layouts", "better"),
+    [
+        (0, 9, 16, 7, True),
+        (0, 8, 16, 7, False),  # 2 / 2**8 is more than .05 / 7
+        (0, 8, 16, 1, True),
+        (8, 10, 16, 1, False),
+        (1, 3, 10, 1, False),  # two more rows; .3 - .1 is less than .2
+        (18, 20, 20, 1, False),
+        (252, 254, 500, 7, False),
+        (0, 4, 4, 7, True),  # 7 / 4**4 is less than .05
+        (0, 3, 3, 7, False),
+        (0, 3, 3, 1, True),
+        (0, 3, 4, 1, False),
+    ],
+)
+def test_a_teacher_is_not_called_better_by_chance(
+    student: int, teacher: int, items: int, layouts: int, better: bool
+) -> None:
+    found = replace(layout(teacher / items), items=items)
+    text, code = verdict(student / items, -1.0, found, layouts)
+    assert code == 0
+    assert text.startswith("Worth trying: " if better else "It is unknown whether self-distillation helps: ")
+    assert ("too few to tell. Give more rows." in text) is not better
+    chosen = "turns:repeats=2, best of 7 layouts, is" if layouts == 7 else "turns:repeats=2 is"
+    assert f"the teacher with {chosen} right on" in text
+
+
+def test_rows_on_which_only_the_student_is_right_count_against_the_teacher() -> None:
+    teacher = [True] * 14 + [False] * 6
+    student = [False] * 10 + [True] * 4 + [False] * 6
+    assert verdict_on(student, teacher, -1.0, layout(0.7), 7)[0].startswith("Worth trying")
+    student = [False] * 12 + [True] * 4 + [False] * 4  # ten more rows, twelve against two: p .013
+    assert verdict_on(student, teacher, -1.0, layout(0.7), 7)[0].startswith("It is unknown")
+    assert verdict_on(student, teacher, -1.0, layout(0.7), 3)[0].startswith("Worth trying")
 
 
 # --- hints ---
