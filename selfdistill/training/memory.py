@@ -138,9 +138,8 @@ class MemoryPlanner:
         rows = self._rows[::-1] if least else self._rows
         stages = planned_stages(config, rows, loaded, config.batch_size, least=least)
         others = self._others(config)
-        # Contexts that are made after sampling are read once.
-        tasks = {parts[0].method.teacher for parts in stages if parts[0].method.select is None}
-        cached = [rule for rule in tasks if rule and rule.kind == "frozen" and config.teacher_cache_mib]
+        tasks = {parts[0].method.teacher for parts in stages if parts[0].method.keeps_contexts}
+        cached = [rule for rule in tasks if rule and config.teacher_cache_mib]
         if self.has_pictures or not has_full_attention(loaded.model.config.get_text_config()):
             cached = []
         cached = [] if config.fsdp else cached
