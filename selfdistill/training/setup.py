@@ -47,6 +47,7 @@ from selfdistill.model import (
 )
 from selfdistill.runtime import barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
+from selfdistill.training.selection import BatchPart
 
 
 @dataclass
@@ -265,6 +266,19 @@ def _encoded(
     demonstrated = [example.learnt_tokens for example in examples if example.demonstration.completion]
     average = mean(demonstrated) if demonstrated else None
     return EncodedPart(part.name, method, part.share, examples, dropped, demonstrated=average)
+
+
+def check_first_samples(stage: Stage, parts: Sequence[BatchPart], stage_step: int) -> None:
+    """Check that the stage's first samples keep most tokens, where no demonstration has told how long they are.
+
+    Raises:
+        UserError: ``skip_first_tokens`` masks most.
+    """
+    unseen = [part.name for part in stage.parts if part.demonstrated is None]
+    for part in parts:
+        if stage_step == 0 and part.name in unseen:
+            lengths = [sum(completion.is_own) for completion in part.completions]
+            check_skip(part.method.skip_first_tokens, lengths, "samples in the first step")
 
 
 def _check_contexts(name: str, part: EncodedPart) -> None:

@@ -51,6 +51,7 @@ from selfdistill.training.setup import (
     Stage,
     batch_unit,
     check_engine,
+    check_first_samples,
     choose_weights,
     chosen_rows,
     divide_steps,
@@ -201,12 +202,10 @@ class Trainer:
             return engine_for(self.loaded)
 
     def _make_caches(self) -> dict[TeacherRule, PrefixCache | None]:
-        """A cache for the contexts of the task's teacher, if it is frozen; prompts beside it rarely come twice."""
-        if self.teacher is None or self.teacher.kind != "frozen":
-            return {}
-        tasks = [stage.task for stage in self.stages if stage.task.method.teacher and not stage.task.method.select]
+        """A cache for the contexts of the task's teacher, if they are kept; prompts beside it rarely come twice."""
+        tasks = [stage.task for stage in self.stages if stage.task.method.keeps_contexts]
         contexts = [example.teacher_ids for task in tasks for example in task.examples if example.teacher_ids]
-        if not contexts:  # they are made during the run
+        if self.teacher is None or not contexts:
             return {}
         return {self.teacher.rule: self.forward_pass.keep(contexts, self.config.teacher_cache_mib * 2**20)}
 
@@ -271,6 +270,7 @@ class Trainer:
         control = self._control(stage, stage_step)
 
         parts = self._rolled_out(stage, positions, step, control, stopwatch)
+        check_first_samples(stage, parts, stage_step)
         results = self.gradient.add(parts, stopwatch)
         with stopwatch("update"):
             rate = self._set_learning_rate(stage, stage_step)
