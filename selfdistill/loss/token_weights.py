@@ -97,8 +97,8 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:
     return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten().tolist()
 
 
-def check_skip(skip_first_tokens: int, completion_lengths: Sequence[int]) -> None:
-    """Reject a ``skip_first_tokens`` that would mask most of the training signal.
+def check_skip(skip_first_tokens: int, completion_lengths: Sequence[int], what: str = "completions") -> None:
+    """Reject a ``skip_first_tokens`` that would mask most of the training signal; the message calls it ``what``.
 
     Raises:
         UserError: this would mask more than half of all completion tokens, or every token of more than half of the
@@ -118,5 +118,5 @@ def check_skip(skip_first_tokens: int, completion_lengths: Sequence[int]) -> Non
         largest = next(skip for skip in count() if too_much(skip + 1))
         raise UserError(
             f"skip_first_tokens: {skip_first_tokens} would mask {tokens} of {sum(lengths)} completion tokens and all "
-            f"of {completions} of {len(lengths)} completions; set it to at most {largest} or use longer completions"
+            f"of {completions} of {len(lengths)} {what}; set it to at most {largest} or use longer completions"
         )

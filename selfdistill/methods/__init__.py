@@ -27,7 +27,7 @@ from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.own import check_losses, own_errors, own_stages
 from selfdistill.methods.prefixes import GuidedSamples
 from selfdistill.methods.samples_file import SamplesFile
-from selfdistill.methods.sequences import Completion, DatasetCompletions
+from selfdistill.methods.sequences import ColdStart, Completion, DatasetCompletions
 from selfdistill.methods.slots import (
     FROZEN,
     Checker,
@@ -47,6 +47,7 @@ __all__ = [
     "FROZEN",
     "METHODS",
     "Checker",
+    "ColdStart",
     "Completion",
     "Controller",
     "DatasetCompletions",

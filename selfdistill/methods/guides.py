@@ -136,7 +136,9 @@ class GuidedAfterFailure:
         rollouts = iter(sample(loaded, prompts, self.sampling, seeds) if prompts else [])
         return [
             [
-                Completion(search.example, r.ids, r.logps if self.weighed else None, r.truncated, guided=True)
+                Completion(
+                    search.example, r.ids, r.logps if self.weighed else None, r.truncated, guided=True, helped=True
+                )
                 for r in islice(rollouts, size)
             ]
             for search, size in zip(tried, sizes, strict=True)

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pydantic import Field
 
 from selfdistill.config import Settings, TrainConfig
+from selfdistill.errors import UserError
 from selfdistill.methods.examples import ScoredExamples
 from selfdistill.methods.grpo import grpo_method
 from selfdistill.methods.prefixes import GuidedSamples, ShortestPrefixes, Where
@@ -39,6 +40,14 @@ class PopeSettings(Settings):
     """Samples after each prefix in the search before the first step."""
     where: Where = "reply"
     """Where the prefix is: it begins the ``reply``, or is at the end of the ``prompt``."""
+
+    def model_post_init(self, _context: object) -> None:
+        """Check that samples after a prefix have tokens."""
+        if self.where == "reply" and self.longest == 1:
+            raise UserError(
+                "setting 'longest': found 1, which leaves no tokens for a sample after a prefix; give less, or use "
+                "where: prompt"
+            )
 
 
 def pope(config: TrainConfig) -> tuple[Method, ...]:

@@ -30,11 +30,12 @@ def continued(
 ) -> list[Completion]:
     """The student's continuations of replies that begin with the given tokens; the loss sees the prompt alone.
 
-    ``longest`` is the share of the maximum length that a prefix may have. A sample after a prefix has at most the rest,
-    whatever the prefix, so it depends on no other sample. Without a prefix a sample may have the maximum length.
+    ``longest``, below 1, is the share of the maximum length that a prefix may have. A sample after a prefix has at most
+    the rest, whatever the prefix, so it depends on no other sample. Without a prefix a sample may have the maximum
+    length.
     """
     limit = sampling.max_completion_length
-    after_prefix = replace(sampling, max_completion_length=max(1, limit - int(longest * limit)))
+    after_prefix = replace(sampling, max_completion_length=limit - int(longest * limit))
     found: dict[int, Completion] = {}
     for policy, has_prefix in ((sampling, False), (after_prefix, True)):
         chosen = [number for number, prefix in enumerate(prefixes) if bool(prefix) == has_prefix]
@@ -45,7 +46,8 @@ def continued(
         for number, r in zip(chosen, rollouts, strict=True):
             x, prefix = examples[number], prefixes[number]
             logps = [*([0.0] * len(prefix)), *r.logps]
-            found[number] = Completion(x, [*prefix, *r.ids], logps, r.truncated, given=_beginning(prefix))
+            given = _beginning(prefix)
+            found[number] = Completion(x, [*prefix, *r.ids], logps, r.truncated, given=given, helped=has_prefix)
     return [found[number] for number in range(len(prefixes))]
 
 
@@ -73,7 +75,10 @@ def prompted(
     if encode.unfit:
         raise UserError(f"{encode.unfit[0]}, with a prefix of the demonstration; lower 'longest', or use where: reply")
     rollouts = sample(loaded, [x.student_ids for x in shown], sampling, seeds)
-    return [Completion(x, r.ids, r.logps, r.truncated) for x, r in zip(shown, rollouts, strict=True)]
+    return [
+        Completion(x, r.ids, r.logps, r.truncated, helped=x is not plain)
+        for x, plain, r in zip(shown, examples, rollouts, strict=True)
+    ]
 
 
 def _prompted(example: Example, prefix: Sequence[int], encode: ContextEncoder) -> Example:
@@ -165,7 +170,7 @@ class MicroGroups:
         if share == 1:
             given = [example.completion_ids for example in examples]
             return [
-                Completion(x, ids, [0.0] * len(ids), False, given=_beginning(ids))
+                Completion(x, ids, [0.0] * len(ids), False, given=_beginning(ids), helped=True)
                 for x, ids in zip(examples, given, strict=True)
             ]
         ends = [example.completion_ids[:-1] for example in examples]

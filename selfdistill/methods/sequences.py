@@ -49,6 +49,8 @@ class Completion:
     """All messages after the prompt; empty without an environment."""
     guided: bool = False
     """Sampled from another prompt than the example's, so that ``logps`` are far from the student's."""
+    helped: bool = False
+    """Sampled with a part of the demonstration, or a demonstration itself, so that its reward is not the student's."""
 
     @property
     def is_own(self) -> list[bool]:

@@ -165,6 +165,16 @@ class Method:
         """Whether the model before the first step also scores the tokens."""
         return self.weighs_base or (isinstance(self.loss, Divergence) and self.loss.needs_base)
 
+    @property
+    def keeps_contexts(self) -> bool:
+        """Whether what a frozen teacher computes of its contexts is kept for later steps.
+
+        Contexts that are made after sampling are read once. A teacher that is compared with the base reads its contexts
+        as the base does, because kept ones differ by rounding, which would decide between equal probabilities.
+        """
+        is_frozen = self.teacher is not None and self.teacher.kind == "frozen"
+        return is_frozen and self.select is None and not self.weighs_base
+
     def at(self, step: int, steps: int, control: float | None = None) -> Method:
         """The method at step ``step`` (from 0) of a stage with this many steps, with its controller's number."""
         method = self if self.loss_at is None else replace(self, loss=self.loss_at(step, steps))

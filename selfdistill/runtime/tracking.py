@@ -41,8 +41,10 @@ METRICS = {
     "episode/success": "share of the episodes with reward 1",
     "turn_loss/NUMBER": "loss per retained token of the n-th replies of all episodes, from 1, without factors such as "
     "advantages",
-    "entropy": "student entropy over the retained tokens, nats per token",
-    "reward": "mean reward of the samples; only for methods with a checker, such as ``grpo``",
+    "entropy": "student entropy over the retained tokens, nats per token; with ``grpo`` and the like only over samples "
+    "with an advantage",
+    "reward": "mean reward of the samples without help; only for methods with a checker, such as ``grpo``",
+    "reward/helped": "the same of samples with a part of the demonstration, by ``pope``, ``trapo`` or ``actguide``",
     "teacher_gain/right": "mean log q - log p of the learnt samples with reward 1, nats per retained token, q the "
     "teacher's and p the student's probability; only for methods with a checker and a teacher, such as ``sdpo``",
     "teacher_gain/wrong": "the same for the other learnt samples; lower if the teacher helps",

@@ -93,11 +93,6 @@ class PartResult:
         return self.selected.part
 
     @property
-    def reward(self) -> float | None:
-        """Mean reward of the samples; None if the method has no checker."""
-        return self.selected.reward
-
-    @property
     def turn_losses(self) -> dict[str, float]:
         """Mean loss by the number of the reply that tokens belong to, as names of metrics; empty without episodes."""
         return self._means("turn_loss", "turn_weight")
@@ -269,6 +264,7 @@ class BatchGradient:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, SamplerGap]:
         """The micro-batch's differentiable loss, its per-token statistics (n,), its importance weights (b,) and gap."""
         device, factor_b, importance_b, gap = self.loaded.device, micro.factor_b, None, SamplerGap()
+        mean_n: Tensor | float = 1.0
         has_weight_N = micro.has_weight_N(device)
         set_recomputing(self.loaded.model, bool(self.config.gradient_checkpointing))
         with self.accelerator.autocast():
@@ -281,7 +277,7 @@ class BatchGradient:
             hidden_nD, tokens_n, weights_n = (x[has_weight_N] for x in (output.hidden_ND, tokens_N, weights_N))
             if method.relative_weights:
                 student = replace(output, hidden_ND=hidden_nD)
-                weights_n = weights_n / self._mean_factor(method, student, tokens_n, taught, base, micro)
+                mean_n = self._mean_factor(method, student, tokens_n, taught, base, micro)
             torch.clear_autocast_cache()  # older PyTorch would reuse a cast of the head made without gradients
             loss, per_token = chunked_loss(
                 method.loss,
@@ -289,13 +285,13 @@ class BatchGradient:
                 output.head,
                 output.head_parameters,
                 tokens_n,
-                weights_n,
+                weights_n / mean_n,
                 taught,
                 chunk_size=output.chunk_tokens,
                 base=base,
                 weighting=method.weighting,
             )
-        return loss, per_token, importance_b, gap
+        return loss, per_token | {"loss": per_token["loss"] / mean_n}, importance_b, gap
 
     @staticmethod
     @torch.no_grad()

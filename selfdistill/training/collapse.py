@@ -41,20 +41,21 @@ class CollapseGuard:
         Args:
             metrics: a line of metrics.jsonl.
             stage: the stage of the method that the step belongs to.
-            sampled: whether the completions are the student's own samples.
+            sampled: whether the completions are the student's own samples; others are compared with nothing.
         """
         if stage != self._stage:
             self._stage, self._lines = stage, []
         if "skipped" in metrics:
             return {}
-        self._lines.append(metrics)
         signs = {
             who: f"the {who} has drifted {metrics[key]:.1f} nats per token from the initial model"
             for who, key in (("student", "drift/student"), ("teacher", "drift/teacher"))
             if metrics.get(key, 0.0) > DRIFT
         }
-        if sampled and len(self._lines) >= 2 * COLLAPSE_WINDOW:
-            signs |= self._compared()
+        if sampled:
+            self._lines.append(metrics)
+            if len(self._lines) >= 2 * COLLAPSE_WINDOW:
+                signs |= self._compared()
         return signs
 
     def _compared(self) -> dict[str, str]:

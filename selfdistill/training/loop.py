@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from selfdistill.config import dump_yaml
 from selfdistill.errors import RESUME, EngineFailed, RunCollapsed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import Evaluator, summary
-from selfdistill.methods import DatasetCompletions, own_errors, rules_of
+from selfdistill.methods import ColdStart, DatasetCompletions, own_errors, rules_of
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import (
     MetricsFile,
@@ -168,9 +168,16 @@ class Loop:
         return new, list(signs.values())
 
     def _samples(self, metrics: dict[str, Any]) -> bool:
-        """Whether the task's completions of a step were the student's own samples."""
+        """Whether all of the task's completions of a step were the student's own samples."""
         _, stage = self._trainer.stage_of(metrics["step"] - 1)
-        return not isinstance(stage.task.method.sequence, DatasetCompletions)
+        sequence = stage.task.method.sequence
+        demonstrated = sequence.steps if isinstance(sequence, ColdStart) else 0
+        return metrics["step"] > demonstrated and not isinstance(sequence, DatasetCompletions)
+
+    @property
+    def skips(self) -> int:
+        """Leading tokens of each completion that the task does not learn."""
+        return self._trainer.stage.task.method.skip_first_tokens
 
     def truncated(self) -> str:
         """That nearly all samples were truncated, and what to do; "" if not, or if a sign of collapse has told it."""
@@ -321,17 +328,26 @@ def say_signs(loop: Loop, output_dir: Path) -> None:
         say(f"note: the run showed signs of collapse: {'; '.join(loop.signs)}. See docs/reliability.md")
     if truncated := loop.truncated():
         say(f"note: {truncated}")
-    if idle := without_gradient(output_dir):
+    masked, idle = without_gradient(output_dir, loop.skips)
+    if masked:
+        say(
+            f"note: in {masked} of {loop.step} steps no sample taught anything, because skip_first_tokens {loop.skips} "
+            "masked them all; lower it"
+        )
+    if idle:
         say(
             f"note: in {idle} of {loop.step} steps no sample taught anything, for example because all samples of a "
             "prompt had the same reward; try easier prompts, a more lenient scorer or a higher num_generations"
         )
 
 
-def without_gradient(output_dir: Path) -> int:
-    """Number of steps with rewards in which the method could use no sample, so the gradient was zero."""
+def without_gradient(output_dir: Path, skips: int) -> tuple[int, int]:
+    """Numbers of steps whose gradient was zero: those with at most ``skips`` tokens, and others that have rewards."""
     lines = read_lines(output_dir / "metrics.jsonl")
-    return sum("reward" in line and line.get("grad_norm") == 0 for line in lines)  # a skipped step may have none
+    idle = [line for line in lines if line.get("grad_norm") == 0]  # a skipped step may have none
+    masked = [line for line in idle if 0 < line["completion/length"] <= skips]
+    rewarded = [line for line in idle if "reward" in line or "reward/helped" in line]
+    return len(masked), sum(line not in masked for line in rewarded)
 
 
 def _skipped(metrics: dict[str, Any]) -> str:

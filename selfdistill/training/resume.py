@@ -139,8 +139,9 @@ def _not_as_it_was(loaded: LoadedModel, dtype: str) -> str:
     )
 
 
-def where(output_dir: Path, checkpoint: Path | None, position: Position, config: TrainConfig) -> str:
+def where(output_dir: Path, checkpoint: Path | None, position: Position, trainer: Trainer) -> str:
     """Describe where a run with ``resume`` starts."""
+    config, methods = trainer.config, [part.method for stage in trainer.stages for part in stage.parts]
     if checkpoint is None:
         return f"note: no checkpoint to resume from in {output_dir}: starting from the first step"
     if position.step >= (config.max_steps or 0):
@@ -149,4 +150,7 @@ def where(output_dir: Path, checkpoint: Path | None, position: Position, config:
     if planned == config.max_steps:
         return resuming
     change = f"max_steps was {planned} and is now {config.max_steps}"
-    return f"{resuming}; {change}: the learning rate follows the new schedule from here on"
+    follows = "the learning rate follows"
+    if any(method.loss_at or method.controller for method in methods):
+        follows = "the learning rate, and what the method spreads over all steps, follow"
+    return f"{resuming}; {change}: {follows} the new schedule from here on"

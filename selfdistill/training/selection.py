@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,10 +39,19 @@ class Selected:
     unfit: int
     """Contexts that could not be shown to the teacher."""
 
-    @property
-    def reward(self) -> float | None:
-        """Mean reward of the samples; None without verdicts."""
-        return sum(verdict.reward for verdict in self.verdicts) / len(self.verdicts) if self.verdicts else None
+    def reward(self, *, helped: bool = False) -> float | None:
+        """Mean reward of the samples with or without help; None if there are none, or no verdicts.
+
+        Prompts count by all of their samples, because those that are not solved have more samples with help.
+        """
+        if not self.verdicts:
+            return None
+        rows = [sample.example.demonstration.row for sample in self.part.completions]
+        chosen = [number for number, sample in enumerate(self.part.completions) if sample.helped == helped]
+        count, count_chosen = Counter(rows), Counter(rows[number] for number in chosen)
+        weights = [count[rows[number]] / count_chosen[rows[number]] for number in chosen]
+        rewards = [self.verdicts[number].reward for number in chosen]
+        return sum(map(operator.mul, weights, rewards)) / sum(weights) if chosen else None
 
 
 @dataclass

@@ -47,6 +47,7 @@ from selfdistill.model import (
 )
 from selfdistill.runtime import barrier, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
+from selfdistill.training.selection import BatchPart
 
 
 class _HasMethod(Protocol):
@@ -253,12 +254,8 @@ def teacher_rules(methods: Iterable[Method]) -> list[TeacherRule]:
 
 
 def keeps_contexts(config: TrainConfig, task: Method) -> bool:
-    """Whether the contexts of a task's teacher may be cached for later epochs: it is frozen, and not sharded.
-
-    Contexts that are made after sampling are read once.
-    """
-    kept = config.teacher_cache_mib and not config.fsdp and task.select is None
-    return bool(kept and task.teacher and task.teacher.kind == "frozen")
+    """Whether the contexts of a task's teacher may be cached for later epochs: it is not sharded, and its method says so."""
+    return bool(config.teacher_cache_mib) and not config.fsdp and task.keeps_contexts
 
 
 def check_parts(config: TrainConfig, processes: int | None = None) -> None:
@@ -291,6 +288,19 @@ def _encoded(
     demonstrated = [example.learnt_tokens for example in examples if example.demonstration.completion]
     average = mean(demonstrated) if demonstrated else None
     return EncodedPart(part.name, method, part.share, examples, dropped, demonstrated=average)
+
+
+def check_first_samples(stage: Stage, parts: Sequence[BatchPart], stage_step: int) -> None:
+    """Check that the stage's first samples keep most tokens, where no demonstration has told how long they are.
+
+    Raises:
+        UserError: ``skip_first_tokens`` masks most.
+    """
+    unseen = [part.name for part in stage.parts if part.demonstrated is None]
+    for part in parts:
+        if stage_step == 0 and part.name in unseen:
+            lengths = [sum(completion.is_own) for completion in part.completions]
+            check_skip(part.method.skip_first_tokens, lengths, "samples in the first step")
 
 
 def _check_contexts(name: str, part: EncodedPart) -> None:

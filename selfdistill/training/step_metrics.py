@@ -66,8 +66,9 @@ def step_metrics(
         metrics["unfit"] = sum(result.selected.unfit for result in gated) / len(completions)
     if method.importance_cap is not None:
         metrics["importance"] = task.importance
-    if task.reward is not None:
-        metrics["reward"] = task.reward
+    if task.selected.verdicts:
+        rewards = {"reward": task.selected.reward(), "reward/helped": task.selected.reward(helped=True)}
+        metrics |= {name: reward for name, reward in rewards.items() if reward is not None}
         metrics |= task.teacher_gains
     if control is not None:
         metrics["control"] = control

@@ -127,7 +127,7 @@ def train(
         for line in (*first_lines(trainer), *start.lines):
             say(line)
         if resumes:
-            say(where(output_dir, start.checkpoint, position, trainer.config))
+            say(where(output_dir, start.checkpoint, position, trainer))
         loop = Loop(trainer, output_dir, position)
         try:
             loop.go_on(on_step)

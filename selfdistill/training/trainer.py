@@ -52,6 +52,7 @@ from selfdistill.training.setup import (
     batch_unit,
     by_sequence,
     check_engine,
+    check_first_samples,
     choose_weights,
     chosen_rows,
     divide_steps,
@@ -271,6 +272,7 @@ class Trainer:
         control = self._control(stage, stage_step)
 
         parts = self._rolled_out(stage, positions, step, control, stopwatch)
+        check_first_samples(stage, parts, stage_step)
         results = self.gradient.add(parts, stopwatch)
         with stopwatch("update"):
             rate = self._set_learning_rate(stage, stage_step)

@@ -357,8 +357,8 @@ def test_grpo_learns_from_the_environments_rewards(talks: Settings) -> None:
     loss.backward()
     task = run.stage.task
     (result,) = run.gradient.add([BatchPart(task.name, task.method, completions, 1.0)], Stopwatch(run.loaded.device))
-    assert result.reward == pytest.approx(sum(rewards) / len(rewards))
-    assert 0 < result.reward < 1
+    assert result.selected.reward() == pytest.approx(sum(rewards) / len(rewards))
+    assert 0 < sum(rewards) < len(rewards)
     assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
     assert largest_difference(gradients(run.loaded.model), gradients(student)) < 1e-5
 
@@ -493,8 +493,9 @@ def test_without_a_teacher_views_are_transcripts(talks: Settings, tmp_path: Path
     assert not (Path(sft.output_dir) / "token_views.jsonl").exists()
 
 
-def test_metrics_are_those_of_the_episodes(talks: Settings) -> None:
-    run, before = (Trainer(talks(loss_normalisation="token", batch_size=6)) for _ in range(2))
+@pytest.mark.parametrize("method", ["sdft", "msd"])
+def test_metrics_are_those_of_the_episodes(talks: Settings, method: Any) -> None:
+    run, before = (Trainer(talks(method=method, loss_normalisation="token", batch_size=6)) for _ in range(2))
     metrics = run.step(0)
     found = before.stage.task.method.sequence(before.loaded, before.stage.task.examples, 0)
     assert metrics["episode/turns"] == pytest.approx(sum(c.turns for c in found) / 6)

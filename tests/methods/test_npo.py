@@ -88,7 +88,7 @@ def test_npo_is_grpo_with_a_success_in_place_of_a_failure(later: Settings, value
     loss.backward()
     (result,) = judged(run, samples, rewards)
     assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
-    assert result.reward == pytest.approx(1.5 / 9)  # of the student's own samples
+    assert result.selected.reward() == pytest.approx(1.5 / 9)  # of the student's own samples
     assert largest_difference(gradients(run.loaded.model), gradients(student)) < 1e-5
 
 

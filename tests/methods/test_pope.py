@@ -66,6 +66,7 @@ def test_half_of_the_samples_go_on_from_the_prefix(guided: Settings) -> None:
     run = Trainer(guided())
     samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:2], 1)
     assert [prefix_of(c) for c in samples] == [0, 0, 0, 3, 3, 3] * 2
+    assert [c.helped for c in samples] == [bool(prefix_of(c)) for c in samples]
     for c in samples:
         assert c.ids[: prefix_of(c)] == c.example.completion_ids[: prefix_of(c)]
         assert prefix_of(c) < len(c.ids) <= 16
@@ -90,6 +91,7 @@ def test_with_where_prompt_half_of_the_prompts_show_the_prefix(guided: Settings)
         run.chat.encode_prompt([{"role": "user", "content": text}]) for text in prompts
     ]
     assert not any(c.given for c in samples)
+    assert [c.helped for c in samples] == [False] * 8 + [True] * 8 + [False] * 16
     assert max(len(c.ids) for c in samples[8:16]) > 8  # after a prefix in the reply, it would be the limit
     half = replace(shown[0], completion_ids=run.loaded.tokenizer("é")["input_ids"][:1])  # half of a character
     samples = run.stage.task.method.sequence(run.loaded, [half], 1)
@@ -169,6 +171,15 @@ def test_pope_is_grpo_on_each_group_without_the_prefix(
     expected = gradients(student)
     assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
     assert largest_difference(gradients(run.loaded.model), expected) < 1e-5
+
+
+def test_a_prefix_leaves_tokens_for_a_sample(guided: Settings) -> None:
+    message = (
+        "setting 'method_settings', setting 'longest': found 1, which leaves no tokens for a sample after a prefix"
+    )
+    with pytest.raises(UserError, match=f"^{message}; give less, or use where: prompt$"):
+        Trainer(guided(method_settings={"longest": 1}))
+    Trainer(guided(method_settings={"longest": 1, "where": "prompt"}))
 
 
 def test_samples_of_the_prompt_alone_may_be_as_long_as_a_reply(guided: Settings) -> None:

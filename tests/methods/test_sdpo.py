@@ -282,7 +282,7 @@ def test_sdpo_is_its_formula(all_of_them: Settings, own: dict[str, Any], micro_b
     results = run.gradient.add(parts, Stopwatch(run.loaded.device))
     for result, loss in zip(results, (distilled, policy), strict=False):
         assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
-        assert result.reward == pytest.approx(sum(rewards) / len(rewards))
+        assert result.selected.reward() == pytest.approx(sum(rewards) / len(rewards))
     expected = gradients(student)
     assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
     assert largest_difference(gradients(run.loaded.model), expected) < 1e-5

@@ -57,7 +57,7 @@ def test_with_a_model_that_has_learnt_nothing_it_is_sft(
     for method in ("t3s", "sft"):
         config = all_of_them(method, method=method, data=data)
         if method == "t3s":
-            config = config.model_copy(update={"teacher_model": config.model, "teacher_cache_mib": 0})
+            config = config.model_copy(update={"teacher_model": config.model})
         train(config)
         found.append(final_weights(config))
     assert same(*found)

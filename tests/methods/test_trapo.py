@@ -85,7 +85,8 @@ def test_each_sample_is_checked_once(guided: Settings, monkeypatch: pytest.Monke
     run, counts = Trainer(guided()), checks_counted(monkeypatch)
     metrics = run.step(0)
     assert sum(counts) == 3 * 6
-    assert 0 < metrics["reward"] < 1
+    assert metrics["reward"] == pytest.approx(1 / 3)  # the first prompt is right without help, the others are not
+    assert metrics["reward/helped"] == pytest.approx((1 + 1 / 4) / 2)
 
 
 def test_a_prompt_that_is_solved_again_gets_no_further_help(guided: Settings) -> None:

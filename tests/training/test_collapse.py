@@ -68,6 +68,14 @@ def test_completions_that_are_not_sampled_tell_nothing() -> None:
     assert all("entropy" in sign for sign in signs)
 
 
+def test_demonstrations_of_a_cold_start_are_no_beginning() -> None:
+    guard = CollapseGuard([14.0])
+    for step in range(6 * COLLAPSE_WINDOW):
+        cold = step < 2 * COLLAPSE_WINDOW
+        line = {"step": step + 1} | HEALTHY | {"completion/truncated": 0.2 if cold else 1.0}
+        assert guard.look(line, stage=0, sampled=not cold) == {}
+
+
 @pytest.mark.parametrize(("start", "end", "is_sign"), [(None, 1.2, False), (0.1, 1.2, True), (1.2, None, False)])
 def test_steps_that_teach_nothing_are_no_measurement(start: float | None, end: float | None, is_sign: bool) -> None:
     guard, signs = CollapseGuard([14.0]), {}

@@ -29,6 +29,19 @@ def resumed(config: TrainConfig, **values: Any) -> int:
     return len(metrics_of(config))
 
 
+def test_what_a_method_spreads_over_all_steps_follows_their_new_number(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for method, follows in (
+        ("veto", "the learning rate, and what the method spreads over all steps, follow"),
+        ("sdft", "the learning rate follows"),
+    ):
+        config = settings(method, method=method, max_steps=2, save_steps=1)
+        train(config)
+        resumed(config)
+        assert f"max_steps was 2 and is now 3: {follows} the new schedule from here on" in capsys.readouterr().err
+
+
 def test_another_document_is_refused_where_a_scorer_may_read_it(
     all_of_them: Settings, write_rows: Callable[..., Path]
 ) -> None:

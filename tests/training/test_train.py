@@ -545,6 +545,7 @@ def test_a_run_whose_samples_were_all_truncated_says_so_at_its_end(
     for out, values, count in (
         ("cut", {"max_completion_length": 2}, 1),
         ("whole", {"max_completion_length": 10, "model": settings().model}, 0),
+        ("cold", {"cold_start_steps": 2, "max_steps": 4, "learning_rate": 1e-9}, 1),  # demonstrations come first
         ("demonstrated", {"method": "sft"}, 0),
     ):
         train(settings(out, **{"model": model, "max_steps": 2} | values))
@@ -998,6 +999,29 @@ def test_skipping_most_of_the_completions_is_refused(settings: Callable[..., Tra
     assert not Path(settings().output_dir).exists()
 
 
+def test_samples_of_rows_without_demonstrations_are_measured_in_the_first_step(
+    settings: Callable[..., TrainConfig],
+    write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"prompt": f"q{i}", "privileged_context": f"What is q{i}?"} for i in range(4)]
+    data = str(write_rows(rows, name="rewritten.jsonl"))
+    short: dict[str, Any] = {"method": "msd", "context": "rewritten", "data": data, "max_steps": 2}
+    short |= {"skip_first_tokens": 3, "max_completion_length": 3}
+    message = (
+        r"^skip_first_tokens: 3 would mask (\d) of \1 completion tokens and all of 2 of 2 samples in the first step;"
+    )
+    with pytest.raises(UserError, match=message):
+        train(settings(**short))
+    monkeypatch.setattr("selfdistill.training.trainer.check_first_samples", lambda *_: None)  # later ones may be short
+    train(settings("later", **short))
+    said = "note: in 2 of 2 steps no sample taught anything, because skip_first_tokens 3 masked them all; lower it"
+    assert said in capsys.readouterr().err
+    train(settings("enough", **short | {"skip_first_tokens": 0}))
+    assert "taught" not in capsys.readouterr().err
+
+
 # --- what a run folder holds ---
 
 
@@ -1203,6 +1227,7 @@ def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], m
     of_sdft = {"kl/forward", "kl/reverse", "drift/teacher", "importance", "rollout/tokens_per_second"}
     of_others = {
         "reward",
+        "reward/helped",
         "teacher_gain/right",
         "teacher_gain/wrong",
         "learnt",
