@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from selfdistill.config import LearnConfig, TrainConfig, load_saved
+from selfdistill.continual.gates import least_retained, reasons_against
 from selfdistill.continual.ledger import MEASURED_WITH, NO_IMPROVEMENT, PENDING, START, Ledger, settings_of
 from selfdistill.continual.lengths import check_anchor_lengths, date_shown, fitting_rows
 from selfdistill.continual.pending import begin
@@ -49,7 +50,10 @@ from selfdistill.model import (
     use_engine,
 )
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines, say, write_json
-from selfdistill.training import OnStep, chosen_rows, take_whole, train, whole_folder
+from selfdistill.training import OnStep, check_disk_for_merged, chosen_rows, take_whole, train, whole_folder
+
+_PUT_BACK = "an adapter, whose merged weights cannot be compared; if it was moved, put it or a link to it back there"
+"""What can be done about the base of a state if it has no fingerprint."""
 
 
 def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
                 said = f"{before:.3f} before, {score:.3f} after on {items} items: {NO_IMPROVEMENT}"
                 undo = f"selfdistill learn --state {shlex.quote(config.state)} rollback"
                 say(f"note: {name}: {said}; to undo: {undo}")
-            least = _least(after, config)
+            least = least_retained(after, config)
             kept = f"it counts as retained at {least:.3f} or more ({items} test items)"
             if least <= 0:
                 kept = f"it counts as retained at any score ({items} test items)"
@@ -128,21 +132,24 @@ def _opened(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]
     if (root / START).is_dir():
         ledger = Ledger(config.state)
         if config.model and ledger.base != _absolute(config.model):
+            if not ledger.weights:
+                raise UserError(
+                    f"setting 'model': {config.state} started from {ledger.base!r}, {_PUT_BACK}, and leave model out"
+                )
             moved = load_for_training(
                 config.model, dtype=ledger.measured_with["dtype"], adapter_base=config.adapter_base
             )
-            found = start_fingerprint(moved)
-            if not found or found != ledger.weights:
+            if start_fingerprint(moved) != ledger.weights:
                 raise UserError(
                     f"setting 'model': {config.state} started from {ledger.base!r}, but {config.model!r} has different "
                     "weights; leave it out"
                 )
             ledger.move_base(_absolute(config.model))
         if os.path.isabs(ledger.base) and not os.path.isdir(ledger.base):
-            raise UserError(
-                f"state {config.state!r}: its base {ledger.base!r} does not exist; if it was moved, give its new "
-                "location as model"
-            )
+            advice = "if it was moved, give its new location as model"
+            if not ledger.weights:
+                advice = f"it is {_PUT_BACK}"
+            raise UserError(f"state {config.state!r}: its base {ledger.base!r} does not exist; {advice}")
         if config.prior and _texts(config.prior) != (_texts(ledger.prior) if ledger.prior else None):
             raise UserError(f"setting 'prior': {config.state} started with other questions, or none; leave it out")
         if not ledger.has_date:
@@ -215,7 +222,7 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
             settings = settings_of(folder)
             if settings.template_date is None:  # of an older release
                 settings = settings.model_copy(update={"template_date": config.template_date})
-            if config.judge_url and config.judge_model == settings.judge_model:  # it may have moved
+            if config.judge_url and config.judge_model in (None, settings.judge_model):  # it may have moved
                 settings = settings.model_copy(update={"judge_url": config.judge_url})
             rows = load_demonstrations(str(folder / "test.jsonl"))
             skills[name] = EvaluationSet(loaded, rows, {}, settings).ask(
@@ -226,11 +233,9 @@ def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: s
         return {"skills": skills, **prior_scores(loaded, chat, priors, config.batch_size, "model")}
 
 
-def _least(score: Evaluation, config: LearnConfig) -> float:
-    """The minimum score at which a skill counts as retained, given its earlier score."""
-    if config.max_skill_drop is not None:
-        return float(score["accuracy"]) - config.max_skill_drop
-    return float(score["accuracy_interval"][0])
+def _remove_checkpoints(run: Path) -> None:
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 class _NewSkill:
@@ -265,7 +270,7 @@ class _NewSkill:
                 result["training"] = self._train(result["check"]["context"])
                 result["after"] = self._step("after", lambda: self._on(str(self._folder / "model"), self._all, True))
                 result["retained"] = self._retained()
-                reasons += self._against(result)
+                reasons += reasons_against(result, self._ledger.base_result, self._config)
             except RunFailed as failed:
                 reasons.append(str(failed))
         finished = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -312,16 +317,26 @@ class _NewSkill:
         return {"context": context, "worth": worth, "accuracy": accuracy, "verdict": found.verdict}
 
     def _train(self, context: str) -> dict[str, Any]:
-        """Train and return the cost. Leaves the complete model in ``model``, and no checkpoints in ``run``."""
+        """Train and return the cost. Leaves the complete model in ``model``, and no checkpoints in ``run``.
+
+        Raises:
+            RunFailed: the training failed; ``run`` has no checkpoints then either.
+        """
         model = self._folder / "model"
         run = run_config(self._config, self._ledger.model, context, self._folder)
         folder = Path(run.output_dir)
         if not model.is_dir():
             self._forget_dropped(run)
-            take_whole(self._trained(run), model)
+            if run.lora_rank:
+                check_disk_for_merged(run.model, run.adapter_base, self._folder)
+            try:
+                take_whole(self._trained(run), model, run.model)
+            except RunFailed:  # nothing resumes from them
+                _remove_checkpoints(folder)
+                raise
             self._stop_where_asked()
-        for left in (*folder.glob("checkpoint-*"), folder / "final"):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove_checkpoints(folder)
+        shutil.rmtree(folder / "final", ignore_errors=True)
         if self._config.action == "stream":
             chunks = [line.get("training") for line in read_lines(self._folder / "stream.jsonl")]
             cost = total([chunk for chunk in chunks if chunk])
@@ -369,31 +384,6 @@ class _NewSkill:
         """For each earlier skill, its score when learnt and the minimum that counts as retained."""
         learnt = {skill.name: skill.result["after"]["skills"][skill.name] for skill in self._ledger.skills}
         return {
-            name: {"learnt": score["accuracy"], "least": _least(score, self._config)} for name, score in learnt.items()
+            name: {"learnt": score["accuracy"], "least": least_retained(score, self._config)}
+            for name, score in learnt.items()
         }
-
-    def _against(self, result: dict[str, Any]) -> list[str]:
-        """Reasons to refuse the new model; empty if all gates pass."""
-        config, reasons = self._config, []
-        after, before = result["after"], result["before"]
-        new, least = after["skills"][self._name]["accuracy"], _least(before, config)
-        if new < least - 1e-9:
-            reasons.append(
-                f"{self._name} itself: {before['accuracy']:.3f} before, {new:.3f} after, but at least {least:.3f} is "
-                "required (max_skill_drop)"
-            )
-        for name, retained in result["retained"].items():
-            now, least = after["skills"][name]["accuracy"], retained["least"]
-            if now < least - 1e-9:
-                reasons.append(
-                    f"{name}: {retained['learnt']:.3f} when it was learnt, {now:.3f} now, but at least {least:.3f} is "
-                    "required (max_skill_drop)"
-                )
-        if "prior_accuracy" in after:
-            base, now = self._ledger.base_result["prior_accuracy"], after["prior_accuracy"]
-            if base - now > config.max_prior_drop + 1e-9:
-                reasons.append(
-                    f"prior abilities: {base:.3f} for the base, {now:.3f} now, a drop of more than "
-                    f"{config.max_prior_drop:g} (max_prior_drop)"
-                )
-        return reasons

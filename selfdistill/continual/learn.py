@@ -13,14 +13,14 @@ from rich.table import Table
 
 from selfdistill.config import ExportConfig, LearnConfig
 from selfdistill.continual.add_skill import add
-from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger
+from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger, settings_of
 from selfdistill.continual.rehearsal import remembered
 from selfdistill.continual.retention import transfer
 from selfdistill.continual.stream import OF_CHUNKS
 from selfdistill.data import Rows
 from selfdistill.errors import RERUN, UserError, number_of
 from selfdistill.runtime import Printable, folder_lock, result_table, say_note
-from selfdistill.training import export
+from selfdistill.training import export, state_card
 
 NOT_ACCEPTED = 4
 """Exit code of an addition that was refused."""
@@ -101,8 +101,21 @@ def _export(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
     if not ledger.skills:
         raise UserError(f"state {config.state!r}: no skills yet, so its model is the base; use {ledger.base}")
-    target = export(ExportConfig(run=ledger.model, output_dir=config.output_dir))
+    target = export(ExportConfig(run=ledger.model, output_dir=config.output_dir), _card(ledger))
     return {"output_dir": str(target)}
+
+
+def _card(ledger: Ledger) -> str:
+    """The card of the current model. The one that its last run wrote knows neither base nor earlier skills."""
+    found = [(skill, skill.result) for skill in ledger.skills]
+    now, readme = found[-1][1]["after"], Path(ledger.model) / "README.md"
+    learnt = []
+    for skill, result in found:
+        scores = [result["base"], *(after["skills"][skill.name] for after in (result["after"], now))]
+        learnt.append((skill.name, settings_of(skill.folder).method, skill.file, scores))
+    prior = [measured.get("prior_accuracy") for measured in (ledger.base_result, now)]
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    return state_card(text, ledger.base, learnt, prior)
 
 
 def retention_matrix(ledger: Ledger) -> dict[str, Any]:

@@ -6,7 +6,8 @@
                     abilities) and base.json (its score on them)
     skills/0001-routing/    accepted skills, in this order; the last one's model is the current model
         settings.yaml, train.jsonl, test.jsonl, validation.jsonl (streams only), run/, model/, result.json;
-        prompts.jsonl (its prompts for later additions to rehearse) and memory.jsonl (earlier prompts it rehearsed)
+        prompts.jsonl (its prompts for later additions to rehearse) and memory.jsonl (earlier prompts it rehearsed);
+        pictures/ (copies of all pictures of these rows)
     pending/        an addition in progress or interrupted; same contents
     refused/, undone/       additions that were refused or rolled back; read only by ``history``
 

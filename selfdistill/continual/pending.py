@@ -121,10 +121,10 @@ def begin(
         )
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
         for split, rows in used.items():
-            write_demonstrations(folder / f"{split}.jsonl", rows)
+            write_demonstrations(folder / f"{split}.jsonl", rows, copy_pictures=True)
         keep_prompts(folder, config, taught)
         if memory:
-            write_demonstrations(folder / MEMORY, memory)
+            write_demonstrations(folder / MEMORY, memory, copy_pictures=True)
         (folder / "settings.yaml").write_text(dump_yaml(config), encoding="utf-8")
         write_json(folder / "asked.json", asked)
         places = {split: [row.row for row in rows] for split, rows in used.items() if split != "test"}

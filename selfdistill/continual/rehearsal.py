@@ -44,7 +44,7 @@ def keep_prompts(folder: Path, config: LearnConfig, rows: Sequence[Demonstration
     """Write the prompts of ``rows`` that the state keeps to the skill's ``folder``; see :func:`to_remember`."""
     if prompts := to_remember(config, rows):
         unfinished = folder / f".{PROMPTS}.unfinished"
-        write_demonstrations(unfinished, prompts)
+        write_demonstrations(unfinished, prompts, copy_pictures=True)
         unfinished.replace(folder / PROMPTS)
 
 

@@ -127,7 +127,7 @@ def _chunk(
             **OF_CHUNKS,
         }
     )
-    take_whole(train(own, on_step=watch), folder / "model")
+    take_whole(train(own, on_step=watch), folder / "model", model)
     losses = {"loss_before": before, "loss_after": watch.last}
     training = cost_of(own, len(config.anchors))
     return {"rows": len(chunk), "accuracy": accuracy, "steps": watch.steps, **losses, "training": training}

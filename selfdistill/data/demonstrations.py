@@ -268,13 +268,14 @@ def _rows(found: Sequence[str]) -> str:
     return "1 row repeats" if len(found) == 1 else f"{len(found)} rows repeat"
 
 
-def write_demonstrations(path: Path, demonstrations: Sequence[Demonstration]) -> None:
+def write_demonstrations(path: Path, demonstrations: Sequence[Demonstration], *, copy_pictures: bool = False) -> None:
     """Write a JSON Lines file that :func:`load_demonstrations` reads back equal except for ``row`` and ``source``.
 
-    Pictures that are no files are written beside it.
+    Pictures that are no files are written beside it, with ``copy_pictures`` all, so that the folder can be moved.
     """
+    pictures = [saved(row.images, path.parent, copy_pictures) for row in demonstrations]
     rows = [
-        {**as_row(row), **({"images": saved(row.images, path.parent)} if row.images else {})} for row in demonstrations
+        as_row(row) | ({"images": paths} if paths else {}) for row, paths in zip(demonstrations, pictures, strict=True)
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")

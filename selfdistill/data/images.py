@@ -27,7 +27,7 @@ from selfdistill.errors import UserError
 MOST_PIXELS = 89_478_485
 """Maximum pixels of a picture: Pillow's limit against decompression bombs."""
 PICTURE_FOLDER = "pictures"
-"""Folder beside a file of rows, for pictures that were not files."""
+"""Folder beside a file of rows, for pictures that were not files, or that are to stay with the rows."""
 _DEEP = ("I", "F")
 """Beginnings of the modes with more than 8 bits a channel, which Pillow would clip."""
 _BORDER = "\U0010fffc"
@@ -57,21 +57,31 @@ class Picture:
         """The mark for the picture in a text."""
         return f"{_BORDER}{self.digest}{_BORDER}"
 
-    def decoded(self) -> Image.Image:
-        """The picture upright, in RGB.
+    def read(self) -> bytes:
+        """The bytes of its file.
 
         Raises:
-            UserError: its file has changed since the row was read.
+            UserError: it has changed since the row was read.
         """
         try:
             data = self.data if self.data is not None else Path(self.path or "").read_bytes()
-            if hashlib.sha256(data).hexdigest() != self.digest:
-                raise _BadPicture("its bytes have changed")
+        except OSError as error:
+            raise self._unreadable(error.strerror or str(error)) from None
+        if hashlib.sha256(data).hexdigest() != self.digest:
+            raise self._unreadable("its bytes have changed")
+        return data
+
+    def decoded(self) -> Image.Image:
+        """The picture upright, in RGB; raises what :meth:`read` raises."""
+        data = self.read()
+        try:
             with _problems_of("it"):
                 return _decoded(data)
-        except (OSError, _BadPicture) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"{self.path}: cannot be read again ({reason}); restore it, and start again") from None
+        except _BadPicture as error:
+            raise self._unreadable(str(error)) from None
+
+    def _unreadable(self, reason: str) -> UserError:
+        return UserError(f"{self.path}: cannot be read again ({reason}); restore it, and start again")
 
 
 class PromptIds(list[int]):
@@ -263,15 +273,16 @@ def _undecoded(feature: Any) -> Any:
     return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
 
 
-def saved(pictures: Sequence[Picture], folder: Path) -> list[str]:
-    """Paths of the pictures relative to this folder; pictures that are not files are written to it."""
+def saved(pictures: Sequence[Picture], folder: Path, copied: bool = False) -> list[str]:
+    """Paths of the pictures relative to this folder, to which those that are not files, or all, are copied."""
     paths = []
     for picture in pictures:
         path = Path(picture.path or "")
-        if picture.data is not None:
-            path = Path(PICTURE_FOLDER) / picture.digest[:16]
+        if copied or picture.data is not None:
+            path, data = Path(PICTURE_FOLDER) / picture.digest[:16], picture.read()
             (folder / PICTURE_FOLDER).mkdir(exist_ok=True)
-            (folder / path).write_bytes(picture.data)
+            if not (folder / path).is_file() or (folder / path).read_bytes() != data:
+                (folder / path).write_bytes(data)
         paths.append(str(path))
     return paths
 

@@ -134,10 +134,14 @@ class MetricsFile(StepsFile):
 
 
 def public_name(name: str) -> str:
-    """A model or data set name safe to publish: the hub id, or a path's last part (the run for ``run/final``)."""
+    """A model or data set name safe to publish: the hub id, or a path's last part.
+
+    Of ``run/final`` it is the run, and of a state's ``0001-skill/model`` the skill.
+    """
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or os.path.exists(name):
         path = Path(os.path.abspath(name))
-        name = path.parent.name if path.name == "final" else path.name
+        of_skill = path.name == "model" and re.match(r"\d{4}-", path.parent.name)
+        name = path.parent.name if path.name == "final" or of_skill else path.name
     return " ".join(name.encode("utf-8", "replace").decode().split())
 
 

@@ -1,11 +1,13 @@
 """Train a model: settings in, ``final/`` out."""
 
 from selfdistill.training.checkpoint import list_checkpoints, remove_checkpoint
+from selfdistill.training.disk import check_disk_for_merged
 from selfdistill.training.export import export, take_whole, whole_folder
 from selfdistill.training.fitting import Fit
 from selfdistill.training.loop import OnStep
 from selfdistill.training.memory_result import MemoryPlan
 from selfdistill.training.merge import merge
+from selfdistill.training.model_card import state_card
 from selfdistill.training.plan import Plan, plan, plan_for
 from selfdistill.training.run import Run
 from selfdistill.training.schedule import steps_of
@@ -19,6 +21,7 @@ __all__ = [
     "Plan",
     "Run",
     "accelerator_state_kept",
+    "check_disk_for_merged",
     "check_output_dir",
     "check_parts",
     "chosen_rows",
@@ -29,6 +32,7 @@ __all__ = [
     "plan_for",
     "remove_checkpoint",
     "repeating",
+    "state_card",
     "steps_of",
     "take_whole",
     "train",

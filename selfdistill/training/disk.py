@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from selfdistill.errors import UserError
+from selfdistill.model import stored_bytes
 from selfdistill.runtime import free_bytes, unfinished
 from selfdistill.training.checkpoint import (
     AT_LEAST,
@@ -55,6 +56,17 @@ def check_disk(trainer: Trainer, output_dir: Path, checkpoint: Path | None) -> l
     return (
         [f"disk space: {kept - 1} checkpoints of {size_text(one)}, the final model {size_text(final)}"] if kept else []
     )
+
+
+def check_disk_for_merged(base: str, adapter_base: str | None, folder: Path) -> None:
+    """Check that ``folder`` has space for ``base`` with an adapter merged into it, as large as the base is stored.
+
+    Raises:
+        UserError: there is not enough; names both sizes.
+    """
+    free, needed = free_bytes(folder), stored_bytes(base, adapter_base)
+    if free < needed:
+        raise UserError(f"{folder}: {_gib(free)} free, the merged model needs about {_gib(needed)}; free some space")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

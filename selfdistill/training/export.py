@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from selfdistill.config import ExportConfig, TrainConfig
-from selfdistill.errors import UserError
+from selfdistill.errors import RERUN, UserError
 from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, merged, resolve, start_fingerprint
 from selfdistill.runtime import check_folder_writable, corruption, fsync, replace_folder, say
 from selfdistill.training.checkpoint import checkpoint_at, list_checkpoints, load_weights, saved_position, settings_of
@@ -129,12 +129,12 @@ def model_files(folder: Path) -> list[Path]:
     return [file.relative_to(folder) for pattern in _MODEL_FILES for file in folder.glob(pattern)]
 
 
-def export(config: ExportConfig) -> Path:
+def export(config: ExportConfig, card: str | None = None) -> Path:
     """Write the final model of a run to ``output_dir``, or that of a checkpoint; returns that folder.
 
     Without ``merge`` the files are copied unchanged, except that ``adapter_base`` is written into the copy of an
-    adapter's settings. With ``merge`` an adapter is merged into its base in float32, and
-    the result is saved in the base's data type.
+    adapter's settings, and that ``card`` replaces the copy of ``README.md``. With ``merge`` an adapter is merged into
+    its base in float32, and the result is saved in the base's data type.
 
     Raises:
         UserError: there is no model or no such checkpoint, ``output_dir`` is not empty or cannot be written,
@@ -151,9 +151,17 @@ def export(config: ExportConfig) -> Path:
                 shutil.copy(source / file, folder / file)
             if config.adapter_base:
                 _name_base(folder, config.adapter_base, config.run)
+            if card is not None:
+                (folder / "README.md").write_text(card, encoding="utf-8")
         return output_dir
     if not (source / "adapter_config.json").is_file():
         raise UserError(f"run {config.run!r}: a full model without an adapter to merge; leave merge out")
+    _write_merged(source, output_dir, config.adapter_base, advice)
+    return output_dir
+
+
+def _write_merged(source: Path, target: Path, adapter_base: str | None, advice: str) -> None:
+    """Write the adapter in ``source``, merged into its base, to ``target``; ``advice`` is for a full disk."""
     readme = source / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if learnt_in_4bit(text):
@@ -161,11 +169,10 @@ def export(config: ExportConfig) -> Path:
             "note: the adapter was trained on a 4-bit base and is merged into the original base, which computes "
             "slightly different results; measure the result with selfdistill eval"
         )
-    loaded = load_model(str(source), dtype="auto", merge_adapter=True, adapter_base=config.adapter_base)
+    loaded = load_model(str(source), dtype="auto", merge_adapter=True, adapter_base=adapter_base)
     card = merged_card(text, pictures=loaded.pictures is not None)
-    with whole_folder(output_dir, advice) as folder:
+    with whole_folder(target, advice) as folder:
         write_model(folder, loaded.model, loaded, card)
-    return output_dir
 
 
 def _export_checkpoint(config: ExportConfig, step: int) -> Path:
@@ -248,10 +255,10 @@ def _name_base(folder: Path, adapter_base: str, run: str) -> None:
     settings.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def take_whole(final: Path, target: Path) -> None:
-    """Move the final model of a run to ``target``, merging an adapter into its base."""
+def take_whole(final: Path, target: Path, base: str) -> None:
+    """Move the final model of a run to ``target``, merging an adapter into ``base``, wherever that is by now."""
     if (final / "adapter_config.json").exists():
-        export(ExportConfig(run=str(final), output_dir=str(target), merge=True))
+        _write_merged(final, target, base, f"free disk space, then {RERUN}")
         shutil.rmtree(final)
     else:
         final.rename(target)

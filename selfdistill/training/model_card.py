@@ -18,6 +18,7 @@ from selfdistill import __version__
 from selfdistill.config import MAY_CHANGE, TrainConfig, without_defaults
 from selfdistill.data import is_own
 from selfdistill.errors import UserError, number_of
+from selfdistill.evaluation import Evaluation
 from selfdistill.methods import METHODS, stages_of, uses
 from selfdistill.model import STARTER_MODELS
 from selfdistill.runtime import METRICS, public_name, public_settings, read_lines
@@ -35,6 +36,10 @@ _MEASURES = {
     "kl_base": ("KL(base||model), nats per token", ""),
 }
 """Keys of a line in evaluations.jsonl: description, and the key of the interval."""
+_UNKNOWN = "Performance on other tasks is unknown and may have decreased through fine-tuning."
+_ALWAYS_LIMITED = """\
+- Its replies were not examined for harm or bias; those of the base model may persist.
+- The licences of the base model and of the data apply; this card grants none."""
 _LOADING = "## How to load"
 _LOAD_MODEL = """\
 ```python
@@ -92,7 +97,7 @@ def model_card(
     """
     base, data = public_name(config.model), public_name(config.data)
     metadata = ModelCardData(
-        base_model=STARTER_MODELS[config.model].hub_id if config.model in STARTER_MODELS else base,
+        base_model=_on_the_hub(config.model),
         library_name="peft" if adapter else "transformers",
         pipeline_tag=_pipeline_tag(pictures),
         tags=["selfdistill", config.method, *(["lora"] if adapter else [])],
@@ -116,14 +121,18 @@ def model_card(
         *results,
         "## Limits",
         *([f"- The run showed signs of collapse: {'; '.join(signs)}."] if signs else []),
-        f"- {measured} Performance on other tasks is unknown and may have decreased through fine-tuning.\n"
+        f"- {measured} {_UNKNOWN}\n"
         f"- It was trained on {rows} with completions of at most "
         f"{config.max_completion_length} tokens. It may reproduce mistakes in the demonstrations.\n"
-        "- Its replies were not examined for harm or bias; those of the base model may persist.\n"
-        "- The licences of the base model and of the data apply; this card grants none.",
+        f"{_ALWAYS_LIMITED}",
         f"{_LOADING}\n\n{_code_to_load(_LOAD_ADAPTER if adapter else _LOAD_MODEL, pictures)}",
     ]
     return "\n\n".join(parts)
+
+
+def _on_the_hub(model: str) -> str:
+    """A model's name for the front matter."""
+    return STARTER_MODELS[model].hub_id if model in STARTER_MODELS else public_name(model)
 
 
 def learnt_in_4bit(text: str) -> bool:
@@ -179,6 +188,46 @@ def sum_card(model: str, add: str, subtract: str, scale: float, *, pictures: boo
         f"with selfdistill {__version__}, without training.",
         "## Limits",
         "It was not evaluated: measure whether the difference in weights transfers the skill.",
+        f"{_LOADING}\n\n{_code_to_load(_LOAD_MODEL, pictures)}",
+    ]
+    return "\n\n".join(parts)
+
+
+def state_card(
+    text: str, base: str, skills: Sequence[tuple[str, str, str, Sequence[Evaluation]]], prior: Sequence[float | None]
+) -> str:
+    """The card of a model that has learnt skill after skill.
+
+    Args:
+        text: the card of its last run.
+        base: the model before the first skill.
+        skills: the name, method and data of each, and its evaluations for the base, when learnt, and now.
+        prior: mean accuracy on the prior abilities of the base and of the model, or None.
+    """
+    pictures = f"pipeline_tag: {_pipeline_tag(True)}" in text
+    data = [public_name(file) for _, _, file, _ in skills]
+    metadata = ModelCardData(
+        base_model=_on_the_hub(base),
+        library_name="transformers",
+        pipeline_tag=_pipeline_tag(pictures),
+        tags=["selfdistill", *dict.fromkeys(method for _, method, _, _ in skills)],
+        datasets=[name for name in dict.fromkeys(data) if "/" in name] or None,
+    )
+    rows = []
+    for (name, method, _, scores), file in zip(skills, data, strict=True):
+        found = (_number(score["accuracy"], score["accuracy_interval"]) for score in scores)
+        rows.append((_code(name), _code(method), _code(file), str(scores[-1]["items"]), *found))
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {_code(public_name(base))} after {number_of(len(skills), 'skill')}",
+        f"- Base model: {_code(public_name(base))}\n- Made with selfdistill {__version__}",
+        "## Results",
+        "Accuracy on the test of each skill, in the order of learning; 95% confidence intervals in brackets.",
+        _table(("skill", "method", "data", "test items", "base", "when learnt", "now"), rows),
+        *([] if None in prior else ["Prior abilities, mean accuracy: {:.3f} (base), {:.3f} now.".format(*prior)]),
+        "## Limits",
+        f"- Only what is listed here was measured. {_UNKNOWN}\n"
+        f"- It may reproduce mistakes in the demonstrations.\n{_ALWAYS_LIMITED}",
         f"{_LOADING}\n\n{_code_to_load(_LOAD_MODEL, pictures)}",
     ]
     return "\n\n".join(parts)

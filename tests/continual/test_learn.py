@@ -39,6 +39,7 @@ from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.data.sources import packaged
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.runtime.files import folder_lock
+from selfdistill.training import disk
 from selfdistill.training.train import train
 
 Settings = Callable[..., LearnConfig]
@@ -306,6 +307,19 @@ def test_export_rollback_and_history(make: Settings, tmp_path: Path, capsys: pyt
     command = ["learn", "--state", str(state)]
     assert main([*command, "export", "--output_dir", str(tmp_path / "out")]) == 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    front, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(front)["base_model"] == Path(make().model).name
+    assert f"# `{Path(make().model).name}` after 2 skills\n" in body
+    results = [skill.result for skill in Ledger(str(state)).skills]
+    for name, result in zip(("first", "second"), results, strict=True):
+        scores = (result["base"], result["after"]["skills"][name], results[1]["after"]["skills"][name])
+        told = [
+            f"{score['accuracy']:.3f} ({{:.3f}} to {{:.3f}})".format(*score["accuracy_interval"]) for score in scores
+        ]
+        assert f"| `{name}` | `sft` | `{name}.jsonl` | 2 | {' | '.join(told)} |" in body
+    priors = [Ledger(str(state)).base_result["prior_accuracy"], results[1]["after"]["prior_accuracy"]]
+    assert "Prior abilities, mean accuracy: {:.3f} (base), {:.3f} now.".format(*priors) in body
     weights = load_file(state / "skills/0002-second/model/model.safetensors")
     assert all(torch.equal(exported.state_dict()[name], weights[name]) for name in weights)
     assert main([*command, "rollback"]) == 0
@@ -327,6 +341,43 @@ def test_an_adapter_is_merged_so_that_each_model_stands_alone(make: Settings, tm
         model = Path(Ledger(str(tmp_path / "state")).model)
         assert (model / "model.safetensors").exists()
         assert not (model / "adapter_config.json").exists()
+
+
+def test_an_adapter_is_merged_into_its_base_wherever_that_is_by_now(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    def fill_the_disk(config: LearnConfig) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["selfdistill.training.export"], "write_model", full)  # of the merged model
+            with pytest.raises(UserError, match=r"\(No space left on device\); free disk space, then rerun the same"):
+                add(config)
+        assert (Path(config.state) / "pending/run/final/adapter_config.json").is_file()
+
+    base = shutil.copytree(make().model, tmp_path / "base")
+    first = make(model=str(base), lora_rank=2)
+    fill_the_disk(first)
+    base.rename(tmp_path / "moved")
+    first = first.model_copy(update={"model": str(tmp_path / "moved")})
+    assert add(first)["accepted"]
+    second = make("second", model="", lora_rank=2)
+    fill_the_disk(second)
+    (tmp_path / "state").rename(tmp_path / "elsewhere")
+    second = second.model_copy(update={"state": str(tmp_path / "elsewhere")})
+    assert add(second)["accepted"]
+
+
+def test_a_disk_without_room_for_the_merged_model_is_told_before_training(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "free_bytes", lambda _: 10_000)
+        with pytest.raises(UserError, match=r"free, the merged model needs about \d\.\d GiB; free some space$"):
+            add(make(lora_rank=2))
+    assert not (tmp_path / "state/pending/run").exists()
+    assert add(make(lora_rank=2))["accepted"]
 
 
 def test_a_teacher_that_is_no_better_is_refused(make: Settings, tmp_path: Path) -> None:
@@ -525,6 +576,19 @@ def test_training_that_diverges_is_refused(make: Settings, tmp_path: Path, monke
     assert Ledger(str(tmp_path / "state")).skills == []
 
 
+def test_what_is_refused_keeps_no_checkpoints(make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(step: int, *_: Any) -> None:
+        if step == 2:
+            raise RunFailed("the loss is nan")
+
+    real = add_skill.train
+    monkeypatch.setattr(add_skill, "train", lambda *given, **named: real(*given, **named | {"on_step": diverge}))
+    assert add(make())["reasons"] == ["the loss is nan"]
+    run = tmp_path / "state/refused/first/run"
+    assert (run / "metrics.jsonl").exists()
+    assert not list(run.glob("checkpoint-*"))
+
+
 def test_an_engine_that_fails_refuses_no_skill(make: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Path:
         raise EngineFailed("run: stopped after step 1: the server ended; progress is saved, continue with resume=True")
@@ -584,6 +648,19 @@ def test_earlier_skills_are_judged_at_the_address_of_the_addition(make: Settings
         assert add(make(skill, judge_url=f"{server.url}/{skill}", **judged))["accepted"]
     paths = server.paths[server.paths.index("/v1/second/chat/completions") :]
     assert set(paths) == {"/v1/second/chat/completions"}
+
+
+def test_a_judge_that_moves_during_an_addition_is_asked_at_its_new_address(
+    make: Settings, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(make(scorer="judge", judge_model="j", judge_url=f"{server.url}/old", max_steps=1))
+    with monkeypatch.context() as patch:
+        interrupt(patch, "measure_model", 3)  # that of the new model, the first one in which the judge is asked
+        with pytest.raises(KeyboardInterrupt):
+            add(make("second", max_steps=1))
+    server.paths.clear()
+    assert add(make("second", max_steps=1, judge_url=f"{server.url}/new"))["accepted"]
+    assert set(server.paths) == {"/v1/new/chat/completions"}
 
 
 def interrupt(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
@@ -1081,6 +1158,21 @@ def test_a_base_that_was_moved_is_known_by_its_weights(make: Settings, tmp_path:
         add(second)
     assert add(second.model_copy(update={"model": str(tmp_path / "elsewhere")}))["accepted"]
     assert Ledger(config.state).base == str(tmp_path / "elsewhere")
+
+
+def test_a_base_that_is_an_adapter_is_to_be_put_back(
+    make: Settings, settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    train(settings("runs", lora_rank=2, max_steps=1))
+    add(make(model=str(tmp_path / "runs")))
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    back = "cannot be compared; if it was moved, put it or a link to it back there"
+    with pytest.raises(UserError, match=rf"base '.*runs' does not exist; it is an adapter, whose .* {back}$"):
+        add(make("second", model=""))
+    with pytest.raises(UserError, match=rf"'model': .* started from '.*runs', an adapter, .* {back}, and leave model"):
+        add(make("second", model=str(tmp_path / "elsewhere")))
+    (tmp_path / "runs").symlink_to(tmp_path / "elsewhere")
+    assert add(make("second", model=""))["accepted"]
 
 
 def test_what_has_not_begun_to_learn_does_not_keep_a_skill_from_being_taken_back(

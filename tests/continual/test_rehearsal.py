@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 from conftest import CHATML
+from picture_models import FAMILIES
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_worlds import LOOK_UP
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -588,6 +590,44 @@ def test_an_interrupted_addition_rehearses_on_to_the_same_model(
     ]
     assert shares[0] == shares[1]
     assert any(shares[0])
+
+
+def drawn(folder: Path, colour: str) -> list[dict[str, Any]]:
+    """Ten rows about pictures in a folder."""
+    folder.mkdir()
+    for number in range(10):
+        Image.new("RGB", (8, 6 + number), colour).save(folder / f"{number}.png")
+    return [{"prompt": "?", "completion": colour[0], "image": str(folder / f"{n}.png")} for n in range(10)]
+
+
+def test_a_state_keeps_its_own_copies_of_pictures(
+    make: Settings, interrupt: Callable[[LearnConfig], None], tmp_path: Path
+) -> None:
+    (llava,) = (family for family in FAMILIES if family.name == "llava")
+    llava.write(tmp_path / "llava")
+    options: dict[str, Any] = {"model": str(tmp_path / "llava"), "anchors": "none", "max_steps": 5, "save_steps": 1}
+    red = drawn(tmp_path / "red", "red")
+    red = [{**row, "image": {"bytes": Path(row["image"]).read_bytes()}} for row in red]
+    config = make("first", [], **options, on_long_prompt="drop")
+    assert add(config, {"data": red})["accepted"]  # dropping rows writes their prompts anew
+    assert [line["remembered"] for line in learn(make("first", action="status", data="")).details["memory"]] == [8]
+
+    interrupt(make("second", rows := drawn(tmp_path / "blue", "blue"), **options))
+    (tmp_path / "state").rename(tmp_path / "moved")
+    config = make("second", rows, **options, state=str(tmp_path / "moved"))
+    assert add(config)["accepted"]
+    shutil.rmtree(tmp_path / "blue")
+    for folder in (tmp_path / "moved/skills").iterdir():
+        kept = [row for file in folder.glob("*.jsonl") for row in rows_of(file) if "images" in row]
+        assert kept
+        assert all(path.startswith("pictures/") for row in kept for path in row["images"])
+    third = add(make("third", **options, state=str(tmp_path / "moved")))
+    assert third["accepted"]
+    assert third["training"]["rehearsed"] == 16
+    learn(make(action="export", data="", state=str(tmp_path / "moved"), output_dir=str(tmp_path / "out")))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: image-text-to-text\n" in card
+    assert "AutoModelForImageTextToText" in card
 
 
 OLD = "--model model --test second.jsonl --max_steps 60 --min_teacher 0 --max_prior_drop 1 --max_skill_drop 1 "

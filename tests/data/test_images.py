@@ -325,6 +325,30 @@ def test_rows_with_pictures_are_written_and_read_back(tmp_path: Path) -> None:
     assert [x.identity() for x in load_demonstrations(made)] == [x.identity() for x in made]
 
 
+def test_pictures_can_be_copied_beside_their_rows(tmp_path: Path) -> None:
+    RED.save(tmp_path / "a.png")
+    blue = Image.new("RGB", (4, 4), "blue")
+    made = load_demonstrations([row(str(tmp_path / "a.png"), blue), row(str(tmp_path / "a.png"), completion="b")])
+    (tmp_path / "first").mkdir()
+    write_demonstrations(tmp_path / "first" / "rows.jsonl", made, copy_pictures=True)
+    (tmp_path / "a.png").unlink()
+    again = load_demonstrations(str(tmp_path / "first" / "rows.jsonl"))
+    write_demonstrations(tmp_path / "first" / "again.jsonl", again, copy_pictures=True)  # they are there
+    assert len(list((tmp_path / "first" / "pictures").iterdir())) == 2
+    (tmp_path / "first").rename(tmp_path / "moved")
+    for name in ("rows", "again"):
+        found = load_demonstrations(str(tmp_path / "moved" / f"{name}.jsonl"))
+        assert [x.identity()["images"] for x in found] == [x.identity()["images"] for x in made]
+
+
+def test_a_picture_that_changed_before_it_was_copied_is_refused(tmp_path: Path) -> None:
+    RED.save(tmp_path / "a.png")
+    made = load_demonstrations([row(str(tmp_path / "a.png"))])
+    Image.new("RGB", (8, 6), "blue").save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png: cannot be read again \(its bytes have changed\); restore it, and"):
+        write_demonstrations(tmp_path / "rows.jsonl", made, copy_pictures=True)
+
+
 def test_the_picture_is_part_of_a_rows_identity_and_text_rows_are_as_before() -> None:
     red, blue = one(RED), one(Image.new("RGB", (8, 6), "blue"))
     assert red.identity() != blue.identity()
