@@ -68,7 +68,6 @@ from selfdistill.data.rows import (
     first_ten,
     from_text,
     join_surrogates,
-    one_line,
     quoted,
     repeated_key,
 )
@@ -169,7 +168,6 @@ __all__ = [
     "notes_on_episodes",
     "nothing_to_score",
     "nothing_to_show",
-    "one_line",
     "own_function",
     "own_tokens",
     "packaged",
