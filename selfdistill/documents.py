@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import regex
 
 from selfdistill.data import WORD, first_ten, join_surrogates, plain, spaced
-from selfdistill.errors import UserError, number_of
+from selfdistill.errors import UserError, number_of, one_line
 from selfdistill.runtime import say
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def _pdf(file: Path) -> str:
     try:
         pages = [page.extract_text().strip() for page in PdfReader(file).pages]
     except Exception as error:  # a broken or encrypted file may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"not a readable PDF ({reason}), replace or remove it") from None
     filled = list(filter(None, pages))
     if filled and len(filled) < len(pages):

@@ -93,6 +93,26 @@ def similar_inside(path: str) -> str | None:
     return closest(Path(path).name, [inside.name for inside in folder.iterdir()])
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def named_error(error: BaseException) -> str:
+    """The type and the message of an error, on one line."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def shortened(text: str, most: int) -> str:
+    """The text; one of more than ``most`` characters is cut and ends with ``...``."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def found_value(value: object) -> str:
+    """What was found, for a message: at most 60 characters on one line."""
+    return " ".join(repr(value).split())[:60]
+
+
 def number_of(count: int | None, noun: str) -> str:
     """A count in a message: ``1 step``, ``2 steps``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

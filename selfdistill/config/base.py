@@ -30,7 +30,7 @@ from pydantic_core import PydanticKnownError
 from selfdistill.config.trl_names import trl_hint
 from selfdistill.data import CODE, JUDGE, SCORER_NAMES, LearntTurns, by_name, known_or_own
 from selfdistill.environments import name_of_functions
-from selfdistill.errors import UserError, closest
+from selfdistill.errors import UserError, closest, found_value
 
 
 def plain_address(value: str | None) -> str | None:
@@ -144,7 +144,7 @@ def _one_line(detail: Any, fields: Mapping[str, FieldInfo]) -> str:
         return str(detail["msg"]).removeprefix("Value error, ")
     known = re.findall(r"'(\w+)'", detail["msg"]) if detail["type"] == "literal_error" else ()
     value, want = detail["input"], _wanted(detail, fields[detail["loc"][0]])
-    found = repr(value) if isinstance(value, str) else " ".join(repr(value).split())[:60]  # of a model, or all rows
+    found = repr(value) if isinstance(value, str) else found_value(value)  # of a model, or all rows
     return f"setting '{name}': found {found}, expected: {want}{closest(str(value), known)}"
 
 

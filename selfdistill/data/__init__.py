@@ -68,7 +68,6 @@ from selfdistill.data.rows import (
     first_ten,
     from_text,
     join_surrogates,
-    one_line,
     quoted,
     repeated_key,
 )
@@ -170,7 +169,6 @@ __all__ = [
     "notes_on_rendered",
     "nothing_to_score",
     "nothing_to_show",
-    "one_line",
     "own_function",
     "own_tokens",
     "packaged",

@@ -20,6 +20,7 @@ from selfdistill.data.rows import RowError, from_text
 from selfdistill.data.thinking import split_thinking
 from selfdistill.data.tool_calls import Calls, calls_in, calls_of, first_difference
 from selfdistill.data.words import has_minus_of, includes, same_text, words_of
+from selfdistill.errors import shortened
 
 MOST_LISTED = 5
 """Most words, or answers, in a line of feedback."""
@@ -239,9 +240,8 @@ def unusable(scorer: str, demonstration: Demonstration, reason: str) -> RowError
         shown = json.dumps(value, ensure_ascii=False, default=str)
     except ValueError:
         return _too_long(demonstration)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
     before = f"scorer '{scorer}' cannot use {column} "
-    return RowError(demonstration.source, before, shown, f": {reason}")
+    return RowError(demonstration.source, before, shortened(shown, 60), f": {reason}")
 
 
 def _too_long(demonstration: Demonstration) -> RowError:

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from selfdistill.data.columns import PICTURE_COLUMNS, is_empty
-from selfdistill.data.rows import describe_value, one_line, quoted
-from selfdistill.errors import UserError
+from selfdistill.data.rows import describe_value, quoted
+from selfdistill.errors import UserError, one_line
 
 MOST_PIXELS = 89_478_485
 """Maximum pixels of a picture: Pillow's limit against decompression bombs."""

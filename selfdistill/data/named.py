@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
 
-from selfdistill.data.rows import one_line
-from selfdistill.errors import UserError, closest
+from selfdistill.errors import UserError, closest, named_error
 
 FUNCTION = re.compile(r"python:(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*)\.(?P<function>[^\W\d]\w*)")
 """Name of an object of the user's: ``python:package.module.function``."""
@@ -121,7 +120,7 @@ def named(name: str, use: str, kind: str, *, lists: bool = False) -> Any:
     except (Exception, SystemExit) as error:  # a script may end with sys.exit()
         raise UserError(
             f"{use} {name!r}: module {match['module']!r} cannot be imported from {here} or the environment: "
-            f"{type(error).__name__}: {one_line(error)}"
+            f"{named_error(error)}"
         ) from error
     finally:
         sys.path.remove(here)

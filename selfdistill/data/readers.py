@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfdistill.data.columns import COLUMNS, OTHER_NAMES
-from selfdistill.data.rows import RawRow, describe_value, numbered, one_line, one_of, parse_json, quoted
-from selfdistill.errors import UserError, number_of
+from selfdistill.data.rows import RawRow, describe_value, numbered, one_of, parse_json, quoted
+from selfdistill.errors import UserError, number_of, one_line
 
 _PACKED = {".gz": "a gzip file", ".zst": "a zstd file"}
 """Endings that may follow those of text files, and what they are."""

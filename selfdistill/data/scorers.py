@@ -21,8 +21,8 @@ from selfdistill.data.comparisons import COMPARISONS, Verdict, answers_in, as_te
 from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, Lacks
 from selfdistill.data.messages import said_in, uses_tools
 from selfdistill.data.named import GIVEN, is_own, own_function
-from selfdistill.data.rows import RowError, join_surrogates, one_line
-from selfdistill.errors import UserError
+from selfdistill.data.rows import RowError, join_surrogates
+from selfdistill.errors import UserError, found_value, named_error
 
 JUDGE = "judge"
 """The setting with which another model grades replies; not a scorer that :func:`score` accepts."""
@@ -182,9 +182,7 @@ def _by_function(name: str, reply: str, demonstration: Demonstration) -> Verdict
     try:
         returned = function(reply, row)
     except (Exception, SystemExit) as error:
-        raise UserError(
-            f"{demonstration.source}: scorer {name!r} failed: {type(error).__name__}: {one_line(error)}"
-        ) from error
+        raise UserError(f"{demonstration.source}: scorer {name!r} failed: {named_error(error)}") from error
     return as_verdict(returned, f"{demonstration.source}: scorer {name!r}")
 
 
@@ -199,7 +197,7 @@ def as_verdict(returned: Any, who: str) -> Verdict:
         with suppress(RuntimeError, TypeError, ValueError):  # there are several, or it wants arguments
             reward = reward.item()
     if not (isinstance(reward, int | float) and 0 <= reward <= 1 and isinstance(feedback, str)):
-        found = " ".join(repr(returned).split())[:60]
+        found = found_value(returned)
         raise UserError(
             f"{who} returned {found}, expected True or False, a reward from 0 to 1, "
             "or a pair of one of these and a feedback text"

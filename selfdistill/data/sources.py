@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from selfdistill.data.images import undecoded
 from selfdistill.data.readers import answers_as_meant, expected_types, is_data_file, is_readable, kind_of, read_file
-from selfdistill.data.rows import RawRow, describe_value, first_ten, numbered, one_line, one_of
-from selfdistill.errors import UserError, similar_inside
+from selfdistill.data.rows import RawRow, describe_value, first_ten, numbered, one_of
+from selfdistill.errors import UserError, one_line, similar_inside
 
 Note = Callable[[str], object]
 """What takes a note for the user, one line without its ``note:``."""

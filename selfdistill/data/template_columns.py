@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from selfdistill.data.messages import check_json, without_null, wrong
-from selfdistill.data.rows import from_text, one_line
-from selfdistill.errors import UserError
+from selfdistill.data.rows import from_text
+from selfdistill.errors import UserError, one_line
 
 _RESERVED = (
     *("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "padding"),

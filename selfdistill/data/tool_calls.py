@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selfdistill.data.differences import cut, side_by_side
-from selfdistill.data.rows import join_surrogates, json_at, one_line, repeated_key
+from selfdistill.data.rows import join_surrogates, json_at, repeated_key
 from selfdistill.data.text_ids import mapped
 from selfdistill.data.words import plain, spelled
+from selfdistill.errors import one_line
 
 Calls = list[tuple[str, dict[str, Any]]]
 """(name, arguments) of each call."""

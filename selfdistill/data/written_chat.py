@@ -15,6 +15,7 @@ from selfdistill.data.messages import Message, uses_tools
 from selfdistill.data.template import PLACE, PLAIN_REPLY, PLAIN_USER, Template, TemplateRefusal
 from selfdistill.data.text_ids import HIDDEN, NAME, TextIds, mapped
 from selfdistill.data.thinking import EMPTY_THOUGHT, split_thinking, thinks
+from selfdistill.errors import shortened
 
 _VERBATIM = re.compile(f"{NAME.pattern}|(?P<thought>{EMPTY_THOUGHT})?{HIDDEN}V(?P<number>[0-9]+){HIDDEN}")
 """A whole hidden turn, after the thought that a template puts in front of it; or a hidden name, to pass over it."""
@@ -147,7 +148,7 @@ class ChatWriter:
                 continue
             if isinstance(message["content"], Verbatim):
                 raise TemplateRefusal("the chat template leaves out the demonstration, an earlier assistant turn")
-            found = message["content"] if len(message["content"]) <= 40 else message["content"][:37] + "..."
+            found = shortened(message["content"], 40)
             raise TemplateRefusal(f"the chat template leaves out or rewrites the {message['role']} turn {found!r}")
         for message in shown:
             for call in message.get("tool_calls", ()):

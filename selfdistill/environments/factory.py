@@ -13,7 +13,7 @@ from selfdistill.environments.hosted import Hosted
 from selfdistill.environments.protocol import Environment, EnvironmentFactory
 from selfdistill.environments.shop import Shop
 from selfdistill.environments.verifiers_form import VerifiersEpisode, loaded
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, found_value
 
 _BUNDLED: dict[str, type] = {"bundled:shop": Shop}
 """Environments that ship with the package."""
@@ -93,7 +93,7 @@ def _of_functions(where: str, functions: Sequence[Any]) -> EnvironmentFactory:
         raise UserError(f"{where}: found an empty list, expected functions that the model may call")
     for number, function in enumerate(functions):
         if not callable(function) or inspect.isclass(function):
-            found = " ".join(repr(function).split())[:60]
+            found = found_value(function)
             raise UserError(f"{where}: item {number} is {found}, expected a function that the model may call")
     try:
         Functions(functions)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from selfdistill.data import schema_of
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, shortened
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
@@ -147,4 +147,4 @@ def _shown(value: Any) -> str:
         shown = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):  # a number with more digits than Python prints
         shown = f"a {type(value).__name__}"
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    return shortened(shown, 60)

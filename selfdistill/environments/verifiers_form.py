@@ -16,12 +16,12 @@ import uuid
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
-from selfdistill.data import Message, as_verdict, one_line
+from selfdistill.data import Message, as_verdict
 from selfdistill.environments.hosted import NOTHING, Hosted, copied
 from selfdistill.environments.protocol import Step
 from selfdistill.environments.runner import ToolRunner
 from selfdistill.environments.texts import Mistake, Reader
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, named_error, one_line
 
 _METHODS = ("env_response", "is_completed", "rubric")
 
@@ -44,7 +44,7 @@ def loaded(name: str, make: Callable[[], Any]) -> Any:
     try:
         made = make()
     except (Exception, SystemExit) as error:
-        problem = f"creating it failed: {type(error).__name__}: {one_line(error)}"
+        problem = f"creating it failed: {named_error(error)}"
         raise UserError(f"environment {name!r}: {problem}") from error
     finally:
         for number, handler in handlers.items():

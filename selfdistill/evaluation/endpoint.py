@@ -15,8 +15,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener, getproxies
 
-from selfdistill.data import Message, join_surrogates, one_line
-from selfdistill.errors import RERUN, UserError
+from selfdistill.data import Message, join_surrogates
+from selfdistill.errors import RERUN, UserError, one_line, shortened
 
 KEYS = ("SELFDISTILL_JUDGE_KEY", "OPENAI_API_KEY")
 """Environment variables of the API key. The first is sent to any address in the settings, the second to OpenAI only."""
@@ -189,5 +189,4 @@ def _hidden(text: str, key: str | None) -> str:
 
 
 def shown(text: str) -> str:
-    text = " ".join(text.split())
-    return repr(text if len(text) <= 120 else text[:117] + "...")
+    return repr(shortened(" ".join(text.split()), 120))

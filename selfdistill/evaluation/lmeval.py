@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from selfdistill.data import one_line
-from selfdistill.errors import UserError, closest
+from selfdistill.errors import UserError, closest, named_error, one_line
 from selfdistill.model import LoadedModel
 from selfdistill.runtime import quiet_logger
 
@@ -99,7 +98,7 @@ def lm_eval_abilities(
             if isinstance(error, RuntimeError):  # from PyTorch: out of memory, or a bug
                 raise
             names = ", ".join(found["tasks"])
-            raise UserError(f"lm-eval: cannot run {names}: {type(error).__name__}: {one_line(error)}") from error
+            raise UserError(f"lm-eval: cannot run {names}: {named_error(error)}") from error
     return [_result(name, samples) for name, samples in results["samples"].items()]
 
 
@@ -118,9 +117,7 @@ def _load(tasks: Sequence[str], include_path: str | None) -> dict[str, Any]:
             with _uncounted():
                 loaded = manager.load([name])
         except Exception as error:  # from datasets, the hub or the task's own code
-            raise UserError(
-                f"lm_eval_tasks: task {name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}"
-            ) from error
+            raise UserError(f"lm_eval_tasks: task {name!r} cannot be loaded: {named_error(error)}") from error
         found = {kind: found[kind] | loaded[kind] for kind in found}
     for task in found["tasks"].values():
         if task.get_config("num_fewshot") is None:

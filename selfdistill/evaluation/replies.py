@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdistill.data import Demonstration, shown_text
+from selfdistill.errors import shortened
 from selfdistill.evaluation.answers import Answers
 from selfdistill.evaluation.episodes import told
 
@@ -53,7 +54,7 @@ def kept_replies(rows: Sequence[Demonstration], answers: Answers) -> list[dict[s
 def _shortened(value: Any) -> Any:
     """The value with every text in it, at any depth, cut where it is too long."""
     if isinstance(value, str):
-        return value if len(value) <= KEPT_CHARACTERS else f"{value[: KEPT_CHARACTERS - 3]}..."
+        return shortened(value, KEPT_CHARACTERS)
     if isinstance(value, dict):
         return {name: _shortened(part) for name, part in value.items()}
     return [_shortened(part) for part in value] if isinstance(value, list) else value

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from selfdistill.config import TrainConfig
-from selfdistill.data import is_own, one_line
-from selfdistill.errors import UserError
+from selfdistill.data import is_own
+from selfdistill.errors import UserError, found_value, named_error
 from selfdistill.loss import CrossEntropy, Divergence
 from selfdistill.methods.slots import Method, function_of
 
@@ -45,7 +45,7 @@ def own_errors(name: str, *, computes: bool = True) -> Iterator[None]:
         if computes and from_package and isinstance(error, MemoryError | OSError | RuntimeError):
             raise
         last = frames[own[-1]] if own else frames[-1]
-        what = f"{type(error).__name__}: {one_line(error)}"
+        what = named_error(error)
         raise UserError(f"method {name!r} failed ({Path(last.filename).name}:{last.lineno}): {what}") from error
 
 
@@ -60,7 +60,7 @@ def own_stages(config: TrainConfig) -> tuple[Method, ...]:
         found = function(config)
     stages = (found,) if isinstance(found, Method) else found
     if not (isinstance(stages, tuple) and stages and all(isinstance(stage, Method) for stage in stages)):
-        shown = " ".join(repr(found).split())[:60]
+        shown = found_value(found)
         raise UserError(f"method {config.method!r} returned {shown}, expected a Method, or a tuple of them for stages")
     for problem in _problems(stages):
         raise UserError(f"method {config.method!r}: {problem}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from selfdistill.config import TaskSettings
-from selfdistill.data import Demonstration, Message, Replies, as_row, first_ten, one_line
+from selfdistill.data import Demonstration, Message, Replies, as_row, first_ten
 from selfdistill.environments import (
     IN_PYTHON,
     THREADS,
@@ -21,7 +21,7 @@ from selfdistill.environments import (
     in_threads,
     make_environment,
 )
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, named_error
 from selfdistill.runtime import say_note
 
 Result = TypeVar("Result")
@@ -209,9 +209,7 @@ class Worlds:
         except UserError as error:
             raise UserError(f"{row.source}, {when}: {error}") from error
         except Exception as error:
-            raise UserError(
-                f"{row.source}, {when}: environment {self._name!r} failed: {type(error).__name__}: {one_line(error)}"
-            ) from error
+            raise UserError(f"{row.source}, {when}: environment {self._name!r} failed: {named_error(error)}") from error
 
 
 def _close(world: Environment) -> None:

@@ -24,7 +24,7 @@ from transformers import AutoProcessor, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from selfdistill.data import Picture, PictureRefusal, pictures_in
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, one_line
 from selfdistill.model.files import local_folder
 from selfdistill.model.head import unwrap
 from selfdistill.model.picture_features import Features, Recent, joined, joined_features, takes_features
@@ -250,7 +250,7 @@ class PictureInputs:
         except UserError:
             raise
         except Exception as error:  # processors are programs and may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             name = f"picture {number}" + (f" ({picture.path})" if picture.path else "")
             raise PictureRefusal(f"model {self._name!r}: its processor rejects {name}: {reason}") from None
         self._texts[picture.digest] = text

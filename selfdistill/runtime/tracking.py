@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from selfdistill.config import Settings
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, one_line
 from selfdistill.runtime.console import say_note
 from selfdistill.runtime.distributed import is_rank0
 from selfdistill.runtime.files import write_atomically
@@ -220,7 +220,7 @@ class Tracker:
             with redirect_stdout(sys.stderr):  # trackio prints
                 accelerator.init_trackers(project, config=public_settings(config), init_kwargs={name: options})
         except Exception as error:  # each tracker has its own errors
-            raise UserError(f"report_to {name!r}: cannot start ({_reason(error)}); fix that or leave it out") from None
+            raise UserError(f"report_to {name!r}: cannot start ({one_line(error)}); fix that or leave it out") from None
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Send the metrics of one step. A tracker that fails is noted and not used again."""
@@ -247,9 +247,5 @@ class Tracker:
         except Exception as error:
             if not self._failed:
                 name = self._accelerator.log_with[0]
-                say_note(f"report_to {str(name)!r} failed ({_reason(error)}); metrics.jsonl has all metrics")
+                say_note(f"report_to {str(name)!r} failed ({one_line(error)}); metrics.jsonl has all metrics")
             self._failed = True
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

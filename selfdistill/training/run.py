@@ -13,7 +13,7 @@ from rich.console import Console
 
 from selfdistill.config import AskConfig, TrainConfig, load_saved
 from selfdistill.data import Message, load_demonstrations
-from selfdistill.errors import UserError, closest, similar_inside
+from selfdistill.errors import UserError, closest, found_value, similar_inside
 from selfdistill.evaluation import generate, note_on_environment, summary, system_turn_of, with_system_turn
 from selfdistill.model import LoadedModel, load_model, to_best_device
 from selfdistill.runtime import Printable, is_rank0, quiet_libraries, read_lines
@@ -110,8 +110,7 @@ class Run(Printable):
             raise UserError("prompt: found messages, expected text or a list of prompts; put the messages into a list")
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list | tuple) or not all(isinstance(one, str | list | tuple) for one in prompts):
-            found = " ".join(repr(prompt).split())[:60]
-            raise UserError(f"prompt: found {found}, expected text or a list of prompts")
+            raise UserError(f"prompt: found {found_value(prompt)}, expected text or a list of prompts")
         options = self._options(options)
         rows = load_demonstrations([{"prompt": one} for one in prompts], prompts_only=True, name="prompt")
         chats = with_system_turn([row.prompt for row in rows], system, lambda: self._system_turn)

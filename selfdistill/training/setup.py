@@ -254,7 +254,7 @@ def teacher_rules(methods: Iterable[Method]) -> list[TeacherRule]:
 
 
 def keeps_contexts(config: TrainConfig, task: Method) -> bool:
-    """Whether the contexts of a task's teacher may be cached for later epochs: it is not sharded, and its method says so."""
+    """Whether the contexts of a task's teacher may be cached: its method says so, and it is not sharded."""
     return bool(config.teacher_cache_mib) and not config.fsdp and task.keeps_contexts
 
 
