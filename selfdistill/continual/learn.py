@@ -113,7 +113,7 @@ def _card(ledger: Ledger) -> str:
     for skill, result in found:
         scores = [result["base"], *(after["skills"][skill.name] for after in (result["after"], now))]
         learnt.append((skill.name, settings_of(skill.folder).method, skill.file, scores))
-    prior = [measured.get("prior_accuracy") for measured in (ledger.base_result, now)]
+    prior = [measured["prior_accuracy"] for measured in (ledger.base_result, now) if "prior_accuracy" in measured]
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     return state_card(text, ledger.base, learnt, prior)
 

@@ -194,7 +194,7 @@ def sum_card(model: str, add: str, subtract: str, scale: float, *, pictures: boo
 
 
 def state_card(
-    text: str, base: str, skills: Sequence[tuple[str, str, str, Sequence[Evaluation]]], prior: Sequence[float | None]
+    text: str, base: str, skills: Sequence[tuple[str, str, str, Sequence[Evaluation]]], prior: Sequence[float]
 ) -> str:
     """The card of a model that has learnt skill after skill.
 
@@ -202,7 +202,7 @@ def state_card(
         text: the card of its last run.
         base: the model before the first skill.
         skills: the name, method and data of each, and its evaluations for the base, when learnt, and now.
-        prior: mean accuracy on the prior abilities of the base and of the model, or None.
+        prior: mean accuracy on the prior abilities of the base and of the model; empty if they were not measured.
     """
     pictures = f"pipeline_tag: {_pipeline_tag(True)}" in text
     data = [public_name(file) for _, _, file, _ in skills]
@@ -213,7 +213,7 @@ def state_card(
         tags=["selfdistill", *dict.fromkeys(method for _, method, _, _ in skills)],
         datasets=[name for name in dict.fromkeys(data) if "/" in name] or None,
     )
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (name, method, _, scores), file in zip(skills, data, strict=True):
         found = (_number(score["accuracy"], score["accuracy_interval"]) for score in scores)
         rows.append((_code(name), _code(method), _code(file), str(scores[-1]["items"]), *found))
@@ -224,7 +224,7 @@ def state_card(
         "## Results",
         "Accuracy on the test of each skill, in the order of learning; 95% confidence intervals in brackets.",
         _table(("skill", "method", "data", "test items", "base", "when learnt", "now"), rows),
-        *([] if None in prior else ["Prior abilities, mean accuracy: {:.3f} (base), {:.3f} now.".format(*prior)]),
+        *(["Prior abilities, mean accuracy: {:.3f} (base), {:.3f} now.".format(*prior)] if prior else []),
         "## Limits",
         f"- Only what is listed here was measured. {_UNKNOWN}\n"
         f"- It may reproduce mistakes in the demonstrations.\n{_ALWAYS_LIMITED}",
