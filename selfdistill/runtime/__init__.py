@@ -47,6 +47,7 @@ from selfdistill.runtime.files import (
 )
 from selfdistill.runtime.gpus import GPUS, THIS, planned_devices
 from selfdistill.runtime.resources import (
+    allow_open_files,
     clock,
     free_bytes,
     free_memory,
@@ -81,6 +82,7 @@ __all__ = [
     "all_gather",
     "all_reduce_gradients",
     "all_reduce_sum",
+    "allow_open_files",
     "barrier",
     "broadcast_from_rank0",
     "check_tracker",
