@@ -13,7 +13,7 @@ from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import RESUME, RunCollapsed, UserError
 from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
-from selfdistill.model import LoadedModel, full_tensors, merged, stored_bytes, tensor_bytes
+from selfdistill.model import LoadedModel, full_tensors, merged, rest_engine, stored_bytes, tensor_bytes
 from selfdistill.runtime import (
     all_gather,
     barrier,
@@ -182,6 +182,7 @@ def plan_memory(
     Raises:
         UserError: there is not enough; names the nearest settings for which there is.
     """
+    rest_engine()  # of an earlier call in this process
     accelerator = make_accelerator(config)
     own = own_share(free_memory(accelerator.device), accelerator.device)
     free = [free for free in all_gather([own]) if free is not None]
