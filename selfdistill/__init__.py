@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from selfdistill.config import TrainConfig
     from selfdistill.data import Demonstration, load_demonstrations
     from selfdistill.errors import RunFailed, RunStopped, UserError
+    from selfdistill.model import close_engine
     from selfdistill.training import Run
 
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
     "config": "TrainConfig",
     "data": "Demonstration load_demonstrations",
     "errors": "RunFailed RunStopped UserError",
+    "model": "close_engine",
     "training": "Run",
 }
 """Public names by their home. They are imported on first use, so that ``import selfdistill`` is fast."""
@@ -45,6 +47,7 @@ __all__ = [
     "UserError",
     "ask",
     "check",
+    "close_engine",
     "compare",
     "evaluate",
     "export",

@@ -33,6 +33,9 @@ BLOCKS = (
 SPACED = ("td", "th", "button", "label", "select", "textarea")
 """HTML elements that stand apart from the text around them, but on its line."""
 
+LONGEST_SENTENCE = 250
+"""Words; what has more without the end of a sentence is a table, a list or a log."""
+
 _GREEK_QUESTION = r"(?<=\p{Greek}[;\u037e])"  # elsewhere ; is a semicolon, and Unicode takes U+037E for one
 _BETWEEN_SENTENCES = regex.compile(
     rf"""
@@ -73,10 +76,11 @@ def load_passages(path: str, *, max_words: int) -> list[Passage]:
     """Read a file, or every document of a folder and its subfolders in name order, and split them into passages.
 
     A passage holds as many full paragraphs as fit in ``max_words`` words; in scripts without spaces each character is a
-    word. A longer paragraph is split between sentences, and a longer sentence becomes its own passage. The title of an
-    HTML page is its first paragraph, unless the first heading repeats it. No text is dropped but that of ``nav`` and
-    ``noscript``. Files and folders whose name begins with a dot are skipped, as are files of other types, with a note.
-    Another note counts the pages of a PDF that have no text.
+    word. A longer paragraph is split between sentences, and a longer sentence becomes its own passage. What is too long
+    for a sentence (:data:`LONGEST_SENTENCE`), such as a table, is split between its lines. The title of an HTML page is
+    its first paragraph, unless the first heading repeats it. No text is dropped but that of ``nav`` and ``noscript``.
+    Files and folders whose name begins with a dot are skipped, as are files of other types, with a note. Another note
+    counts the pages of a PDF that have no text.
 
     Raises:
         UserError: the path does not exist, there are no documents, a package is missing, or documents cannot be read or
@@ -189,18 +193,21 @@ def _files_below(root: Path) -> list[Path]:
 
 
 def _pieces(paragraphs: list[str], max_words: int) -> list[str]:
-    """Join paragraphs, and split long ones."""
+    """Join paragraphs, each now on one line, and split long ones."""
     units: list[tuple[str, str]] = []  # text, and the separator before it
     for paragraph in paragraphs:
         parts = [paragraph] if _words(paragraph) <= max_words else _BETWEEN_SENTENCES.split(paragraph)
-        units += zip(parts[::2], ["\n\n", *parts[1::2]], strict=True)
+        for text, gap in zip(parts[::2], ["\n\n", *parts[1::2]], strict=True):
+            too_long = _words(text) > max(max_words, LONGEST_SENTENCE)
+            lines = text.split("\n") if too_long else [text]
+            units += zip(lines, [gap, *"\n" * (len(lines) - 1)], strict=True)
     pieces: list[str] = []
     for text, gap in units:
         if pieces and _words(pieces[-1]) + _words(text) <= max_words:
             pieces[-1] += gap + text
         else:
             pieces.append(text)
-    return pieces
+    return [re.sub(r"(?<!\n)\n(?!\n)", " ", piece) for piece in pieces]
 
 
 def _words(text: str) -> int:
@@ -208,7 +215,7 @@ def _words(text: str) -> int:
 
 
 def _paragraphs(file: Path) -> list[str]:
-    """The paragraphs of a document, each on one line; errors do not name the file."""
+    """The paragraphs of a document, of lines with single spaces; errors do not name the file."""
     kind = file.suffix.lower()
     try:
         text = _pdf(file) if kind == ".pdf" else file.read_text(encoding="utf-8-sig")
@@ -218,7 +225,8 @@ def _paragraphs(file: Path) -> list[str]:
         raise UserError("not UTF-8 text, save it as UTF-8") from None
     if kind in (".html", ".htm"):
         text = _html(text)
-    found = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
+    parts = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+    found = ["\n".join(" ".join(line.split()) for line in part.splitlines() if line.strip()) for part in parts]
     if not found:
         raise UserError(f"has no text{' (scans have none)' if kind == '.pdf' else ''}, add some or remove it")
     return found
@@ -256,8 +264,13 @@ def _unhyphenated(text: str) -> str:
 
 def _html(text: str) -> str:
     from bs4 import BeautifulSoup
+    from bs4.exceptions import ParserRejectedMarkup
 
-    page = BeautifulSoup(text, "html.parser")
+    try:
+        page = BeautifulSoup(text, "html.parser")
+    except ParserRejectedMarkup as error:
+        reason = str(error).split("\n")[-1].strip()
+        raise UserError(f"not readable HTML ({reason}), mend or remove it") from None
     titled = page.select_one("title:not(svg *)")  # those of drawings name their parts
     title = titled.get_text() if titled else ""
     for part in page(["script", "style", "title", "nav", "template", "noscript"]):

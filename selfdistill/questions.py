@@ -27,6 +27,7 @@ from selfdistill.data import (
     Demonstration,
     Document,
     Message,
+    first_ten,
     includes,
     is_one_text,
     load_demonstrations,
@@ -142,11 +143,9 @@ def make_questions(config: QuestionsConfig) -> dict[str, Any]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in maker.rejected.most_common())
         raise UserError(
             f"documents {config.documents!r}: all {len(units) * config.tries} questions were rejected: {reasons} "
-            f"(see {maker.folder / 'rejected.jsonl'}); let another model write them with writer_url and "
-            "writer_model"
+            f"(see {maker.folder / 'rejected.jsonl'}); let another model write them with writer_url and writer_model"
         )
-    test: list[_Unit] = []
-    train = list(direct)
+    train, test = list(direct), list[_Unit]()
     for number in range(config.phrasings + 1):
         asked = [_OTHER_WORDS.format(question=unit.question) for unit in direct]
         other = maker.keep("other words", direct, asked, number)
@@ -232,7 +231,7 @@ class _Maker:
     def keep(self, kind: str, units: Sequence[_Unit], requests: Sequence[str], number: int) -> list[_Unit]:
         """Request a question of this kind for each unit, for the ``number``-th time; return the accepted ones."""
         sound: list[_Unit] = []
-        for unit, reply in zip(units, self._replies(kind, requests, number), strict=True):
+        for unit, reply in zip(units, self._replies(kind, units, requests, number), strict=True):
             known = unit.answer if kind == "other words" else None
             question, said = _parsed(reply, known)
             made = replace(unit, question=question, answer=said)
@@ -244,7 +243,7 @@ class _Maker:
                 sound.append(made)
         rows = [unit.demonstration for unit in sound]
         prompts = [self._chat.encode_prompt(Document(show="document").messages(row, rows)) for row in rows]
-        self._check_room("its question", prompts)
+        self._check_room("its question", [row.source for row in rows], prompts)
         answered = answer(
             self._loaded,
             prompts,
@@ -303,7 +302,7 @@ class _Maker:
         line = {"source": unit.passage.source, "question": unit.question, "answer": unit.answer, "reply": reply}
         _append(self._reasons, {"reason": reason, **line})
 
-    def _replies(self, kind: str, requests: Sequence[str], number: int) -> list[str]:
+    def _replies(self, kind: str, units: Sequence[_Unit], requests: Sequence[str], number: int) -> list[str]:
         """One reply per request, from the cache or requested."""
         shown = [turn for asked, said in _SHOWN[kind] for turn in (_turn("user", asked), _turn("assistant", said))]
         chats = [[*shown, _turn("user", request)] for request in requests]
@@ -313,8 +312,9 @@ class _Maker:
         asked = [json.dumps([*who, ASK_TOKENS, temperature, chat]) for chat in chats]
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in asked]
         open_ = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in self._kept}
+        of = {key: unit.passage.source for key, unit in zip(keys, units, strict=True)}
         with ProgressBar(f"questions ({kind})", len(open_), quiet=not open_) as reporter:
-            written = self._by_endpoint(open_, temperature) if self._endpoint else self._by_model(open_, number)
+            written = self._by_endpoint(open_, temperature) if self._endpoint else self._by_model(open_, of, number)
             for done, (key, reply) in enumerate(written, start=1):
                 self._kept[key] = reply
                 _append(self._asked, {"key": key, "reply": reply})
@@ -328,10 +328,10 @@ class _Maker:
         ask = partial(self._endpoint.ask, stop=stop, max_tokens=ASK_TOKENS, temperature=temperature)
         return ask_all(lambda key: ask(chats[key]), list(chats), stop)
 
-    def _by_model(self, chats: dict[str, list[Message]], number: int) -> Iterator[tuple[str, str]]:
-        """Yield replies of the model itself, greedy at the first try."""
+    def _by_model(self, chats: dict[str, list[Message]], of: dict[str, str], number: int) -> Iterator[tuple[str, str]]:
+        """Yield replies of the model itself, greedy at the first try; the chats are of these passages."""
         prompts = {key: self._chat.encode_prompt(chat) for key, chat in chats.items()}
-        self._check_room("the request", list(prompts.values()))
+        self._check_room("the request", [of[key] for key in prompts], list(prompts.values()))
         keys, size = list(prompts), prompts_at_a_time(self._loaded, self._config.batch_size)
         for start in range(0, len(keys), size):
             part = keys[start : start + size]
@@ -342,13 +342,14 @@ class _Maker:
             for key, prompt, rollout in zip(part, ids, rollouts, strict=True):
                 yield key, thought_and_said(self._chat, prompt, rollout.ids)[1]
 
-    def _check_room(self, what: str, prompts: Sequence[Sequence[int]]) -> None:
+    def _check_room(self, what: str, sources: Sequence[str], prompts: Sequence[Sequence[int]]) -> None:
         """Check that each prompt (a passage with ``what``) plus a reply fits into the model's context window."""
-        longest, window = max(map(len, prompts), default=0), self._loaded.window
+        window, longest = self._loaded.window, max(map(len, prompts), default=0)
         if window is not None and longest + ASK_TOKENS > window:
+            long = dict.fromkeys(s for s, ids in zip(sources, prompts, strict=True) if len(ids) + ASK_TOKENS > window)
             raise UserError(
                 f"documents {self._config.documents!r}: a passage with {what} has {longest} tokens, too many for the "
-                f"model's context window of {window}; lower passage_words, and split longer sentences"
+                f"context window of {window} ({first_ten(list(long))}); lower passage_words, and break long lines"
             )
 
 

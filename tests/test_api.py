@@ -49,7 +49,8 @@ def loaded(model: str) -> tuple[Any, Any]:
 def test_the_public_names_are_these_and_importing_them_is_quick() -> None:
     assert sd.__all__ == [
         *("Demonstration", "Run", "RunFailed", "RunStopped", "TrainConfig", "UserError"),
-        *("ask", "check", "compare", "evaluate", "export", "learn", "load_demonstrations", "make_questions"),
+        *("ask", "check", "close_engine", "compare", "evaluate", "export", "learn"),
+        *("load_demonstrations", "make_questions"),
         *("memory_plan", "merge", "plan", "report", "train"),
     ]
     assert all(getattr(sd, name).__name__ == name for name in sd.__all__)

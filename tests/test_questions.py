@@ -58,6 +58,16 @@ def test_a_sentence_longer_than_a_passage_stands_alone(tmp_path: Path) -> None:
     assert [len(p.text.split()) for p in load_passages(str(tmp_path), max_words=20)] == [51, 2]
 
 
+def test_a_sentence_on_several_lines_is_not_divided_and_a_table_is(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The words\nof a law\n" * 40 + "end. Short one.", encoding="utf-8")
+    assert [len(p.text.split()) for p in load_passages(str(tmp_path / "a.txt"), max_words=20)] == [201, 2]
+    lines = [f"| item {number} | {number} g |" for number in range(100)]
+    (tmp_path / "b.md").write_text("Weights.\n\n" + "\n".join(lines), encoding="utf-8")
+    found = [p.text for p in load_passages(str(tmp_path / "b.md"), max_words=20)]
+    assert found[0] == f"Weights.\n\n{' '.join(lines[:2])}"
+    assert " ".join(found) == f"Weights.\n\n{' '.join(lines)}"
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -167,6 +177,18 @@ def test_parts_of_a_page_stand_apart(tmp_path: Path, page: str, text: str) -> No
 def test_the_title_of_a_page_is_its_first_paragraph(tmp_path: Path, page: str, text: str) -> None:
     (tmp_path / "a.html").write_text(page, encoding="utf-8")
     assert load_passages(str(tmp_path), max_words=20)[0].text == text
+
+
+def test_a_page_that_the_parser_rejects_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reject(*_: Any) -> None:  # as older releases of Python do
+        raise AssertionError("unknown status keyword 'badge' in marked section")
+
+    monkeypatch.setattr("html.parser.HTMLParser.feed", reject)
+    (tmp_path / "a.html").write_text("<p>Oats</p><![badge](https://x)>", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"a\.html: not readable HTML \(AssertionError: unknown .* section\), mend or remove"
+    ):
+        load_passages(str(tmp_path), max_words=20)
 
 
 def test_halves_of_pairs_in_a_pdf_are_joined_or_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -761,7 +783,10 @@ def test_replies_of_a_model_that_is_replaced_are_not_reused(
 
 
 def test_a_passage_that_the_window_has_no_room_for(make: Callable[..., QuestionsConfig]) -> None:
-    with pytest.raises(UserError, match=r"a passage with the request has \d+ tokens, too many .* window of 512; lower"):
+    problem = (
+        r"a passage with the request has \d+ tokens, too many .* window of 512 \(mill.txt#1; more/lake.md#1\); lower"
+    )
+    with pytest.raises(UserError, match=problem):
         make_questions(make(writer_url=None, writer_model=None))
 
 
@@ -772,9 +797,8 @@ def test_a_passage_that_the_window_has_no_room_for_when_another_model_writes(
     server.reply = lambda body: (
         writes_well(body) if "very" not in str(body) else (200, "Question: Is it?\nAnswer: long")
     )
-    with pytest.raises(
-        UserError, match=r"a passage with its question has \d+ tokens, too many .* window of 512; lower"
-    ):
+    problem = r"a passage with its question has \d+ tokens, too many .* window of 512 \(long.txt#1\); lower"
+    with pytest.raises(UserError, match=problem):
         make_questions(make())
 
 

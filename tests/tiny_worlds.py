@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
 from collections.abc import Mapping
@@ -110,6 +111,18 @@ class OnlyTools:
     def look(self) -> str:
         """Look."""
         return "nothing"
+
+
+class Sleepy:
+    """A class with an async tool."""
+
+    def reset(self) -> None:
+        return None
+
+    async def nap(self) -> str:
+        """Sleep."""
+        await asyncio.sleep(0.001)
+        return "awake"
 
 
 def look_up(word: str) -> str:

@@ -11,7 +11,7 @@ from selfdistill.data import Message
 from selfdistill.environments.protocol import Step
 from selfdistill.environments.runner import TIME_LIMIT, what_failed
 from selfdistill.environments.texts import OBSERVATION_LIMIT, Mistake, cleaned
-from selfdistill.environments.worker import Failed, Late, TooManyLate, Worker, same
+from selfdistill.environments.worker import Exhausted, Failed, Late, Worker, same
 from selfdistill.errors import UserError
 
 SETUP_LIMIT = 300.0
@@ -68,8 +68,8 @@ class Hosted:
             if isinstance(failed.__cause__, UserError):
                 raise failed.__cause__ from None
             raise self.mistake(f"{what} failed: {cleaned(what_failed(failed), 300)}") from failed.__cause__
-        except (Late, TooManyLate) as late:
-            raise self.mistake(f"{what} failed: {late}") from None
+        except (Late, Exhausted) as problem:
+            raise self.mistake(f"{what} failed: {problem}") from None
 
     def attempt(self, what: str, function: Callable[[], Any], then: Callable[[Any], Any] = same) -> Any:
         """Call ``function`` and return what ``then`` makes of its result.
@@ -86,8 +86,8 @@ class Hosted:
             if isinstance(failed.__cause__, Mistake):
                 raise self.mistake(str(failed.__cause__)) from None
             said = what_failed(failed)
-        except TooManyLate as late:
-            raise self.mistake(f"{what}: {late}") from None
+        except Exhausted as problem:
+            raise self.mistake(f"{what}: {problem}") from None
         except Late as late:
             said = str(late)
         return Step(done=True, reward=0.0, feedback=cleaned(f"{what} failed: {said}", 300), failed=True)

@@ -9,7 +9,7 @@ from selfdistill.data import Message, from_text
 from selfdistill.environments.protocol import Step
 from selfdistill.environments.texts import OBSERVATION_LIMIT, Reader, cleaned, without_addresses
 from selfdistill.environments.tools import BadArguments, Tool, tool_of
-from selfdistill.environments.worker import Failed, Late, TooManyLate, Worker
+from selfdistill.environments.worker import Exhausted, Failed, Late, Worker
 from selfdistill.errors import UserError
 
 TIME_LIMIT = 10.0
@@ -98,7 +98,7 @@ class ToolRunner:
         try:
             text = self._worker.call(lambda: tool.function(**arguments), self._time_limit, reader.text)
             return text, True, False
-        except TooManyLate as error:
+        except Exhausted as error:
             raise UserError(f"tool '{name}': {error}") from None
         except Late as error:
             return _error(f"{name}: {error}"), True, True

@@ -13,7 +13,7 @@ import ctypes
 import inspect
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,8 @@ class Failed(Exception):
     """A call raised ``__cause__``, which may be any exception, even SystemExit or KeyboardInterrupt."""
 
 
-class TooManyLate(Exception):
-    """A call took too long, as did :data:`MOST_LATE` others that are still running: threads would run out."""
+class Exhausted(Exception):
+    """The process has no room for the call: too many late ones are still running, or too many files are open."""
 
 
 class _Stopped(BaseException):
@@ -72,7 +72,8 @@ class Worker:
         Raises:
             Late: the call took longer than ``seconds``, or an earlier call is still running.
             Failed: the call raised an exception.
-            TooManyLate: the call is late and does not end, and neither do too many others.
+            Exhausted: the call is late and does not end, and neither do :data:`MOST_LATE` others; or it is async, and
+                too many files are open for its event loop.
         """
         with self._turn:  # after an error, an environment is closed while its last call may still run
             return self._call(function, seconds, then)
@@ -90,6 +91,8 @@ class Worker:
         except queue.Empty:
             self._stop(job)
             raise Late(f"it took longer than {seconds:g} s") from None
+        if isinstance(error, Exhausted):
+            raise error
         if error is not None:
             raise Failed from error
         return returned
@@ -133,7 +136,7 @@ class Worker:
             return
         self._late = job
         if _count_late(job) > MOST_LATE:
-            raise TooManyLate(
+            raise Exhausted(
                 f"{MOST_LATE} calls that took too long are still running; give them a time-out of their own"
             )
 
@@ -166,7 +169,7 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
         try:
             returned = job.function()
             if inspect.iscoroutine(returned):
-                loop = loop or asyncio.new_event_loop()
+                loop = loop or _event_loop(returned)
                 limit = job.seconds + GRACE_SECONDS / 2  # the caller has given up by then
                 returned = loop.run_until_complete(asyncio.wait_for(returned, limit))
             job.answer.put((job.then(returned), None))
@@ -174,6 +177,17 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
             job.answer.put((None, error))
     if loop is not None:
         loop.close()
+
+
+def _event_loop(call: Coroutine[Any, Any, Any]) -> asyncio.AbstractEventLoop:
+    """A loop for the calls of a thread, the first of which is ``call``."""
+    try:
+        return asyncio.new_event_loop()
+    except OSError as error:  # of the machine, not of the call
+        call.close()  # Python would warn that it was never awaited
+        raise Exhausted(
+            f"no event loop for an async call ({error.strerror}); raise the limit of open files, ulimit -n"
+        ) from error
 
 
 def _next(jobs: queue.SimpleQueue[_Job | None]) -> _Job | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selfdistill.data import ChatFormat, Demonstration, drift_prompts, encode_prompts
 from selfdistill.loss import CrossEntropy, Divergence, chunked_loss, forward_kl
-from selfdistill.model import ForwardOutput, ForwardPass, LoadedModel, Sampling, sample
+from selfdistill.model import ForwardOutput, ForwardPass, LoadedModel, Sampling, rest_engine, sample
 
 ANSWER_TOKENS = 32
 """Maximum length of an answer to a general prompt, in tokens."""
@@ -49,6 +49,7 @@ class Distance:
         self._forward_pass = forward_pass
         self._contexts = encode_prompts(prompts, chat)
         rollouts = sample(base, self._contexts, Sampling(max_tokens, temperature=0))
+        rest_engine()
         self._completions = [rollout.ids for rollout in rollouts]
         self._base_NV = list(self._logits(base.model))
 

@@ -48,6 +48,7 @@ from selfdistill.model import (
     load_model,
     matched,
     resolved_precision,
+    rest_engine,
     sample,
     sample_seed,
     to_best_device,
@@ -166,23 +167,26 @@ class EvaluationSet:
         count: int = 1,
         seeds: Sequence[int] | None = None,
     ) -> Answers:
-        """``count`` replies to each question, or episodes."""
+        """``count`` replies to each question, or episodes; an engine then rests."""
         rows = [row for row in self.rows for _ in range(count)]
         prompts = [prompt for prompt in self.prompts for _ in range(count)]
         if self._player:
-            return self._player(loaded, rows, prompts, sampling, seeds, what, judge)
-        return answer(
-            loaded,
-            prompts,
-            [row.demonstration for row in rows],
-            self.chat,
-            sampling,
-            batch_size=self.config.batch_size,
-            scorer=self.config.scorer,
-            judge=judge,
-            seeds=seeds,
-            what=what,
-        )
+            answers = self._player(loaded, rows, prompts, sampling, seeds, what, judge)
+        else:
+            answers = answer(
+                loaded,
+                prompts,
+                [row.demonstration for row in rows],
+                self.chat,
+                sampling,
+                batch_size=self.config.batch_size,
+                scorer=self.config.scorer,
+                judge=judge,
+                seeds=seeds,
+                what=what,
+            )
+        rest_engine()
+        return answers
 
     def ask(
         self, loaded: LoadedModel, judge: Judge | None = None, *, who: str, rows: str
@@ -232,10 +236,14 @@ class EvaluationSet:
 def prior_scores(
     loaded: LoadedModel, chat: ChatFormat, priors: Sequence[EncodedPrior], batch_size: int, who: str
 ) -> Evaluation:
-    """The part of an :data:`Evaluation` about prior abilities; empty without priors. Progress bars name ``who``."""
+    """The part of an :data:`Evaluation` about prior abilities; empty without priors. Progress bars name ``who``.
+
+    An engine then rests.
+    """
     result: Evaluation = {}
     if priors:
         found = prior_abilities(loaded, ForwardPass(loaded), chat, priors, batch_size=batch_size, who=who)
+        rest_engine()
         _add_priors(result, {prior.name: asdict(prior) for prior in found})
     return result
 
@@ -364,6 +372,7 @@ def _general_distance(base: LoadedModel, loaded: LoadedModel, config: EvalConfig
         chat = model.chat_for(config)
         contexts.append(encode_prompts(drift_prompts(), chat))
         answers.append([r.ids for r in sample(model, contexts[-1], Sampling(ANSWER_TOKENS, temperature=0))])
+    rest_engine()
     return between(base, loaded, contexts[0], contexts[1], answers[0], answers[1])
 
 

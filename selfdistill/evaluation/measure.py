@@ -52,6 +52,7 @@ from selfdistill.model import (
     Sampling,
     refuse_float16,
     resolved_precision,
+    rest_engine,
     sample,
     sample_seed,
     tensor_bytes,
@@ -111,12 +112,14 @@ class Measure:
             say_note(doubt, topic="scorer")
         self.prefix_cache = self.forward_pass.keep([row.student_ids for row in self.rows], KEPT_BYTES)
         self.student = self._answer([row.student_ids for row in self.rows], self.rows)
+        rest_engine()
         for note in note_on_unused_tools(self.student.episodes):
             say_note(note)
         self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.prefix_cache)
         began = clock(loaded.device)
         rollouts = self._rollouts()
         self.rollout_s = (clock(loaded.device) - began) / len(self.rows)
+        rest_engine()
         self.teacher_said: dict[str, Answers] = {}  # by layout
         self.tried: dict[tuple[str, float], Trial | None] = {}  # by layout and share of the demonstration
         self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
@@ -240,6 +243,7 @@ class Measure:
         prompts = [row.teacher_ids or [] for row in rows]
         prefix_cache = self.forward_pass.keep(prompts, KEPT_BYTES)
         answers = self._answer(prompts, rows)
+        rest_engine()
         if hint == 1:
             self.teacher_said[context] = answers
         kl_N, place_N = [], []
@@ -286,6 +290,7 @@ class Measure:
         if tuned is None:
             return teacher, None, None
         answers = self._answer(prompts, rows, tuned)
+        rest_engine()
         with self._arithmetic():
             return teacher, self.accuracy_of(answers), kl_along(prompts, answers.ids, tuned, base, own=answers.is_own)
 

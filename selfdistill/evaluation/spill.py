@@ -44,6 +44,7 @@ from selfdistill.model import (
     freeze_vision,
     make_optimizer,
     moment_bytes,
+    rest_engine,
     sample,
     sample_seed,
     tensor_bytes,
@@ -243,6 +244,7 @@ def _train(
             seeds = [sample_seed(settings.seed, step, row.demonstration.row, 0) for row in rows]
             with settings.arithmetic():
                 rollouts = sample(student, [row.student_ids for row in rows], settings.sampling, seeds)
+            rest_engine()
             completions = [rollout.ids for rollout in rollouts]
         for start in range(0, len(rows), _ROWS):
             part = slice(start, start + _ROWS)

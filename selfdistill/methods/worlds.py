@@ -22,7 +22,7 @@ from selfdistill.environments import (
     make_environment,
 )
 from selfdistill.errors import UserError, named_error
-from selfdistill.runtime import say_note
+from selfdistill.runtime import allow_open_files, say_note
 
 Result = TypeVar("Result")
 
@@ -150,6 +150,7 @@ class Worlds:
         """The tools of each, once they have begun."""
 
     def __enter__(self) -> Worlds:
+        allow_open_files()  # each environment with async calls needs three
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

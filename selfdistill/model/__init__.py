@@ -3,7 +3,7 @@
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
 from selfdistill.model.device import deterministic, has_gpu
-from selfdistill.model.engine import Engine, engine_for, prompts_at_a_time, use_engine
+from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, rest_engine, use_engine
 from selfdistill.model.episode_sampling import TurnSampler
 from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, check_matching, fake_model, tensor_bytes
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
@@ -87,6 +87,7 @@ __all__ = [
     "check_matching",
     "check_room",
     "checkpoint_activations",
+    "close_engine",
     "count_of",
     "describe_lora",
     "deterministic",
@@ -117,6 +118,7 @@ __all__ = [
     "refuse_float16",
     "resolve",
     "resolved_precision",
+    "rest_engine",
     "root_unsharded",
     "sample",
     "sample_at_its_longest",

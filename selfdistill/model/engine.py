@@ -106,8 +106,18 @@ def prompts_at_a_time(loaded: LoadedModel, batch_size: int) -> int:
     return batch_size if loaded.engine is None else max(batch_size, _AT_A_TIME)
 
 
+def rest_engine() -> None:
+    """Free the memory of this process's engine, if any, until the next sample; on a GPU only. All ranks call it."""
+    if _running is not None:
+        _running[1].rest()
+
+
 def close_engine() -> None:
-    """Close the engine that this process runs, if any. The next sample starts a new one."""
+    """End the engine that samples in this process, if any, and free its memory.
+
+    The next call that needs one starts it again. Servers keep running. Under ``accelerate launch`` all processes call
+    it together.
+    """
     global _running
     if _running is not None:
         engine, _running = _running[1], None

@@ -7,6 +7,7 @@ training, so an adapter, a merged model or a modified one needs no files. vLLM i
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.metadata
 import tempfile
 import time
@@ -101,6 +102,8 @@ class VllmEngine(VllmSampling):
         with unchanged_process({}), spared_process_group() if self._had_group else nullcontext():
             self._llm.llm_engine.engine_core.shutdown()
         del self._llm
+        gc.collect()  # vLLM's objects refer to each other
+        torch.cuda.empty_cache()
 
     # --- building ---
 

@@ -9,7 +9,9 @@ uses.
 from __future__ import annotations
 
 import atexit
+import itertools
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -37,10 +39,10 @@ from selfdistill.model.vllm_client import ServerProblem, VllmClient
 from selfdistill.model.vllm_sampling import Result, VllmSampling
 from selfdistill.model.vllm_server_checks import call_worker, checked
 from selfdistill.model.weight_files import WeightFiles
-from selfdistill.runtime import all_gather, is_rank0
+from selfdistill.runtime import all_gather, allow_open_files, is_rank0
 
-_MOST_REQUESTS = 256
-"""Maximum concurrent requests of this process; each has a thread that waits for its answer."""
+MOST_REQUESTS = 256
+"""Concurrent requests of this process for each server; each has a thread that waits for its answer."""
 _GOODBYE_S = 5.0
 """Time limit for unloading the last adapter."""
 
@@ -76,6 +78,7 @@ class VllmServers(VllmSampling):
     def __init__(self, loaded: LoadedModel, settings: EngineSettings, dtype: torch.dtype) -> None:
         super().__init__(loaded, settings, dtype)
         assert settings.engine_url
+        allow_open_files()
         self._clients = [VllmClient(url, settings.engine_timeout_s) for url in settings.engine_url.split(",")]
         self._adapters: list[_Adapter] = []
         """Adapters that some server may have; the last one is in use."""
@@ -259,7 +262,7 @@ class VllmServers(VllmSampling):
         return found
 
     def _answers(self, requests: Sequence[_Request], *, greedy: bool) -> list[Rollout]:
-        """The samples, in order.
+        """The samples, in order. Requests are sent to each server in turn, so that all of them work from the start.
 
         Raises:
             ServerProblem: a server fails, or none completes a sample within the time limit.
@@ -267,12 +270,14 @@ class VllmServers(VllmSampling):
         if not requests:
             return []
         limit_s = self._settings.engine_timeout_s
+        places: defaultdict[VllmClient, itertools.count[int]] = defaultdict(itertools.count)
+        turns = [next(places[request.client]) for request in requests]
         rollouts: dict[int, Rollout] = {}
         with self._pool(len(requests)) as pool:
             done: SimpleQueue[Future[Rollout]] = SimpleQueue()
             numbers: dict[Future[Rollout], int] = {}
-            for number, request in enumerate(requests):
-                future = pool.submit(_completion, request.client, request.body, greedy)
+            for number in sorted(range(len(requests)), key=turns.__getitem__):
+                future = pool.submit(_completion, requests[number].client, requests[number].body, greedy)
                 numbers[future] = number
                 future.add_done_callback(done.put)
             while len(rollouts) < len(requests):
@@ -297,7 +302,7 @@ class VllmServers(VllmSampling):
     @contextmanager
     def _pool(self, count: int) -> Iterator[ThreadPoolExecutor]:
         """Threads for this many requests; if one fails, the others are cancelled."""
-        with ThreadPoolExecutor(min(count, _MOST_REQUESTS)) as pool:
+        with ThreadPoolExecutor(min(count, MOST_REQUESTS * len(self._clients))) as pool:
             try:
                 yield pool
             except BaseException:

@@ -48,6 +48,7 @@ from selfdistill.runtime.files import (
 )
 from selfdistill.runtime.gpus import GPUS, THIS, planned_devices
 from selfdistill.runtime.resources import (
+    allow_open_files,
     clock,
     free_bytes,
     free_memory,
@@ -82,6 +83,7 @@ __all__ = [
     "all_gather",
     "all_reduce_gradients",
     "all_reduce_sum",
+    "allow_open_files",
     "barrier",
     "broadcast_from_rank0",
     "check_folder_writable",

@@ -21,6 +21,21 @@ if TYPE_CHECKING:  # importing torch takes a second
     import torch
 
 
+_OPEN_FILES = 10_240
+"""Enough for thousands of sockets or event loops; macOS allows no more."""
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit of open files as far as the system allows, to at most :data:`_OPEN_FILES`.
+
+    The usual limit is 1,024; a process may raise its own up to the hard limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def free_bytes(path: Path) -> int:
     """Free disk space in bytes where ``path`` is or will be."""
     return shutil.disk_usage(existing(path)).free

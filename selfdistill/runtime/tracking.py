@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -148,19 +148,24 @@ def public_name(name: str) -> str:
 def public_settings(config: Settings) -> dict[str, bool | int | float | str | None]:
     """Settings that are safe to publish, in types that trackers accept.
 
-    Paths are reduced to their last part, and network addresses are dropped. Lists and mappings become JSON.
+    Paths are reduced to their last part, and network addresses are dropped, also in lists and mappings, which become
+    JSON.
     """
-    public: dict[str, bool | int | float | str | None] = {}
-    for key, value in config.model_dump().items():
-        if isinstance(value, str) and "://" in value:
-            continue
-        if isinstance(value, tuple | list):
-            value = [_public_text(part) if isinstance(part, str) else part for part in value]
-        if isinstance(value, str):
-            public[key] = _public_text(value)
-        else:
-            public[key] = value if value is None or isinstance(value, bool | int | float) else json.dumps(value)
-    return public
+    found = _public(config.model_dump())
+    return {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in found.items()}
+
+
+def _public(value: Any) -> Any:
+    """The value without network addresses and folder names."""
+    if isinstance(value, Mapping):
+        return {key: _public(part) for key, part in value.items() if not _is_address(part)}
+    if isinstance(value, tuple | list):
+        return [_public(part) for part in value if not _is_address(part)]
+    return _public_text(value) if isinstance(value, str) else value
+
+
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and "://" in value
 
 
 def _public_text(value: str) -> str:

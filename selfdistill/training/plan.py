@@ -16,7 +16,7 @@ from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import UserError, number_of
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, own_errors, stages_of
-from selfdistill.model import LoadedModel
+from selfdistill.model import LoadedModel, rest_engine
 from selfdistill.runtime import (
     GPUS,
     THIS,
@@ -179,6 +179,7 @@ def plan_for(
     rows = _checked_rows(config, own_files, processes)
     rates: Callable[[str], Rates] | None = None
     if device == THIS:
+        rest_engine()  # of an earlier call in this process
         accelerator = make_accelerator(config)
         own = Device.of(accelerator)
         has: float | None = own_memory(accelerator.device)

@@ -22,7 +22,7 @@ from torch import Tensor
 from selfdistill.data import Demonstration, Example, as_transcript, shown_text, speaker_of, texts_of
 from selfdistill.loss import CHUNK_TOKENS, forward_kl
 from selfdistill.methods import Completion, play, rules_of, scorer_judges, verdicts_on
-from selfdistill.model import Sampling, cached_casts, root_unsharded, sample, unsharded
+from selfdistill.model import Sampling, cached_casts, rest_engine, root_unsharded, sample, unsharded
 from selfdistill.training.selection import BatchPart
 from selfdistill.training.trainer import Trainer
 
@@ -50,6 +50,7 @@ def token_views(trainer: Trainer) -> list[dict[str, Any]]:
     model, views = trainer.loaded.model, []
     with unsharded(model), cached_casts(model), trainer.accelerator.autocast():
         shown = _rollouts(trainer)
+        rest_engine()
         students = [trainer.forward_pass(model, [x.example.student_ids], [x.ids]) for x in shown]
     with trainer.teacher.model() as network, unsharded(network), cached_casts(network), trainer.accelerator.autocast():
         teachers = [trainer.forward_pass(network, [x.example.teacher_ids or []], [x.ids]) for x in shown]
@@ -77,6 +78,7 @@ def _unscored(trainer: Trainer) -> list[dict[str, Any]]:
     model = trainer.loaded.model
     with unsharded(model), cached_casts(model), trainer.accelerator.autocast():
         shown = _rollouts(trainer)
+    rest_engine()
     return [
         _view(trainer, rollout, [{}] * len(rollout.ids))
         | {"demonstration": _demonstration(rollout.example.demonstration)}

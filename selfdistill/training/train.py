@@ -14,7 +14,7 @@ from selfdistill.data import Demonstration, load_demonstrations
 from selfdistill.errors import RESUME, RunCollapsed, UserError
 from selfdistill.evaluation import Evaluator, best_context
 from selfdistill.methods import uses
-from selfdistill.model import LoadedModel, full_tensors, merged, stored_bytes, tensor_bytes
+from selfdistill.model import LoadedModel, full_tensors, merged, rest_engine, stored_bytes, tensor_bytes
 from selfdistill.runtime import (
     all_gather,
     barrier,
@@ -185,6 +185,7 @@ def plan_memory(
     Raises:
         UserError: there is not enough; names the nearest settings for which there is.
     """
+    rest_engine()  # of an earlier call in this process
     accelerator = make_accelerator(config)
     free = [free for free in all_gather([own_memory(accelerator.device)]) if free is not None]
     limit = min(free, default=None)  # the same on all ranks, so that all are refused or none

@@ -357,6 +357,21 @@ def test_too_many_calls_that_do_not_end_stop_the_run(monkeypatch: pytest.MonkeyP
     ended.set()
 
 
+def test_an_async_call_for_which_too_many_files_are_open_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(24, "Too many open files")
+
+    runner = ToolRunner([tool(later)])
+    monkeypatch.setattr("asyncio.new_event_loop", full)
+    problem = (
+        r"^tool 'act': no event loop for an async call \(Too many open files\); raise the limit of open files, ulimit"
+    )
+    with pytest.raises(UserError, match=problem):
+        answer(runner, "act", {})
+    monkeypatch.undo()
+    assert answer(runner, "act", {}) == "later"
+
+
 def test_a_text_of_a_result_that_takes_too_long_is_late() -> None:
     class Slow:
         def __str__(self) -> str:

@@ -9,6 +9,7 @@ import copy
 import itertools
 import json
 import re
+import resource
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -745,6 +746,21 @@ def test_an_episode_with_other_tools_than_its_row_shows_is_refused() -> None:
     tiny_worlds.Outlier.made = itertools.count(32)
     with Worlds("python:tiny_worlds.Outlier", [row]) as worlds, pytest.raises(UserError, match=r"tools than before"):
         worlds.reset()
+
+
+def test_many_episodes_may_call_async_tools_at_once() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = 100  # with three files each
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * count, before[1]))
+    try:
+        rows = begun("python:tiny_worlds.Sleepy", [Demonstration("q", source=f"data:{n}") for n in range(count)])
+        with Worlds("python:tiny_worlds.Sleepy", rows) as worlds:
+            worlds.reset()
+            call = {"function": {"name": "nap", "arguments": {}}}
+            steps = worlds.step(range(count), [{"role": "assistant", "content": "", "tool_calls": [call]}] * count, 1)
+        assert {one["content"] for step in steps for one in step.observations} == {"awake"}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_rows_with_pictures_are_refused() -> None:

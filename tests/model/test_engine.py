@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import random
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +31,17 @@ from transformers.core_model_loading import Transpose, WeightConverter
 from selfdistill.config import EngineSettings, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.methods import stages_of
-from selfdistill.model import LoadedModel, Sampling, add_lora, engine_weights, merged, sample, use_engine
+from selfdistill.model import (
+    LoadedModel,
+    Sampling,
+    add_lora,
+    close_engine,
+    engine_for,
+    engine_weights,
+    merged,
+    sample,
+    use_engine,
+)
 from selfdistill.model.engine_weights import hub_tensors, is_adapter_for_engines, weights_version
 from selfdistill.model.unchanged_process import unchanged_process
 
@@ -264,3 +278,51 @@ def test_an_engines_samples_are_weighted(
     ((task, anchors),) = stages_of(settings(method=method, **{"engine": "vllm", "anchors": "package", **values}))
     assert task.method.importance_cap == cap
     assert (anchors.method.importance_cap == 2.0) == (values.get("engine") != "none" and "top_p" not in values)
+
+
+class Llm:
+    """In the place of vLLM's, whose parts refer to each other as here: samples one token."""
+
+    made: weakref.ref[Llm]
+
+    def __init__(self, **_: Any) -> None:
+        Llm.made, self.asked = weakref.ref(self), 0
+        self.llm_engine = self
+        self.engine_core = SimpleNamespace(shutdown=lambda: None)
+        self.model_config = SimpleNamespace(max_model_len=512)
+
+    def collective_rpc(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def reset_prefix_cache(self) -> bool:
+        return True
+
+    def enqueue(self, requests: list[Any], *_: Any, **__: Any) -> None:
+        self.asked = len(requests)
+
+    def has_unfinished_requests(self) -> bool:
+        return self.asked > 0
+
+    def step(self) -> list[Any]:
+        self.asked -= 1
+        sampled = SimpleNamespace(finish_reason="length", token_ids=[1], logprobs=SimpleNamespace(logprobs=[-1.0]))
+        return [SimpleNamespace(finished=True, request_id=str(self.asked), outputs=[sampled])]
+
+
+def test_a_closed_engine_leaves_nothing_to_the_garbage_collector(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.32.0" if name == "vllm" else version(name))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Llm, SamplingParams=dict))
+    platform = SimpleNamespace(is_cpu=lambda: True, device_name="cpu")
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    monkeypatch.setattr("selfdistill.model.vllm_engine.agreement_gap", lambda *_: 0.0)
+    loaded = load()
+    use_engine(loaded, VLLM)
+    gc.disable()
+    try:
+        engine_for(loaded)
+        assert Llm.made() is not None
+        close_engine()
+        assert Llm.made() is None
+    finally:
+        gc.enable()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,29 @@ from safetensors.torch import load_file, save_file
 from sampled import FREE, GREEDY, own, prompts, seeds, train
 from vllm_fake import FakeVllm, fake_vllm
 
-from selfdistill.config import EngineSettings, EvalConfig, TrainConfig
+from selfdistill.config import CheckConfig, EngineSettings, EvalConfig, TrainConfig
 from selfdistill.config.files import continued
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.errors import EngineFailed, UserError
-from selfdistill.evaluation import answer, evaluate
+from selfdistill.evaluation import answer, check, evaluate
 from selfdistill.model import (
+    ForwardPass,
     LoadedModel,
+    Rollout,
     Sampling,
     add_lora,
+    close_engine,
     engine_for,
     load_model,
     sample,
     use_engine,
     vllm_client,
+    vllm_server,
     weight_files,
 )
-from selfdistill.model.engine import close_engine
 from selfdistill.model.engine_weights import hub_tensors
 from selfdistill.model.vllm_client import ServerProblem, VllmClient
+from selfdistill.model.vllm_server import VllmServers
 from selfdistill.runtime import read_lines
 from selfdistill.training.train import train as run_training
 from selfdistill.training.trainer import Trainer
@@ -171,6 +176,30 @@ def test_several_servers_share_the_samples(load: Loader, fake: FakeVllm, folder:
         assert_as_our_loop(loaded, count=9)
         # One more for the comparison at the start; the first ones go to the first server.
         assert [paths(server).count("/v1/completions") - 1 for server in (fake, other)] == [5, 4]
+        close_engine()
+
+
+def test_all_servers_work_from_the_start(
+    load: Loader, fake: FakeVllm, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "MOST_REQUESTS", 2)
+    with fake_vllm(folder) as other:
+        loaded = load(fake, other)
+        engine_for(loaded)
+        asked: list[FakeVllm] = []
+        together = threading.Barrier(4, timeout=10)  # two for each server
+
+        def ask(server: FakeVllm) -> Callable[[str, Any], None]:
+            def wait(path: str, _body: Any) -> None:
+                if path == "/v1/completions":
+                    asked.append(server)
+                    together.wait()
+
+            return wait
+
+        fake.instead, other.instead = ask(fake), ask(other)
+        assert_as_our_loop(loaded, count=8)
+        assert asked[:4].count(fake) == asked[4:].count(fake) == 2
         close_engine()
 
 
@@ -760,6 +789,61 @@ def test_what_fails_for_one_process_stops_all(run: Settings, fake: FakeVllm, tmp
         assert "stopped after step 3: engine vllm: http://there: broken; see" in child.log.read_text()
     train_together(config, tmp_path, resume=True)
     assert len(metrics_of(config)) == 6
+
+
+# --- memory ---
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As if the engine held memory from a sample until it rests: what it did last.
+
+    Until then PyTorch must neither compute with the model nor ask how much memory is free.
+    """
+    did, sampled, computed = ["rest"], VllmServers.sample, ForwardPass.__call__
+
+    def sampling(self: VllmServers, *given: Any) -> list[Rollout]:
+        did.append("sample")
+        return sampled(self, *given)
+
+    def computing(self: ForwardPass, *given: Any, **options: Any) -> Any:
+        assert did[-1] == "rest"
+        return computed(self, *given, **options)
+
+    def free(_: torch.device) -> int:
+        assert did[-1] == "rest"
+        return 2**40
+
+    monkeypatch.setattr(VllmServers, "sample", sampling)
+    monkeypatch.setattr(VllmServers, "rest", lambda _: did.append("rest"))
+    monkeypatch.setattr(ForwardPass, "__call__", computing)
+    for module in ("evaluation.measure", "training.plan", "training.train"):
+        monkeypatch.setattr(import_module(f"selfdistill.{module}"), "free_memory", free)
+    return did
+
+
+def test_the_engine_rests_while_a_run_computes(run: Settings, fake: FakeVllm, naps: list[str]) -> None:
+    data = run("other", fake).data
+    Trainer(run("other", fake))  # as if of an earlier call
+    naps.append("sample")
+    run_training(run("measured", fake, max_steps=1, test=data, view_rows=1))
+    assert naps.count("sample") > 5
+    assert naps[-1] == "rest"
+
+
+def test_the_engine_rests_while_a_command_measures(
+    run: Settings, fake: FakeVllm, folder: Path, naps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run("out", fake)
+    own = ("model", "data", "mixed_precision", "engine", "engine_url", "engine_folder", "max_completion_length")
+    shared = {name: getattr(config, name) for name in own}
+    evaluate(EvalConfig(**shared, base=str(folder), num_samples=2))
+    assert naps[-1] == "rest"
+    count = naps.count("sample")
+    monkeypatch.setattr("selfdistill.evaluation.spill.STEPS", 2)
+    check(CheckConfig(**shared, contexts=["turns"], sample=2, spill=True))
+    assert naps.count("sample") > count
+    assert naps[-1] == "rest"
 
 
 # --- settings ---

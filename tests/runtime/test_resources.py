@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from selfdistill.runtime import clock
+from selfdistill.runtime import allow_open_files, clock
 from selfdistill.runtime.resources import cgroup_memory
 
 
@@ -21,6 +22,23 @@ def test_the_clock_waits_for_the_gpu_that_it_times(
     before = time.monotonic()
     assert before <= clock(torch.device(device)) <= time.monotonic()
     assert waits == waited
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits, kind = {}, resource.RLIMIT_NOFILE
+    monkeypatch.setattr(resource, "getrlimit", limits.get)
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    unlimited = resource.RLIM_INFINITY
+    for before, after in (
+        ((1024, 524288), (10240, 524288)),
+        ((1024, 4096), (4096, 4096)),
+        ((256, unlimited), (10240, unlimited)),
+        ((65536, 524288), (65536, 524288)),
+        ((unlimited, unlimited), (unlimited, unlimited)),
+    ):
+        limits[kind] = before
+        allow_open_files()
+        assert limits[kind] == after
 
 
 FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"), 2: ("memory.max", "memory.current", "")}

@@ -239,6 +239,7 @@ def test_public_settings_hold_no_folder_and_no_address(tmp_path: Path, monkeypat
         context=f"template:file={tmp_path}/template.txt",
         judge_url="http://10.0.0.1:8000/v1",
         chat_template_kwargs={"enable_thinking": False},
+        method_settings={"later": [f"{tmp_path}/acme/b", "https://acme.example/c"], "url": "http://10.0.0.2"},
         anchors=("package", f"{tmp_path}/data/mine.jsonl", f"{tmp_path}/k=1.txt", f"{tmp_path}/a=b/lines.txt"),
     )
     found = public_settings(config)
@@ -246,6 +247,7 @@ def test_public_settings_hold_no_folder_and_no_address(tmp_path: Path, monkeypat
     assert (found["model"], found["data"], found["output_dir"]) == ("org/base", "mine.jsonl", "run")
     assert found["context"] == "template:file=template.txt"
     assert found["chat_template_kwargs"] == '{"enable_thinking": false}'
+    assert found["method_settings"] == '{"later": ["b"]}'
     assert "judge_url" not in found
     assert str(tmp_path) not in repr(found)
     assert all(isinstance(value, SCALARS) for value in found.values())
