@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -51,7 +50,7 @@ class Selected:
         count, count_chosen = Counter(rows), Counter(rows[number] for number in chosen)
         weights = [count[rows[number]] / count_chosen[rows[number]] for number in chosen]
         rewards = [self.verdicts[number].reward for number in chosen]
-        return sum(map(operator.mul, weights, rewards)) / sum(weights) if chosen else None
+        return sum(w * r for w, r in zip(weights, rewards, strict=True)) / sum(weights) if chosen else None
 
 
 @dataclass
