@@ -26,7 +26,7 @@ from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import MEMORY, as_shown, check_room, cost_of, keep_prompts, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
-from selfdistill.data import Demonstration, Rows, load_demonstrations, load_prompts, located
+from selfdistill.data import JUDGE, Demonstration, Rows, load_demonstrations, load_prompts, located
 from selfdistill.errors import RERUN, RESUME, CannotResume, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
@@ -216,13 +216,15 @@ def _absolute(model: str) -> str:
 def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:
     """Evaluate a model on each skill's test, with that skill's settings, and on prior abilities."""
     use_engine(loaded, config)
+    judges = {its.judge_model for _, folder in folders if (its := settings_of(folder)).scorer == JUDGE}
+    moved = {config.judge_model} if config.judge_model or len(judges) > 1 else judges
     with training_precision(loaded.model, config.mixed_precision):
         skills: dict[str, Evaluation] = {}
         for name, folder in folders:
             settings = settings_of(folder)
             if settings.template_date is None:  # of an older release
                 settings = settings.model_copy(update={"template_date": config.template_date})
-            if config.judge_url and config.judge_model in (None, settings.judge_model):  # it may have moved
+            if config.judge_url and settings.judge_model in moved:
                 settings = settings.model_copy(update={"judge_url": config.judge_url})
             rows = load_demonstrations(str(folder / "test.jsonl"))
             skills[name] = EvaluationSet(loaded, rows, {}, settings).ask(
@@ -320,7 +322,7 @@ class _NewSkill:
         """Train and return the cost. Leaves the complete model in ``model``, and no checkpoints in ``run``.
 
         Raises:
-            RunFailed: the training failed; ``run`` has no checkpoints then either.
+            RunFailed: the training failed; no checkpoints are left then either.
         """
         model = self._folder / "model"
         run = run_config(self._config, self._ledger.model, context, self._folder)
@@ -331,8 +333,9 @@ class _NewSkill:
                 check_disk_for_merged(run.model, run.adapter_base, self._folder)
             try:
                 take_whole(self._trained(run), model, run.model)
-            except RunFailed:  # nothing resumes from them
-                _remove_checkpoints(folder)
+            except RunFailed:  # nothing resumes from them; a stream has a run for each chunk
+                for failed in (folder, *self._folder.glob("chunks/*/run")):
+                    _remove_checkpoints(failed)
                 raise
             self._stop_where_asked()
         _remove_checkpoints(folder)

@@ -108,7 +108,7 @@ class CheckResult(Printable):
     """Whether the student's accuracy on the rows of the best layout is at least ``KNOWN``."""
     verdict: str
     exit_code: int
-    """0: worth trying; 4: unlikely to help."""
+    """0: worth trying, or unknown; 4: unlikely to help."""
     seconds: float
     """Duration of the check."""
 
@@ -133,7 +133,7 @@ def knows(accuracy: float | None) -> bool:
 def verdict_on(
     student: Sequence[bool] | None, teacher: Sequence[bool], student_logp: float | None, best: Layout, layouts: int = 1
 ) -> tuple[str, int]:
-    """The verdict and exit code. If the teacher is right on at least two more rows, but maybe by chance, it is unknown.
+    """The verdict and exit code. Unknown if the teacher is right on at least two more rows, but perhaps by chance.
 
     Args:
         student: whether the student is right on each row of ``best``; None if they are not scored.
@@ -167,7 +167,7 @@ def verdict_on(
     cannot_differ = not knows(student_accuracy) and knows(best.accuracy) and items * (1 - KNOWN) < 2
     if sum(teacher) - sum(student) >= 2 or cannot_differ:
         text = f"It is unknown whether self-distillation helps: {scores} of {items} rows, which are too few to tell."
-        return f"{text} Give more rows.", 0
+        return f"{text} Raise sample, or give more rows.", 0
     text = f"Self-distillation is unlikely to help: {scores} of {items} rows; "
     if knows(student_accuracy):
         return text + "the student already knows this.", UNLIKELY

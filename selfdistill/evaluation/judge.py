@@ -74,6 +74,7 @@ class Judge:
         return broadcast_from_rank0(lambda: self._ask(rows, replies))
 
     def _ask(self, rows: Sequence[Demonstration], replies: Sequence[str]) -> list[Grade]:
+        _check_writable(self._cache)  # a long run may outlive a folder of temporary files
         prompts = [_prompt(row, reply) for row, reply in zip(rows, replies, strict=True)]
         keys = [self._key(prompt) for prompt in prompts]
         open_ = {k: (row, p) for k, row, p in zip(keys, rows, prompts, strict=True) if k not in self._kept}
