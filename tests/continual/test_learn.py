@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 import selfdistill as sd
 from selfdistill.cli import main
-from selfdistill.config.commands import LearnConfig
+from selfdistill.config import LearnConfig, TrainConfig
 from selfdistill.continual import add_skill, stream
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import LearnResult, learn, retention_matrix
@@ -650,6 +650,16 @@ def test_earlier_skills_are_judged_at_the_address_of_the_addition(make: Settings
     assert set(paths) == {"/v1/second/chat/completions"}
 
 
+def test_of_several_judges_the_one_that_is_named_has_moved(make: Settings, server: Server) -> None:
+    """Else replies would go to a server that does not have the model."""
+    common = {"scorer": "judge", "max_steps": 1}
+    add(make(judge_model="j", judge_url=f"{server.url}/first", **common))
+    add(make("second", judge_model="k", judge_url=f"{server.url}/second", **common))
+    for skill, named in (("third", None), ("fourth", "k")):
+        assert add(make(skill, max_steps=1, judge_url=f"{server.url}/new", judge_model=named))["accepted"]
+        assert ("/v1/new/chat/completions" in server.paths) is (named == "k")
+
+
 def test_a_judge_that_moves_during_an_addition_is_asked_at_its_new_address(
     make: Settings, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -964,6 +974,18 @@ def test_an_interrupted_stream_goes_on_with_the_next_chunk(
     assert add(make(**options))["accepted"]
     a, b = (load_file(tmp_path / name / "skills/0001-first/model/model.safetensors") for name in ("whole", "state"))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_refused_stream_keeps_no_checkpoints(make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(run: TrainConfig, **_: Any) -> None:
+        (Path(run.output_dir) / "checkpoint-00000001").mkdir(parents=True)  # the loop saves before it fails
+        raise RunFailed("the loss is nan")
+
+    monkeypatch.setattr(stream, "train", fail)
+    assert add(make(action="stream", chunk_size=3, chunk_steps=2))["reasons"] == ["the loss is nan"]
+    refused = tmp_path / "state/refused/first"
+    assert (refused / "chunks/00001/run").is_dir()
+    assert not list(refused.rglob("checkpoint-*"))
 
 
 # --- numbers ---

@@ -467,7 +467,8 @@ def test_verdicts() -> None:
     )
     assert verdict(0.1, -1.0, replace(layout(0.2), items=10))[1] == UNLIKELY
     few = "It is unknown whether self-distillation helps: the teacher with turns:repeats=2 is right on 100% (95% "
-    few += "interval 44% to 100%), the student on 67% of 3 rows, which are too few to tell. Raise sample, or give more rows."
+    few += "interval 44% to 100%), the student on 67% of 3 rows, which are too few to tell. Raise sample, or give more "
+    few += "rows."
     assert verdict(2 / 3, -1.0, replace(layout(1.0), items=3)) == (few, 0)
     assert "the student already knows this" in verdict(1.0, -1.0, replace(layout(1.0), items=3))[0]
     text, code = verdict(0.89, -1.0, replace(layout(0.9), items=100))
