@@ -217,7 +217,9 @@ def _checked(
     use_engine(loaded, config)
     for note in [*([] if plays else notes_on_episodes(rows)), *loaded.notes]:
         say_note(note)
-    tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype) if config.fine_tuned else None
+    tuned = None
+    if config.fine_tuned:
+        tuned = load_matching(config.fine_tuned, loaded, dtype=config.dtype, reads_chats=True)
     measure = Measure(config, rows, loaded, general)
     layouts, skipped = _layouts(measure, [context_spec(context) for context in contexts])
     layouts.sort(key=_rank)

@@ -34,7 +34,7 @@ from selfdistill.model.loading import (
     to_best_device,
 )
 from selfdistill.model.lora import add_lora, check_base, describe_lora, with_lora
-from selfdistill.model.matching import load_matching, matched
+from selfdistill.model.matching import load_matching, matched, refuse_unlike
 from selfdistill.model.optimizer import Optim, make_optimizer, moment_bytes
 from selfdistill.model.pictures import KEPT_BYTES, freeze_vision, is_image_text, vision_weights
 from selfdistill.model.precision import (
@@ -116,6 +116,7 @@ __all__ = [
     "prompts_at_a_time",
     "refuse_autocast",
     "refuse_float16",
+    "refuse_unlike",
     "resolve",
     "resolved_precision",
     "rest_engine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,15 @@ def start_fingerprint(loaded: LoadedModel) -> str:
     return "" if loaded.merged_adapter else weights_fingerprint(loaded.model)
 
 
+def _of_network(part: dict[str, Any]) -> dict[str, Any]:
+    """What a part of ``config.json`` says of the network; not the copy of the rotary base for transformers 4."""
+    kept = {name: value for name, value in part.items() if name not in _OF_FILES}
+    rope = kept.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in kept and kept["rope_theta"] == rope.get("rope_theta"):
+        del kept["rope_theta"]
+    return kept
+
+
 def network_fingerprint(loaded: LoadedModel) -> str:
     """SHA-256 of ``config.json`` without what only describes its files; empty if the model has no files.
 
@@ -40,8 +50,5 @@ def network_fingerprint(loaded: LoadedModel) -> str:
     file = None if loaded.files is None else loaded.files / "config.json"
     if file is None or not file.is_file():
         return ""
-    said = json.loads(
-        file.read_text(encoding="utf-8"),
-        object_hook=lambda part: {name: value for name, value in part.items() if name not in _OF_FILES},
-    )
+    said = json.loads(file.read_text(encoding="utf-8"), object_hook=_of_network)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -180,8 +180,7 @@ def load_tokenizer(path: str, base_path: str, name: str, model_type: str) -> Any
     own = path == base_path or has_tokenizer(Path(path))
     place = path if own else base_path
     try:
-        options = tokenizer_options(place, model_type)
-        tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+        tokenizer: Any = _read_tokenizer(place, tokenizer_options(place, model_type))
     except Exception as error:  # the tokenizers library raises bare Exception
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
@@ -191,6 +190,15 @@ def load_tokenizer(path: str, base_path: str, name: str, model_type: str) -> Any
     if not own and template.is_file():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     return tokenizer
+
+
+def _read_tokenizer(place: str, options: dict[str, Any]) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+    except TypeError:  # early releases of transformers 5 pass fix_mistral_regex on twice
+        if not options:
+            raise
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 def adopt(model: Any, tokenizer: Any, name: str | None = None, *, trained: bool = True) -> LoadedModel:

@@ -71,7 +71,11 @@ def refuse_unlike(name: str, config: Any, tokenizer: Any, other: LoadedModel, *,
 
 
 def _added_in_chats(loaded: LoadedModel) -> set[int]:
-    """Ids of the added tokens that a model's chats may have: of its texts, its template and its ends."""
-    template, named = str(loaded.tokenizer.chat_template or ""), {*loaded.end_token_ids, loaded.tokenizer.bos_token_id}
+    """Ids of the added tokens that a model's chats have: of texts, and those around a turn, but the first of a text.
+
+    Models trained further from one base often share the first token, but not its name.
+    """
+    chat = loaded.chat()
     added = loaded.tokenizer.added_tokens_decoder.items()
-    return {number for number, token in added if number in named or not token.special or str(token) in template}
+    around = {number for number, token in added if not token.special or str(token) in chat.turn_names}
+    return around if chat.turn_end_id is None else around | {chat.turn_end_id}

@@ -79,7 +79,7 @@ def starter_model_path(name: str) -> Path:
         with (cache / ".lock").open("a") as lock:
             with suppress(OSError):  # a file system without locks, or what another user left
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                remove_unfinished(cache)
+                remove_unfinished(cache, f".{name}-")
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-", suffix=".unfinished") as temporary:
                 if not _is_whole(folder):  # by now
                     converted = _build_starter(name, Path(temporary))

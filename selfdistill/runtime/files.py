@@ -155,10 +155,11 @@ def unfinished(folder: Path) -> list[Path]:
     return [*folder.glob(".*.unfinished"), *folder.glob(".*.removed")]
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what :func:`unfinished` lists."""
+def remove_unfinished(folder: Path, begins: str = "") -> None:
+    """Remove what :func:`unfinished` lists, of names that begin so."""
     for path in unfinished(folder):
-        _remove(path)
+        if path.name.startswith(begins):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -52,6 +52,7 @@ from selfdistill.model import (
     freeze_vision,
     has_full_attention,
     moment_bytes,
+    refuse_unlike,
     set_compute_dtype,
     staging_bytes,
     tensor_bytes,
@@ -231,7 +232,9 @@ class MemoryPlanner:
 
     def _other(self, name: str, config: TrainConfig) -> LoadedModel:
         if name not in self._teachers:
-            self._teachers[name] = fake_model(name, dtype=config.dtype, trained=False)
+            fake = fake_model(name, dtype=config.dtype, trained=False)
+            refuse_unlike(name, fake.model.config, fake.tokenizer, self._model(config), reads_chats=True)
+            self._teachers[name] = fake
         return self._teachers[name]
 
     def _model(self, config: TrainConfig, layers: int | None = None) -> LoadedModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 from selfdistill.config import TrainConfig, changes, load_saved, refuse_changes
 from selfdistill.data import ContextEncoder, is_own
 from selfdistill.errors import CannotResume, UserError, number_of
-from selfdistill.methods import rules_of
+from selfdistill.methods import Method, rules_of
 from selfdistill.model import LoadedModel
 from selfdistill.training.checkpoint import Position, saved_position, settings_of
 from selfdistill.training.setup import data_fingerprint, sha256_of
@@ -139,6 +139,13 @@ def _not_as_it_was(loaded: LoadedModel, dtype: str) -> str:
     )
 
 
+def _spreads(method: Method, step: int, planned: int | None, steps: int | None) -> bool:
+    """Whether a method's loss or controller follows the number of steps."""
+    if method.loss_at is None or not planned or not steps:
+        return method.controller is not None
+    return method.controller is not None or method.loss_at(step, planned) != method.loss_at(step, steps)
+
+
 def where(output_dir: Path, checkpoint: Path | None, position: Position, trainer: Trainer) -> str:
     """Describe where a run with ``resume`` starts."""
     config, methods = trainer.config, [part.method for stage in trainer.stages for part in stage.parts]
@@ -150,7 +157,7 @@ def where(output_dir: Path, checkpoint: Path | None, position: Position, trainer
     if planned == config.max_steps:
         return resuming
     change = f"max_steps was {planned} and is now {config.max_steps}"
-    follows = "the learning rate follows"
-    if any(method.loss_at or method.controller for method in methods):
+    follows, step = "the learning rate follows", max(1, position.step)
+    if any(_spreads(method, step, planned, config.max_steps) for method in methods):
         follows = "the learning rate, and what the method spreads over all steps, follow"
     return f"{resuming}; {change}: {follows} the new schedule from here on"

@@ -116,6 +116,22 @@ def test_mistrals_tokenizers_are_read_from_tokenizer_json_with_the_right_pattern
     assert again.convert_ids_to_tokens(again("12")["input_ids"]) == ["1", "2"]
 
 
+def test_mistrals_tokenizers_are_read_without_an_option_that_an_early_release_refuses(
+    tekken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = AutoTokenizer.from_pretrained
+
+    def early(path: str, **options: Any) -> Any:
+        if options.pop("fix_mistral_regex", False):
+            raise TypeError("got multiple values for keyword argument 'fix_mistral_regex'")
+        monkeypatch.undo()
+        return real(path, **options)
+
+    monkeypatch.setattr(tokenization_auto, "_use_mistral_format", lambda *_, **__: False)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", early)
+    assert load_tokenizer(tekken, tekken, "m", "mistral").convert_ids_to_tokens([0])
+
+
 def test_a_tokenizer_that_is_not_mistrals_own_stays_as_it_is(
     tekken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from selfdistill.config import TrainConfig
+from selfdistill.config import CheckConfig, TrainConfig
 from selfdistill.errors import UserError
+from selfdistill.evaluation import check
 from selfdistill.model.fake import check_matching
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.matching import load_matching
+from selfdistill.training import plan_for
 from selfdistill.training.trainer import Trainer
 
 
@@ -85,8 +87,12 @@ def test_a_teacher_is_checked_and_another_chat_format_noted(
     model_folder: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    unlike = settings(teacher_model=renamed(im_start="user"))
+    for refusing in (Trainer, lambda config: plan_for(config, 10**9, None)):
+        with pytest.raises(UserError, match="has another tokenizer than model"):
+            refusing(unlike)
     with pytest.raises(UserError, match="has another tokenizer than model"):
-        Trainer(settings(teacher_model=renamed(im_start="user")))
+        check(CheckConfig(model=unlike.model, data=unlike.data, fine_tuned=unlike.teacher_model))
     plain = str(model_folder(template=None))
     config = settings(teacher_model=plain)
     Trainer(config)

@@ -57,10 +57,12 @@ def test_the_folder_is_whole_and_for_all_users(downloads: list[list[str]], tmp_p
 def test_a_folder_that_lost_a_file_is_made_anew(downloads: list[list[str]], lost: str) -> None:
     folder = starter.starter_model_path(NAME)
     (folder / lost).unlink()
-    (folder.parent / ".killed.unfinished").mkdir()
+    (folder.parent / ".smollm2-135m-killed.unfinished").mkdir()
+    other = folder.parent / ".export.unfinished"  # of another process, which may be at work
+    other.mkdir()
     assert (starter.starter_model_path(NAME) / lost).is_file()
     assert len(downloads) == 2
-    assert {file.name for file in folder.parent.iterdir()} == {folder.name, ".lock"}
+    assert {file.name for file in folder.parent.iterdir()} == {folder.name, ".lock", other.name}
 
 
 def test_only_one_process_converts_it(downloads: list[list[str]]) -> None:

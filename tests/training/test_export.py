@@ -23,6 +23,7 @@ from selfdistill.config.commands import ExportConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.methods import METHODS, Method
+from selfdistill.model import network_fingerprint
 from selfdistill.model.files import local_folder
 from selfdistill.model.loading import adopt, load_model
 from selfdistill.training.export import export, whole_folder
@@ -92,6 +93,10 @@ def test_transformers_4_finds_the_rotary_base_where_it_looks(
     read = AutoConfig.from_pretrained(final).to_dict()
     assert "rope_theta" not in read
     assert read["rope_parameters"] == values["rope_parameters"] == written["rope_parameters"]
+    del written["rope_theta"]  # as saved before there was this copy: the same network
+    before = network_fingerprint(load_model(str(final)))
+    (final / "config.json").write_text(json.dumps(written))
+    assert network_fingerprint(load_model(str(final))) == before
 
 
 def test_an_adapter_is_copied_or_merged(

@@ -35,6 +35,7 @@ def test_what_a_method_spreads_over_all_steps_follows_their_new_number(
     for method, follows in (
         ("veto", "the learning rate, and what the method spreads over all steps, follow"),
         ("sdft", "the learning rate follows"),
+        ("isdft", "the learning rate follows"),  # it has a number of steps of its own
     ):
         config = settings(method, method=method, max_steps=2, save_steps=1)
         train(config)
