@@ -817,7 +817,7 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(VllmServers, "sample", sampling)
     monkeypatch.setattr(VllmServers, "rest", lambda _: did.append("rest"))
     monkeypatch.setattr(ForwardPass, "__call__", computing)
-    for module in ("evaluation.measure", "training.plan", "training.train"):
+    for module in ("evaluation.measure", "runtime.resources"):
         monkeypatch.setattr(import_module(f"selfdistill.{module}"), "free_memory", free)
     return did
 
