@@ -325,6 +325,15 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+def share_apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Share of the weights that differ by more than 1e-5.
+
+    AdamW moves a weight by about the rate even if its gradient is nothing but rounding, so single ones may differ.
+    """
+    assert a.keys() == b.keys()
+    return float((torch.cat([(a[name] - b[name]).abs().flatten() for name in a]) > 1e-5).float().mean())
+
+
 def gradients(model: Any) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 

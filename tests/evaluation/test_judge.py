@@ -289,9 +289,12 @@ def test_no_proxy_reads_the_key(server: Server, tmp_path: Path, monkeypatch: pyt
     assert Judge(server.url, "j", tmp_path / "judge.jsonl").grades(rows(1), ["a"]) == ["strict"]
     assert server.keys == [f"Bearer {KEY}"]
 
+    given: list[Any] = []
+    monkeypatch.setattr(endpoint, "build_opener", lambda *handlers: given.append(handlers))
+
     def has_proxy(url: str) -> bool:
-        opener = endpoint.Endpoint(url, "j", "judge", "")._opener
-        return any(isinstance(handler, ProxyHandler) for handler in opener.handlers)
+        endpoint.Endpoint(url, "j", "judge", "")
+        return any(isinstance(handler, ProxyHandler) and handler.proxies for handler in given[-1])
 
     assert not has_proxy("http://judge.example/v1")
     assert not has_proxy("https://localhost:8000/v1")
