@@ -216,12 +216,12 @@ def _absolute(model: str) -> str:
 def measure_model(loaded: LoadedModel, folders: list[tuple[str, Path]], prior: str | None, config: LearnConfig) -> Any:
     """Evaluate a model on each skill's test, with that skill's settings, and on prior abilities."""
     use_engine(loaded, config)
-    judges = {its.judge_model for _, folder in folders if (its := settings_of(folder)).scorer == JUDGE}
+    learnt_with = [settings_of(folder) for _, folder in folders]
+    judges = {settings.judge_model for settings in learnt_with if settings.scorer == JUDGE}
     moved = {config.judge_model} if config.judge_model or len(judges) > 1 else judges
     with training_precision(loaded.model, config.mixed_precision):
         skills: dict[str, Evaluation] = {}
-        for name, folder in folders:
-            settings = settings_of(folder)
+        for (name, folder), settings in zip(folders, learnt_with, strict=True):
             if settings.template_date is None:  # of an older release
                 settings = settings.model_copy(update={"template_date": config.template_date})
             if config.judge_url and settings.judge_model in moved:
