@@ -66,6 +66,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "sdft": WITHOUT | {"method": "sdft"},
     "sft+anchors": WITH | {"method": "sft"},
     "sdft+anchors": WITH | {"method": "sdft"},
+    "sdft+anchors@16": WITH | {"method": "sdft", "batch_size": 16},
 }
 LOOKS = 2
 """Measurements along each skill."""

@@ -16,7 +16,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sequence import ARMS, COMMON, MODEL
+import sequence
+from intervals import cell
+from sequence import COMMON, MODEL
 
 from selfdistill.config import LearnConfig
 from selfdistill.continual.add_skill import add
@@ -26,6 +28,7 @@ from selfdistill.data.bundled import packaged
 from selfdistill.runtime import read_lines, write_atomically
 
 SKILL = "routing"
+ARMS = {name: sequence.ARMS[name] for name in ("sft", "sdft", "sft+anchors", "sdft+anchors")}
 STREAM: dict[str, Any] = {
     "action": "stream",
     "chunk_size": 16,
@@ -56,15 +59,13 @@ def learn(state: Path, arm: str, seed: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any], arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """One line per arm: means over seeds."""
+    """One line per arm: means over seeds, of the scores with their intervals."""
     lines = ["| arm | seeds | each chunk before it is learnt | steps | new | prior |", "|---|---|---|---|---|---|"]
     for arm in arms:
         runs = [found[f"{arm}-{seed}"] for seed in seeds]
         before = ", ".join(f"{mean(shares):.2f}" for shares in zip(*(run["before"] for run in runs), strict=True))
-        new, prior = mean(run["new"] for run in runs), mean(run["prior"][1] for run in runs)
-        lines.append(
-            f"| {arm} | {len(runs)} | {before} | {mean(run['steps'] for run in runs):.0f} | {new:.2f} | {prior:.3f} |"
-        )
+        new, prior = cell([run["new"] for run in runs]), cell([run["prior"][1] for run in runs], digits=3)
+        lines.append(f"| {arm} | {len(runs)} | {before} | {mean(run['steps'] for run in runs):.0f} | {new} | {prior} |")
     return [*lines, f"| base | | | 0 | | {mean(run['prior'][0] for run in found.values()):.3f} |"]
 
 
