@@ -1,14 +1,16 @@
-"""Write three tasks that ship with the package, of which a small model solves some samples: strings, sums and tickets.
+"""Write the tasks that ship with the package, of which a small model solves some samples.
 
     python studies/make_tasks.py selfdistill/data/bundled
 
 They are for methods that learn from rewards or feedback, so each has a scorer that says what is wrong. ``strings``:
 short Python functions, with unit tests (``--scorer code``). ``sums``: small numbers, and a reply with a line
-"Answer: 12"; ``tickets``: which queue of a hotel takes a guest's message, and from which room it comes, as two lines
-(both ``--scorer python:selfdistill.data.bundled.checks.fields``).
+"Answer: 12"; ``tickets``: which queue of a hotel takes a guest's message, and from which room it comes, as two lines;
+``chains``: three or four operations in turn, a line of working for each, and a line "Answer: 12" (all ``--scorer
+python:selfdistill.data.bundled.checks.fields``). ``chains.plans`` are the training rows of ``chains`` with a plan each.
 
 Validation and test rows of ``strings`` have functions and compositions that no training row has, those of ``sums``
-stories and those of ``tickets`` messages. The hand-written part of the last two is in ``task_texts.py``.
+stories, those of ``tickets`` messages, and those of ``chains`` orders of operations. The hand-written part is in
+``task_texts.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from task_texts import EXAMPLES, MESSAGES, NAMES, STORIES, THINGS
+from task_texts import EXAMPLES, MESSAGES, NAMES, PLANS, STORIES, THINGS
 
 ROLES = ("user", "assistant")
 PARTS = {"train": 160, "validation": 48, "test": 64}
@@ -115,8 +117,12 @@ class Function:
     @property
     def part(self) -> int:
         """Compositions of what all parts have: training three times in five."""
-        drawn = (0, 0, 0, 1, 2)[zlib.crc32(repr(self.results).encode()) % 5]
-        return drawn if self.composed and self.newest == 0 else self.newest
+        return part_of(repr(self.results)) if self.composed and self.newest == 0 else self.newest
+
+
+def part_of(text: str) -> int:
+    """A part for the text, always the same: training three times in five."""
+    return (0, 0, 0, 1, 2)[zlib.crc32(text.encode()) % 5]
 
 
 def written() -> Iterator[Function]:
@@ -208,6 +214,32 @@ def tickets(part: int, count: int, chance: random.Random) -> list[dict[str, Any]
     return shuffled(rows, chance)
 
 
+def chains(part: int, count: int, chance: random.Random) -> list[dict[str, Any]]:
+    """Three operations as often as four, in orders of signs that no other part has."""
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < count:
+        signs = "".join(chance.choices("+-*", k=3 + len(rows) % 2))
+        steps = [(sign, 2 if sign == "*" else chance.randint(1, 4)) for sign in signs]
+        values = [chance.randint(1, 6)]
+        for sign, b in steps:
+            values.append({"+": values[-1] + b, "-": values[-1] - b, "*": values[-1] * b}[sign])
+        if part_of(signs) != part or not all(1 <= value <= 12 for value in values):
+            continue
+        text = f"Start with {values[0]}. " + " ".join(f"Then {sign} {b}." for sign, b in steps)
+        results = zip(steps, itertools.pairwise(values), strict=True)
+        working = [f"{a} {sign} {b} = {c}" for (sign, b), (a, c) in results]
+        answer = {"fields": {"Answer": str(values[-1])}}
+        rows[text] = row("chains", text, "\n".join([*working, f"Answer: {values[-1]}"]), answer)
+    return shuffled(rows, chance)
+
+
+def with_plan(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of ``chains`` with its operations in words, without results, as ``privileged_context``."""
+    first, *more = [line.split()[:3] for line in row["completion"].splitlines()[:-1]]
+    steps = [first, *[["the result", sign, b] for _, sign, b in more]]
+    return row | {"privileged_context": "\n".join(PLANS[sign].format(a=a, b=b) for a, sign, b in steps)}
+
+
 def shuffled(rows: dict[str, dict[str, Any]], chance: random.Random) -> list[dict[str, Any]]:
     found = list(rows.values())
     chance.shuffle(found)
@@ -215,12 +247,17 @@ def shuffled(rows: dict[str, dict[str, Any]], chance: random.Random) -> list[dic
 
 
 def main(folder: str) -> None:
-    for name, make in {"strings": strings, "sums": sums, "tickets": tickets}.items():
+    for name, make in {"strings": strings, "sums": sums, "tickets": tickets, "chains": chains}.items():
         for part, (split, count) in enumerate(PARTS.items()):
             rows = make(part, count, random.Random(f"{name}-{split}"))
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (Path(folder) / f"{name}.{split}.jsonl").write_text(text, encoding="utf-8")
-            print(name, split, len(rows))
+            write(rows, Path(folder) / f"{name}.{split}.jsonl")
+            if (name, split) == ("chains", "train"):
+                write([with_plan(row) for row in rows], Path(folder) / "chains.plans.jsonl")
+
+
+def write(rows: list[dict[str, Any]], file: Path) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(file.name, len(rows))
 
 
 if __name__ == "__main__":

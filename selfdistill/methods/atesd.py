@@ -24,7 +24,7 @@ from pydantic import Field
 from selfdistill.config import Settings, TrainConfig
 from selfdistill.data import first_steps_and_answer
 from selfdistill.errors import UserError
-from selfdistill.methods.hints import HintContexts, HintController, hint_of, in_parts
+from selfdistill.methods.hints import HintContexts, HintController, SteppedExamples, hint_of
 from selfdistill.methods.on_policy import on_policy
 from selfdistill.methods.slots import Method, State, divergence_of, own_settings, teacher_of
 
@@ -76,4 +76,5 @@ def atesd(config: TrainConfig) -> tuple[Method, ...]:
     if config.hint != "1":
         raise UserError("setting 'hint': atesd itself chooses how much the teacher sees: leave it out")
     select = HintContexts(hint_of(config, 1, first_steps_and_answer))
-    return (replace(in_parts(method), select=select, controller=Exposure(own, config.seed)),)
+    examples = SteppedExamples(config, config.context, in_parts=True)
+    return (replace(method, examples=examples, select=select, controller=Exposure(own, config.seed)),)

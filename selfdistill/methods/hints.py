@@ -17,6 +17,7 @@ from selfdistill.data import (
     Hint,
     HintPart,
     Verdict,
+    first_steps_and_answer,
     first_words,
     parse_context,
     pictures_in,
@@ -141,6 +142,24 @@ class LastReplies(ScoredExamples):
         more = [row for row in whole if any(turn["role"] == "assistant" for turn in row.episode[:-1])]
         found = [f"hint shortest learns the last reply alone of {number_of(len(more), 'row')} with several"]
         return [*super().notes(examples, rows, loaded, chat), *(found if more else [])]
+
+
+@dataclass(frozen=True)
+class SteppedExamples(DemonstrationExamples):
+    """Demonstrations of which the teacher sees the first steps and the answer; says so if no row has two steps."""
+
+    def notes(
+        self, examples: Sequence[Example], rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> list[str]:
+        found = super().notes(examples, rows, loaded, chat)
+        texts = [example.demonstration.shown for example in examples]
+        if any(first_steps_and_answer(text, 0) != first_steps_and_answer(text, 0.999) for text in texts):
+            return found
+        return [
+            *found,
+            f"method {self.config.method!r}: no demonstration has two or more steps of reasoning before its answer, so "
+            "the teacher sees the same at every share; write each step on a line of its own, or use method sdft",
+        ]
 
 
 def hint_of(config: TrainConfig, share: float, part: HintPart = first_words) -> Hint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from selfdistill.data.sources import packaged
 
 PARTS = {"train": 160, "validation": 48, "test": 64}
 FIELDS = "python:selfdistill.data.bundled.checks.fields"
-SCORERS = {"strings": "code", "sums": FIELDS, "tickets": FIELDS}
+SCORERS = {"strings": "code", "sums": FIELDS, "tickets": FIELDS, "chains": FIELDS}
 
 
 def rows(task: str) -> list[list[Demonstration]]:
@@ -58,7 +59,7 @@ def test_every_completion_passes_its_check(task: str) -> None:
 def test_no_completion_passes_the_check_of_another_answer(task: str) -> None:
     for part in rows(task):
         pairs = [(one, other) for one, other in itertools.pairwise(part) if one.completion != other.completion]
-        if task == "sums":
+        if task in ("sums", "chains"):
             pairs = [(one, other) for one, other in pairs if one.answer != other.answer]
         found = verdicts([(SCORERS[task], said(one), other) for one, other in pairs])
         assert [other.source for (_, other), verdict in zip(pairs, found, strict=True) if verdict.reward] == []
@@ -72,6 +73,32 @@ def test_what_is_held_out_of_training() -> None:
     assert not any(train & other for other in others)
     train, *others = ({row.prompt[-1]["content"].split('"')[1] for row in part} for part in rows("tickets"))
     assert not any(train & other for other in others)
+    train, *others = ({re.sub(r"[^-+*]", "", row.prompt[-1]["content"]) for row in part} for part in rows("chains"))
+    assert not any(train & other for other in others)
+
+
+def test_a_chain_has_a_line_for_each_operation_and_one_for_the_answer() -> None:
+    for row in (row for part in rows("chains") for row in part):
+        value, *steps = re.findall(r"(?:[-+*] )?\d+", row.prompt[-1]["content"])
+        lines = []
+        for step in steps:
+            result = eval(f"{value} {step}")
+            lines.append(f"{value} {step} = {result}")
+            value = result
+        assert row.completion.splitlines() == [*lines, f"Answer: {value}"]
+        assert len(lines) in (3, 4)
+
+
+def test_the_plans_of_chains_name_the_operations_and_no_result() -> None:
+    planned = load_demonstrations(packaged("chains.plans.jsonl"))
+    assert [replace(row, privileged_context=None, source="") for row in planned] == [
+        replace(row, source="") for row in rows("chains")[0]
+    ]
+    words = {"Add": "+", "Subtract": "-", "Multiply": "*"}
+    for row in planned:
+        plan, asked = row.privileged_context or "", row.prompt[-1]["content"]
+        assert [words[line.split()[0]] for line in plan.splitlines()] == re.findall(r"[-+*]", asked)
+        assert sorted(re.findall(r"\d+", plan)) == sorted(re.findall(r"\d+", asked))
 
 
 @pytest.mark.slow
@@ -87,8 +114,8 @@ def test_queues_and_results_are_spread() -> None:
     for part in rows("tickets"):
         queues = [row.completion.splitlines()[0] for row in part]
         assert {queues.count(queue) for queue in queues} == {len(part) // 4}
-    for part in rows("sums"):
-        assert len({row.completion for row in part}) >= 10
+    for task in ("sums", "chains"):
+        assert all(len({row.answer["fields"]["Answer"] for row in part}) >= 10 for part in rows(task))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +159,7 @@ def test_the_tasks_are_those_that_the_study_writes(tmp_path: Path, monkeypatch: 
 
     make_tasks.main(str(tmp_path))
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 9
+    assert len(files) == 13
     for file in files:
         assert file.read_bytes() == Path(packaged(file.name)).read_bytes()
     assert len({function.results for function in make_tasks.FUNCTIONS}) == len(make_tasks.FUNCTIONS)

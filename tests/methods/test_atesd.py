@@ -34,6 +34,7 @@ from selfdistill.errors import UserError
 from selfdistill.methods import Controller, stages_of
 from selfdistill.methods.sequences import Completion
 from selfdistill.training.train import train
+from selfdistill.training.trainer import Trainer
 
 Settings = Callable[..., TrainConfig]
 REASONED = ["Aa b. Cc d. Ee f. So g.", "Hh. Ii j. So k.", "So l.", "<think>\nm n\no p\nq r\n</think>\n\nSo s."]
@@ -161,6 +162,31 @@ def test_of_references_without_steps_it_is_sdft(settings: Settings, write_rows: 
         train(config)
         found.append(final_weights(config))
     assert same(*found)
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["Hh. So k.", "So l.", "a\nb", "<think>\nm n\n</think>\n\nSo s."], True),
+        (["Hh. So k.", "a\nb\nc"], False),
+        (["Hh. So k.", "<think>\nm\no\n</think>\n\nSo s."], False),
+    ],
+    ids=["one step", "two lines", "two thoughts"],
+)
+def test_that_the_teacher_always_sees_the_same_is_said(
+    settings: Settings,
+    write_rows: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    texts: list[str],
+    said: bool,
+) -> None:
+    data = write_rows([{"prompt": f"q{i}", "completion": text} for i, text in enumerate(texts)], name="steps.jsonl")
+    Trainer(settings(method="atesd", data=str(data), batch_size=len(texts)))
+    note = (
+        "method 'atesd': no demonstration has two or more steps of reasoning before its answer, so the teacher sees "
+        "the same at every share; write each step on a line of its own, or use method sdft"
+    )
+    assert (note in " ".join(capsys.readouterr().err.split())) == said
 
 
 @pytest.mark.parametrize("values", [{}, {"teacher": "frozen", "lora_rank": 4}], ids=["ema", "lora"])

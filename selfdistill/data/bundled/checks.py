@@ -1,4 +1,4 @@
-"""A scorer for the bundled tasks ``sums`` and ``tickets``, whose feedback says what is wrong."""
+"""A scorer for the bundled tasks ``sums``, ``tickets`` and ``chains``, whose feedback says what is wrong."""
 
 from __future__ import annotations
 
