@@ -5,11 +5,12 @@
 They are for methods that learn from rewards or feedback, so each has a scorer that says what is wrong. ``strings``:
 short Python functions, with unit tests (``--scorer code``). ``sums``: small numbers, and a reply with a line
 "Answer: 12"; ``tickets``: which queue of a hotel takes a guest's message, and from which room it comes, as two lines;
-``chains``: three or four operations in turn, a line of working for each, and a line "Answer: 12" (all ``--scorer
-python:selfdistill.data.bundled.checks.fields``). ``chains.plans`` are the training rows of ``chains`` with a plan each.
+``chains``: three additions and subtractions in turn, a line of working for each, and a line "Answer: 12" (all
+``--scorer python:selfdistill.data.bundled.checks.fields``). ``chains.plans`` are the training rows of ``chains`` with a
+plan each.
 
 Validation and test rows of ``strings`` have functions and compositions that no training row has, those of ``sums``
-stories, those of ``tickets`` messages, and those of ``chains`` orders of operations. The hand-written part is in
+stories, those of ``tickets`` messages, and those of ``chains`` other numbers or signs. The hand-written part is in
 ``task_texts.py``.
 """
 
@@ -215,17 +216,14 @@ def tickets(part: int, count: int, chance: random.Random) -> list[dict[str, Any]
 
 
 def chains(part: int, count: int, chance: random.Random) -> list[dict[str, Any]]:
-    """Three operations as often as four, in orders of signs that no other part has."""
+    """Three numbers, added to or subtracted from a first one in turn."""
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < count:
-        signs = "".join(chance.choices("+-*", k=3 + len(rows) % 2))
-        steps = [(sign, 2 if sign == "*" else chance.randint(1, 4)) for sign in signs]
-        values = [chance.randint(1, 6)]
-        for sign, b in steps:
-            values.append({"+": values[-1] + b, "-": values[-1] - b, "*": values[-1] * b}[sign])
-        if part_of(signs) != part or not all(1 <= value <= 12 for value in values):
-            continue
+        steps = [(chance.choice("+-"), chance.randint(1, 4)) for _ in range(3)]
+        values = [*itertools.accumulate([chance.randint(1, 6), *(int(f"{sign}{b}") for sign, b in steps)])]
         text = f"Start with {values[0]}. " + " ".join(f"Then {sign} {b}." for sign, b in steps)
+        if part_of(text) != part or not all(1 <= value <= 12 for value in values):
+            continue
         results = zip(steps, itertools.pairwise(values), strict=True)
         working = [f"{a} {sign} {b} = {c}" for (sign, b), (a, c) in results]
         answer = {"fields": {"Answer": str(values[-1])}}

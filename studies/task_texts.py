@@ -35,12 +35,9 @@ EXAMPLES = {
         ),
     ],
     "chains": [
-        ("Start with 3. Then + 4. Then - 2. Then * 2.", "3 + 4 = 7\n7 - 2 = 5\n5 * 2 = 10\nAnswer: 10"),
-        ("Start with 6. Then - 5. Then + 3. Then + 4.", "6 - 5 = 1\n1 + 3 = 4\n4 + 4 = 8\nAnswer: 8"),
-        (
-            "Start with 2. Then * 2. Then + 3. Then - 1. Then + 5.",
-            "2 * 2 = 4\n4 + 3 = 7\n7 - 1 = 6\n6 + 5 = 11\nAnswer: 11",
-        ),
+        ("Start with 3. Then + 4. Then - 2. Then + 3.", "3 + 4 = 7\n7 - 2 = 5\n5 + 3 = 8\nAnswer: 8"),
+        ("Start with 6. Then - 5. Then + 3. Then + 2.", "6 - 5 = 1\n1 + 3 = 4\n4 + 2 = 6\nAnswer: 6"),
+        ("Start with 5. Then + 1. Then + 3. Then - 5.", "5 + 1 = 6\n6 + 3 = 9\n9 - 5 = 4\nAnswer: 4"),
     ],
 }
 """Worked examples, the earlier turns of every prompt."""
@@ -224,5 +221,5 @@ MESSAGES = {
 }
 """What guests write, by the queue that takes it."""
 
-PLANS = {"+": "Add {b} to {a}.", "-": "Subtract {b} from {a}.", "*": "Multiply {a} by {b}."}
+PLANS = {"+": "Add {b} to {a}.", "-": "Subtract {b} from {a}."}
 """A step of a plan, by the sign of its operation."""
