@@ -727,7 +727,10 @@ def test_parts_of_equal_rows_sample_together_and_with_seeds_of_their_own(
     assert [len(own) for own in seeds] == [8]
     assert len(set(seeds[0])) == 8
     first = [part.examples[0] for part in run.stage.own_samples]
-    assert len({seed for own in sequences.seeds_of(first, 1, seed=0, step=3) for seed in own}) == 4
+    assert [x.demonstration.row for x in first] == [0] * 4
+    assert (
+        len({tuple(sequences.seeds_of([x], 1, seed=0, step=3)[0]) for x in first}) == 4
+    )  # also where they sample apart
 
 
 def test_samples_that_several_parts_draw_before_the_first_step_are_all_kept(
