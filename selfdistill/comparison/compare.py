@@ -359,8 +359,9 @@ def _summary(
 ) -> dict[str, Any]:
     steps, prompts = number_of(config.max_steps, "step"), number_of(config.batch_size, "prompt")
     budget = f"Every run has {steps} of {prompts} of the same demonstrations"
-    if any(run.anchors and run.anchor_share for _, run in runs_of(config)):
-        budget += ", anchors included"
+    stages = [parts for _, run in runs_of(config) for parts in stages_of(run)]
+    if beside := dict.fromkeys(part.name for parts in stages for part in parts[1:] if not part.same_samples):
+        budget += f", {' and '.join(beside)} included"
     varied = {name for kind in kinds_of(config) for name in kind.values}
     budget += "".join(f", except for {name}, which is varied" for name in _BUDGET if name in varied) + "."
     return {

@@ -17,7 +17,7 @@ from selfdistill.config import LearnConfig, TrainConfig
 from selfdistill.continual.ledger import Skill, settings_of
 from selfdistill.data import Demonstration, load_demonstrations, load_prompts, write_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.methods import begun, stages_of
+from selfdistill.methods import anchors, begun, stages_of
 from selfdistill.runtime import read_lines
 from selfdistill.training import check_parts, chosen_rows
 
@@ -145,7 +145,7 @@ def check_room(run: TrainConfig) -> None:
 
 
 def _parts_beside(run: TrainConfig) -> list[str]:
-    """Names of the parts with samples of their own beside the skill: first the addition's anchors, then the memory."""
+    """Names of the parts with samples of their own beside the skill."""
     _, *others = stages_of(run)[0]
     return [part.name for part in others if not part.same_samples]
 
@@ -162,7 +162,7 @@ def cost_of(run: TrainConfig, own: int) -> dict[str, Any]:
         prompts) the ``share`` of all examples and the ``seconds``: each step's time, times their share of its examples.
     """
     lines = read_lines(Path(run.output_dir) / "metrics.jsonl")
-    names = _parts_beside(run)
+    names = [part.name for part in anchors(run)]
     costs = [_step_cost(line, {"anchors": names[:own], "memory": names[own:]}) for line in lines]
     return total(costs)
 

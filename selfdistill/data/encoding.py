@@ -45,8 +45,8 @@ class Example:
     later_ids: tuple[list[int], ...] = ()
     """Completions that take the place of ``completion_ids`` later in the run, in order; an empty one is none."""
     source: int = 0
-    """Number of the file that the row is from: 0 the data, others anchors. Rows of equal numbers in several files have
-    samples with different seeds."""
+    """Number of the part of a step that it belongs to: 0 the task, others those beside it. Rows of equal numbers in
+    several parts have samples with different seeds."""
 
     @property
     def is_own(self) -> list[bool]:

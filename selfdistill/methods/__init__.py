@@ -62,6 +62,7 @@ __all__ = [
     "SamplesFile",
     "Selection",
     "State",
+    "anchors",
     "begun",
     "check_losses",
     "check_steps",
@@ -114,16 +115,16 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
             f"setting 'teacher_model' is for methods with a choice of teacher, such as sdft, found {config.method!r}: "
             "leave it out"
         )
-    beside = anchors(config)
-    share = 1 - sum(part.share for part in beside)
-    stages = with_environment(config, _made(config))
+    anchored = anchors(config)
+    stages = tuple(_parts(config, method, anchored) for method in with_environment(config, _made(config)))
     untempered = config.temperature == 1 and config.top_p == 1 and config.top_k == 0
-    if any(method.checker for method in stages) and not untempered:  # they are weighed as the student's own
+    scored = any(part.method.checker for parts in stages for part in parts if not part.same_samples)
+    if scored and not untempered:  # they are weighed as the student's own
         raise UserError(
             f"setting 'method': {config.method} needs untempered samples of the student: use temperature 1, top_p 1 "
             "and top_k 0"
         )
-    return tuple((*_task(method, share), *beside) for method in stages)
+    return stages
 
 
 def _made(config: TrainConfig) -> tuple[Method, ...]:
@@ -137,9 +138,25 @@ def _made(config: TrainConfig) -> tuple[Method, ...]:
     return own_stages(config)
 
 
-def _task(method: Method, share: float) -> Parts:
-    """The method's own part, and those that learn from its samples."""
-    return (Part(TASK, method, share), *(Part(name, other, share, same_samples=True) for name, other in method.also))
+def _parts(config: TrainConfig, method: Method, anchored: Parts) -> Parts:
+    """The task, the parts that learn from its samples, and those beside it.
+
+    Raises:
+        UserError: two have one name, or the shares leave nothing for the task.
+    """
+    beside = (*method.beside, *anchored)
+    names = [TASK, *(name for name, _ in method.also), *(part.name for part in beside)]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(f"method {config.method!r}: found two parts named {twice[0]!r}; rename the method's")
+    share = 1 - sum(part.share for part in beside)
+    if share < 1e-9:  # rounded: .7, .2 and .1 sum to a little less than 1
+        shares = ", ".join(f"{part.name} {part.share:g}" for part in beside)
+        raise UserError(
+            f"method {config.method!r}: found shares that leave nothing for the task ({shares}), expected a sum below "
+            "1; lower them or anchor_share"
+        )
+    same = (Part(name, other, share, same_samples=True) for name, other in method.also)
+    return (Part(TASK, method, share), *same, *beside)
 
 
 def lacks_of(stages: Sequence[Parts]) -> Lacks:

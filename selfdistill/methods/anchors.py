@@ -35,7 +35,7 @@ def anchors(config: TrainConfig) -> Parts:
         Part(
             name,
             Method(
-                examples=PromptExamples(config, source, number),
+                examples=PromptExamples(config, source),
                 sequence=StudentSamples(sampling_of(config), 1, config.seed),
                 loss=loss,
                 teacher=FROZEN,
@@ -43,7 +43,7 @@ def anchors(config: TrainConfig) -> Parts:
             ),
             share=config.anchor_share / len(config.anchors),
         )
-        for number, (name, source) in enumerate(zip(_names(config.anchors), config.anchors, strict=True), 1)
+        for name, source in zip(_names(config.anchors), config.anchors, strict=True)
     )
 
 

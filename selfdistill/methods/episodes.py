@@ -16,7 +16,7 @@ from selfdistill.config import EpisodeSettings, TrainConfig
 from selfdistill.data import ChatFormat, Example, Message, TemplateRefusal, Verdict, changed_when_shown_anew
 from selfdistill.environments import Step
 from selfdistill.errors import UserError
-from selfdistill.methods.examples import DemonstrationExamples
+from selfdistill.methods.examples import DemonstrationExamples, OtherRows
 from selfdistill.methods.sequences import ColdStart, Completion, DatasetCompletions, StudentSamples
 from selfdistill.methods.slots import Method
 from selfdistill.methods.worlds import EpisodeRow, Worlds, environment_of, scorer_judges, tell_shortened
@@ -318,13 +318,19 @@ def with_environment(config: TrainConfig, stages: tuple[Method, ...]) -> tuple[M
     rules = episode_rules(config)
     if rules is None:
         return stages
-    return tuple(_in_environment(config, method, rules) if _samples_task(method) else method for method in stages)
+
+    def placed(method: Method) -> Method:
+        beside = tuple(replace(part, method=placed(part.method)) for part in method.beside)
+        return replace(_in_environment(config, method, rules) if _samples_task(method) else method, beside=beside)
+
+    return tuple(map(placed, stages))
 
 
 def _samples_task(method: Method) -> bool:
     """Whether it samples replies to the demonstrations' prompts."""
     is_as_given = isinstance(method.sequence, DatasetCompletions) and method.drawn is None
-    return isinstance(method.examples, DemonstrationExamples) and not is_as_given
+    examples = method.examples.examples if isinstance(method.examples, OtherRows) else method.examples
+    return isinstance(examples, DemonstrationExamples) and not is_as_given
 
 
 def rules_of(method: Method) -> EpisodeRules | None:

@@ -23,6 +23,7 @@ from selfdistill.data import (
     encode,
     first_ten,
     is_packaged,
+    load_demonstrations,
     no_part,
     notes_on,
     nothing_to_score,
@@ -163,14 +164,44 @@ class ScoredExamples(DemonstrationExamples):
 
 
 @dataclass(frozen=True)
+class OtherRows:
+    """Examples of rows other than the run's, such as those of an earlier task."""
+
+    config: TrainConfig = field(compare=False)
+    data: str
+    """The rows, as the setting of this name takes them."""
+    examples: ExampleSource
+    """What is made of them."""
+
+    def counted(self, count: int) -> str:
+        return f"{self.examples.counted(count)} of {Path(self.data).name}"
+
+    def lacks(self, demonstration: Demonstration) -> str | None:
+        return None  # of the run's rows none is used
+
+    def __call__(
+        self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> tuple[list[Example], int]:
+        return self.examples(self._rows, loaded, chat)
+
+    def notes(
+        self, examples: Sequence[Example], rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+    ) -> list[str]:
+        """See :class:`ExampleSource`."""
+        return self.examples.notes(examples, self._rows, loaded, chat)
+
+    @cached_property
+    def _rows(self) -> list[Demonstration]:
+        return load_demonstrations(self.data, turns=self.config.turns)
+
+
+@dataclass(frozen=True)
 class PromptExamples:
     """Prompts without answers, apart from the demonstrations; teacher and student see the same."""
 
     config: TrainConfig = field(compare=False)
     prompts: str
     """What :func:`selfdistill.data.anchor_prompts` takes."""
-    source: int = 0
-    """See :class:`selfdistill.data.Example`."""
 
     def counted(self, count: int) -> str:
         if is_packaged(self.prompts):
@@ -186,9 +217,7 @@ class PromptExamples:
         on_long_prompt = self.config.on_long_prompt
         if is_packaged(self.prompts):  # the user cannot shorten these
             on_long_prompt = "drop"
-        prompts = anchor_prompts(self.prompts)
-        examples, dropped = examples_of_prompts(self.config, prompts, loaded, chat, on_long_prompt)
-        return [replace(example, source=self.source) for example in examples], dropped
+        return examples_of_prompts(self.config, anchor_prompts(self.prompts), loaded, chat, on_long_prompt)
 
     def notes(
         self, examples: Sequence[Example], rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat

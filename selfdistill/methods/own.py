@@ -73,7 +73,9 @@ def _problems(stages: Sequence[Method]) -> Iterator[str]:
     if len(tasks) > 1:
         yield f"slot 'teacher': found {tasks[0]} and {tasks[1]} in different stages, expected one rule for all"
     for stage in stages:
-        for where, method in (("", stage), *((f"also {name!r}, ", other) for name, other in stage.also)):
+        also = [(f"also {name!r}, ", other) for name, other in stage.also]
+        beside = [(f"part {part.name!r}, ", part.method) for part in stage.beside]
+        for where, method in (("", stage), *also, *beside):
             if problem := _of_loss(method, method.loss):
                 yield f"{where}slot 'loss': {problem}"
             if method.relative_weights and method.weighting is None:
@@ -84,6 +86,10 @@ def _problems(stages: Sequence[Method]) -> Iterator[str]:
                     f"{where}slot 'teacher': found {teacher}, but only the task's teacher follows the student; give "
                     "the task the same rule, or use FROZEN here"
                 )
+        for where, method in beside:
+            for slot in ("also", "beside", "controller"):
+                if getattr(method, slot):
+                    yield f"{where}slot {slot!r}: only the task's is used; leave it out here"
 
 
 def _of_loss(method: Method, loss: object) -> str | None:

@@ -287,10 +287,6 @@ class DrawnSamples:
         seen = [picture.digest for picture in pictures_in(prompt)]
         return [example.demonstration.row, prompt, asdict(self.sampling), self.seed, *seen]
 
-    def write(self, file: SamplesFile, examples: Sequence[Example]) -> None:
-        """Save the samples, for a resumed run and for inspection."""
-        file.write(self.samples(examples))
-
     def samples(self, examples: Sequence[Example]) -> list[Sample]:
         """The samples with their keys, as the file has them."""
         return [(self._key(x), x, getattr(x, self.replaces)) for x in examples]

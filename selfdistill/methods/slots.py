@@ -143,6 +143,8 @@ class Method:
     also: tuple[tuple[str, Method], ...] = ()
     """Further methods, by name, that learn from the same samples. Each is a part of the step, with its own weight.
     Their ``drawn``, ``sequence`` and ``examples`` are not used."""
+    beside: tuple[Part, ...] = ()
+    """Further parts of the step, with samples of their own; the task has what their shares and anchors' leave."""
 
     def __post_init__(self) -> None:
         """Check what a user's own method fills the slots with.
@@ -159,6 +161,9 @@ class Method:
             named = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
             if not (named and isinstance(pair[1], Method)):
                 raise TypeError(f"slot 'also': found {pair!r:.60}, expected pairs, as also=(('name', method),)")
+        for part in self.beside:
+            if not isinstance(part, Part) or part.same_samples:
+                raise TypeError(f"slot 'beside': found {part!r:.60}, expected beside=(Part('name', method, share),)")
 
     @property
     def needs_base(self) -> bool:
@@ -196,6 +201,7 @@ _KINDS: dict[str, tuple[Any, ...]] = {
     "select": (Selection, NoneType),
     "weight": (Real,),
     "also": (tuple,),
+    "beside": (tuple,),
 }
 """What fills a slot."""
 _KIND_NAMES = {Callable: "a function", NoneType: "None", Real: "a number"}
@@ -212,6 +218,17 @@ class Part:
     """Its share of every batch, on average over the steps; the shares of parts with their own samples sum to 1."""
     same_samples: bool = False
     """Whether it learns from the samples of the step's first part."""
+
+    def __post_init__(self) -> None:
+        """Check what a user's own method gives.
+
+        Raises:
+            TypeError: a value is not of the field's kind.
+        """
+        if not (isinstance(self.name, str) and isinstance(self.method, Method)):
+            raise TypeError(f"Part: found {self.name!r:.60} and {self.method!r:.60}, expected a name and a Method")
+        if not (isinstance(self.share, Real) and 0 < self.share <= 1):
+            raise TypeError(f"Part {self.name!r}: found share {self.share!r:.60}, expected a number above 0, at most 1")
 
 
 Parts = tuple[Part, ...]

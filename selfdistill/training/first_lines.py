@@ -116,12 +116,13 @@ def _unused(config: TrainConfig) -> list[str]:
 
 
 def _never_drawn(trainer: Trainer) -> list[str]:
-    """Notes on sources of anchors of which no step has a prompt, because their share is so small."""
+    """Notes on parts of which no step has an example, because their share is so small."""
     config, stage = trainer.config, trainer.stages[0]
     shares = [part.share for part in stage.own_samples]
     after = positions_of(shares, stage.steps, config.batch_size, config.seed, batch_unit(config))
     return [
-        f"note: {part.name} is in none of the {number_of(stage.steps, 'step')}; raise anchor_share or batch_size"
+        f"note: {part.name} is in none of the {number_of(stage.steps, 'step')}; raise batch_size or its share "
+        "(of anchors: anchor_share)"
         for part, positions in zip(stage.own_samples, after, strict=True)
         if positions.start == 0
     ]

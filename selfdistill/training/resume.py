@@ -111,11 +111,11 @@ def _refuse_changes(checkpoint: Path, trainer: Trainer, digests: dict[str, str])
         then = settings_of(checkpoint)
         before, now = ({name: getattr(one, name) for name in _OF_EXAMPLES} for one in (then, config))
         moved = "; ".join(changes(before, now))
-        rows = f"{moved}; if these are the same," if moved else f"rows of data {config.data!r}, anchors,"
+        rows = f"{moved}; if these are the same," if moved else f"rows of data {config.data!r}, anchors or other parts,"
         cause = f"{rows} template, tokenizer or limits differ, or an earlier version encoded them differently"
         raise CannotResume(f"{checkpoint}: the training examples have changed: {cause} (CHANGELOG.md); restore them")
     what = {
-        "parts": "the number of examples in each source (data, anchors)",
+        "parts": "the number of examples in each source (data, anchors, other parts)",
         "column 'row'": "the places of the training rows among all rows",
         "shown": "the template that shows samples to the teacher",
         "model": f"the initial weights of model {config.model!r}",

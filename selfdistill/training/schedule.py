@@ -27,7 +27,8 @@ def check_shares(shares: Sequence[float], batch_size: int, unit: int) -> None:
     while enough < (room := _room(shares, max(enough, batch_size), unit)):
         enough = room  # a larger batch also has more examples of the other parts
     multiples = f" (each a multiple of {unit}, with fsdp)" if unit > 1 else ""
-    other = "lower anchor_share" if batch_size >= unit * len(shares) else "leave out a source of anchors"
+    few = batch_size < unit * len(shares)
+    other = "leave out one, such as a source of anchors" if few else "lower a share, such as anchor_share"
     raise UserError(
         f"setting 'batch_size': {batch_size} is too small for {len(shares)} parts of a step{multiples}, which need "
         f"{enough}; raise it, or {other}"

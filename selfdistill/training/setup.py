@@ -239,6 +239,8 @@ def make_stages(
     stages = []
     for parts in stages_of(config):
         encoded = [_encoded(part, config, demonstrations, loaded, chat) for part in parts if not part.same_samples]
+        for number, own in enumerate(encoded):
+            own.examples = [replace(example, source=number) for example in own.examples]
         same = [replace(encoded[0], name=x.name, method=x.method, same_samples=True) for x in parts if x.same_samples]
         stages.append(Stage([encoded[0], *same, *encoded[1:]]))
         for part in stages[-1].parts:
@@ -315,12 +317,12 @@ def _check_contexts(name: str, part: EncodedPart) -> None:
 
 
 def note_test_prompts(stage: Stage, questions: Sequence[Demonstration]) -> None:
-    """Note prompts beside the task that are test questions, too: there, the model is held where it was."""
+    """Note prompts beside the task that are test questions, too: there, the test measures what those parts teach."""
     for part in stage.own_samples[1:]:
         if repeated := repeated_prompts(part.examples, questions):
             say_note(
-                f"{len(repeated)} of {part.counted} are also test questions ({first_ten(repeated)}); on these, anchors "
-                "preserve the replies from before the run"
+                f"{len(repeated)} of {part.counted} are also test questions ({first_ten(repeated)}); on these, the "
+                f"test measures what part {part.name!r} teaches, too"
             )
 
 
@@ -379,7 +381,8 @@ def divide_steps(config: TrainConfig, stages: Sequence[Stage]) -> None:
     ends = [config.max_steps * number // len(stages) for number in range(len(stages) + 1)]
     for stage, start, end in zip(stages, ends[:-1], ends[1:], strict=True):
         stage.first_step, stage.steps = start, end - start
-        if stage.task.method.drawn:
-            stage.task.method.drawn.check_steps(stage.steps)
+        for part in stage.own_samples:
+            if part.method.drawn:
+                part.method.drawn.check_steps(stage.steps)
         for part in stage.parts:
             check_losses(config.method, part.method, stage.steps)

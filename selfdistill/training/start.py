@@ -80,9 +80,10 @@ class Start:
             UserError: the folder is not writable.
         """
         with self._writing():
-            for part in [part for stage in trainer.stages for part in stage.own_samples]:
-                if part.method.drawn:
-                    part.method.drawn.write(trainer.samples_file, part.all_drawn)
+            parts = [part for stage in trainer.stages for part in stage.own_samples]
+            drawn = [(part.method.drawn, part.all_drawn) for part in parts if part.method.drawn]
+            if drawn:
+                trainer.samples_file.write([kept for draw, examples in drawn for kept in draw.samples(examples)])
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

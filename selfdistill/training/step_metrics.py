@@ -63,7 +63,8 @@ def step_metrics(
     if task in gated:
         metrics["learnt"] = len(task.selected.completions) / len(completions)
     if gated:
-        metrics["unfit"] = sum(result.selected.unfit for result in gated) / len(completions)
+        sampled = {id(result.part.completions): len(result.part.completions) for result in gated}  # parts may share it
+        metrics["unfit"] = sum(result.selected.unfit for result in gated) / sum(sampled.values())
     if method.importance_cap is not None:
         metrics["importance"] = task.importance
     if task.selected.verdicts:

@@ -593,7 +593,7 @@ def test_a_budget_with_anchors_is_said(settings: Callable[..., CompareConfig], t
     (tmp_path / "lines.txt").write_text("Who?\nWhy?\n", encoding="utf-8")
     varied = ["none", str(tmp_path / "lines.txt")]
     result = compare(settings(methods="sft", seeds="0", vary={"anchors": varied})).details
-    assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations, anchors included."
+    assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations, anchors:lines included."
     assert len(result["runs"]) == 2
 
 

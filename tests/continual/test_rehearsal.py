@@ -31,6 +31,8 @@ from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import check_room, cost_of, run_config
 from selfdistill.data import Demonstration, anchor_prompts, is_packaged, load_demonstrations
 from selfdistill.errors import UserError
+from selfdistill.methods import Method, Part
+from selfdistill.methods.sft import sft
 from selfdistill.training import chosen_rows
 
 Settings = Callable[..., LearnConfig]
@@ -308,6 +310,22 @@ def test_parts_that_learn_from_the_skills_own_samples_are_no_anchors(make: Setti
     assert cost["memory"] == {"share": 0.375, "seconds": 3.0}
     with pytest.raises(UserError, match=r"The parts are the skill, anchors:package and anchors:memory;"):
         check_room(run.model_copy(update={"batch_size": 2}))
+
+
+def test_parts_of_a_method_of_ones_own_are_no_anchors(make: Settings, tmp_path: Path) -> None:
+    def replay(config: TrainConfig) -> Method:
+        (method,) = sft(config)
+        return replace(method, beside=(Part("old", method, 0.25),))
+
+    run = run_config(make(method=replay), "m", "turns", tmp_path, rehearses=True)
+    (tmp_path / "run").mkdir()
+    shares = {"share/old": 0.25, "share/anchors:package": 0.125, "share/anchors:memory": 0.375}
+    line = {"step": 1, "time/step_s": 8.0, "share/task": 0.25, **shares}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    cost = cost_of(run, own=1)
+    assert (cost["anchors"]["share"], cost["memory"]["share"]) == (0.125, 0.375)
+    with pytest.raises(UserError, match=r"The parts are the skill, old, anchors:package and anchors:memory;"):
+        check_room(run.model_copy(update={"batch_size": 3}))
 
 
 def test_status_of_one_skill_leaves_out_what_is_empty(make: Settings) -> None:

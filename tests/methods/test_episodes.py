@@ -56,9 +56,12 @@ from selfdistill.data import (
     packaged,
 )
 from selfdistill.errors import UserError
-from selfdistill.methods import begun, episodes, lacks_of, rules_of, stages_of, unused_settings
+from selfdistill.methods import Method, Part, begun, episodes, lacks_of, rules_of, stages_of, unused_settings
 from selfdistill.methods.attempts import AttemptContexts
+from selfdistill.methods.examples import OtherRows
+from selfdistill.methods.sdft import sdft
 from selfdistill.methods.sequences import Completion
+from selfdistill.methods.sft import sft
 from selfdistill.methods.worlds import Worlds, environment_of
 from selfdistill.model import LoadedModel, Rollout, Sampling
 from selfdistill.runtime import progress_shown
@@ -416,6 +419,22 @@ def test_sdpos_teacher_sees_an_episode_without_its_thoughts(talks: Settings) -> 
     assert "<|im_start|>assistant\nTwo.<|im_end|>" in seen
     assert "think" not in seen
     assert right.messages[0] == first
+
+
+def test_further_parts_that_sample_replies_play_episodes(talks: Settings) -> None:
+    def mine(config: TrainConfig) -> Method:
+        (task,), (shown,) = sdft(config), sft(config)
+        parts = [Part(name, one, 1 / 3) for name, one in (("played", task), ("shown", shown))]
+        others = [
+            replace(x, method=replace(x.method, examples=OtherRows(config, config.data, x.method.examples)))
+            for x in parts
+        ]
+        return replace(task, beside=tuple(others))
+
+    run = Trainer(talks(method=mine))
+    metrics = run.step(0)
+    assert [rules_of(part.method) is not None for part in run.stage.parts] == [True, True, False]
+    assert [metrics[f"share/{name}"] for name in ("task", "played", "shown")] == [1 / 3] * 3
 
 
 def test_views_of_tokens_are_of_episodes(talks: Settings) -> None:

@@ -21,7 +21,7 @@ from selfdistill.config.commands import CompareConfig
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import Verdict
 from selfdistill.loss import CrossEntropy, Divergence
-from selfdistill.methods import FROZEN, Method, uses
+from selfdistill.methods import FROZEN, Method, Part, uses
 from selfdistill.methods.grpo import GroupAdvantages, grpo
 from selfdistill.methods.hints import HintSchedule
 from selfdistill.methods.sdft import sdft
@@ -317,6 +317,19 @@ def two_rates(config: sd.TrainConfig) -> Method:
     return replace(method, also=(("slower", replace(method, teacher=TeacherRule("ema", ema_rate=0.001))),))
 
 
+def with_parts(**given: Any) -> Callable[..., Method]:
+    """SFT with further parts of SFT: shares by name, and slots of all of them."""
+    shares = {name: value for name, value in given.items() if isinstance(value, float | int)}
+    slots = {name: value for name, value in given.items() if name not in shares}
+
+    def mine(config: sd.TrainConfig) -> Method:
+        (method,) = sft(config)
+        parts = [Part(name, replace(method, **slots), share) for name, share in shares.items()]
+        return replace(method, beside=tuple(parts))
+
+    return mine
+
+
 EMA, SLOWER = TeacherRule("ema"), TeacherRule("ema", ema_rate=0.001)
 FOLLOWS = "but only the task's teacher follows the student; give the task the same rule, or use FROZEN here"
 
@@ -346,11 +359,43 @@ FOLLOWS = "but only the task's teacher follows the student; give the task the sa
             lambda config: replace(sft(config)[0], also=(sft(config)[0],)),
             "expected pairs, as also=(('name', method),)",
         ),
+        (
+            lambda config: replace(sft(config)[0], beside=(sft(config)[0],)),
+            "expected beside=(Part('name', method, share),)",
+        ),
+        (
+            lambda config: replace(sft(config)[0], beside=(Part("old", sft(config), 0.1),)),  # type: ignore[arg-type]
+            "expected a name and a Method",
+        ),
+        (with_parts(old=0), "TypeError: Part 'old': found share 0, expected a number above 0, at most 1"),
+        (with_parts(task=0.1), ": found two parts named 'task'; rename the method's"),
+        (with_parts(**{"anchors:package": 0.1}), ": found two parts named 'anchors:package'; rename the method's"),
+        (
+            lambda config: replace(with_parts(old=0.1)(config), also=(("old", sft(config)[0]),)),
+            ": found two parts named 'old'; rename the method's",
+        ),
+        (
+            with_parts(old=0.7, older=0.2),
+            ": found shares that leave nothing for the task (old 0.7, older 0.2, anchors:package 0.1), expected a sum "
+            "below 1; lower them or anchor_share",
+        ),
+        (
+            with_parts(old=0.1, teacher=EMA),
+            f": part 'old', slot 'teacher': found {EMA}, {FOLLOWS}",
+        ),
+        (
+            with_parts(old=0.1, controller=HintSchedule(0, 1)),
+            ": part 'old', slot 'controller': only the task's is used; leave it out here",
+        ),
+        (
+            with_parts(old=0.1, also=(("more", sft(TrainConfig(model="m", data="d", output_dir="o"))[0]),)),
+            ": part 'old', slot 'also': only the task's is used; leave it out here",
+        ),
     ],
 )
 def test_slots_that_do_not_fit_together_are_refused(method: Callable[..., Any], problem: str) -> None:
     with pytest.raises(sd.UserError) as caught:
-        sd.plan("no/such/model", ROWS, method=method, **RUN)
+        sd.plan("no/such/model", ROWS, method=method, anchors="package", anchor_share=0.1, **RUN)
     assert str(caught.value).startswith("method 'function:")
     assert str(caught.value).endswith(problem)
 

@@ -36,9 +36,14 @@ from selfdistill.config.train import TrainConfig
 from selfdistill.data import anchor_prompts
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
-from selfdistill.methods import METHODS, Method, sequences, stages_of
+from selfdistill.methods import METHODS, Method, Part, sequences, stages_of
+from selfdistill.methods.examples import OtherRows
+from selfdistill.methods.hints import HintContexts, hint_of
+from selfdistill.methods.offline_distillation import offline_distillation
 from selfdistill.methods.samples_file import SAMPLES_FILE
+from selfdistill.methods.sdft import sdft
 from selfdistill.methods.sequences import Completion, DrawnSamples
+from selfdistill.methods.sft import sft
 from selfdistill.model.loading import load_model
 from selfdistill.training.schedule import check_shares, positions_of
 from selfdistill.training.selection import BatchPart
@@ -121,10 +126,10 @@ def test_a_batch_needs_room_for_every_part(anchored: Settings, tmp_path: Path, b
 @pytest.mark.parametrize(
     ("shares", "batch_size", "says"),
     [
-        ([0.05, 0.95], 8, "which need 20; raise it, or lower anchor_share"),
-        ([0.1, 0.9], 9, "which need 10; raise it, or lower anchor_share"),
-        ([0.1, 0.45, 0.45], 9, "which need 11; raise it, or lower anchor_share"),
-        ([0.75, 0.25], 1, "which need 2; raise it, or leave out a source of anchors"),
+        ([0.05, 0.95], 8, "which need 20; raise it, or lower a share, such as anchor_share"),
+        ([0.1, 0.9], 9, "which need 10; raise it, or lower a share, such as anchor_share"),
+        ([0.1, 0.45, 0.45], 9, "which need 11; raise it, or lower a share, such as anchor_share"),
+        ([0.75, 0.25], 1, "which need 2; raise it, or leave out one, such as a source of anchors"),
     ],
 )
 def test_a_batch_too_small_for_a_large_share_names_one_that_is_not(
@@ -153,11 +158,11 @@ def kl(log_a_TV: Tensor, log_b_TV: Tensor) -> Tensor:
 
 
 def plain(run: Trainer, base: Any, part: BatchPart, student: Any) -> Tensor:
-    """A part's loss row by row: SFT or SDFT on the task, KL to the base on anchors."""
+    """A part's loss row by row: SFT or SDFT on the task, SFT on rows replayed, KL to the base on anchors."""
     values: list[Tensor] = []
     for c in part.completions:
         log_p_TV = row_log_probs(student, c.example.student_ids, c.ids)
-        if part.name != "task":
+        if part.name.startswith("anchors:"):
             with torch.no_grad():
                 log_q_TV = row_log_probs(base, c.example.student_ids, c.ids)
             b = run.config.jsd_weight
@@ -168,7 +173,7 @@ def plain(run: Trainer, base: Any, part: BatchPart, student: Any) -> Tensor:
                 "jsd": b * kl(log_q_TV, log_m_TV) + (1 - b) * kl(log_p_TV, log_m_TV),
             }
             values.append(divergences[run.config.anchor_divergence])
-        elif run.config.method == "sft":
+        elif run.config.method == "sft" or part.name == "replay":
             values.append(-log_p_TV[torch.arange(len(c.ids)), torch.tensor(c.ids)])
         else:
             with torch.no_grad(), run.teacher.model() as network:  # type: ignore[union-attr]
@@ -485,7 +490,8 @@ def test_anchors_that_are_test_questions_are_noted(
     (tmp_path / "own.txt").write_text("Who?\nWhy?\n", encoding="utf-8")
     test = write_rows([{"prompt": "Why?", "completion": "So."}], name="test.jsonl")
     Trainer(anchored(anchors=str(tmp_path / "own.txt"), test=str(test)))
-    assert "1 of 2 prompts of own.txt are also test questions (own.txt:2); on these, anchors" in capsys.readouterr().err
+    noted = "1 of 2 prompts of own.txt are also test questions (own.txt:2); on these, the test measures what part"
+    assert f"{noted} 'anchors:own' teaches, too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("lines", "said"), [("Who?", "1 prompt of own.txt"), ("Who?\nWhy?", "2 prompts of own.txt")])
@@ -606,3 +612,155 @@ def test_what_is_drawn_before_the_first_step_is_drawn_once_for_all_parts(
     train(config)
     assert (Path(config.output_dir) / SAMPLES_FILE).read_text(encoding="utf-8").count("\n") == len(task.all_drawn)
     assert [line["loss/again"] for line in metrics_of(config)] == [line["loss/task"] for line in metrics_of(config)]
+
+
+# --- parts of a method's own ---
+
+
+@pytest.fixture
+def replaying(anchored: Settings, write_rows: Callable[..., Path]) -> Settings:
+    """Settings of SDFT with a quarter of SFT on other rows, at half the weight, and a quarter of anchors."""
+    data = write_rows([{"prompt": f"old {i}", "completion": "cd" * (1 + i % 3)} for i in range(5)], name="old.jsonl")
+
+    def replay(config: TrainConfig) -> Method:
+        (task,), (old,) = sdft(config), sft(config)
+        old = replace(old, examples=OtherRows(config, str(data), old.examples), weight=0.5)
+        return replace(task, beside=(Part("replay", old, 0.25),))
+
+    return lambda out="run", **values: anchored(out, **({"method": replay, "anchor_share": 0.25} | values))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_the_gradient_of_a_step_is_the_sum_of_its_parts_and_those_of_the_method(
+    replaying: Settings, monkeypatch: pytest.MonkeyPatch, micro_batches: int
+) -> None:
+    config = replaying(learning_rate=1e-2, max_grad_norm=1e9, gradient_accumulation_steps=micro_batches)
+    base = load_model(config.model).model
+    run = Trainer(config)
+    run.step(0)
+    student, add = copy.deepcopy(run.loaded.model), run.gradient.add
+    found: dict[str, Tensor] = {}
+    learnt: list[BatchPart] = []
+
+    def kept(parts: Any, stopwatch: Any) -> Any:
+        learnt.extend(parts)
+        return add(parts, stopwatch)
+
+    monkeypatch.setattr(type(run.gradient), "add", lambda _, *given: kept(*given))
+    monkeypatch.setattr(run.optimizer, "step", lambda: found.update(gradients(run.loaded.model)))
+    monkeypatch.setattr(run.teacher, "update", lambda *_, **__: None)
+    metrics = run.step(1)
+    weights = {"task": 0.5, "replay": 0.25 * 0.5, "anchors:lines": 0.125, "anchors:chats": 0.125}
+    assert {part.name: len(part.completions) for part in learnt} == {
+        "task": 4,
+        "replay": 2,
+        "anchors:lines": 1,
+        "anchors:chats": 1,
+    }
+    assert all("old.jsonl" in c.example.demonstration.source for c in learnt[1].completions)
+    losses = {part.name: plain(run, base, part, student) for part in learnt}
+    sum(weights[name] * loss for name, loss in losses.items()).backward()  # type: ignore[union-attr]
+    expected = gradients(student)
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    assert largest_difference(found, expected) < 1e-5
+    for name, loss in losses.items():
+        assert metrics[f"share/{name}"] == weights[name]
+        assert metrics[f"loss/{name}"] == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert metrics["loss"] == pytest.approx(sum(weights[name] * float(losses[name].detach()) for name in weights))
+
+
+def test_a_resumed_run_with_rows_replayed_is_the_uninterrupted_one_to_the_bit(replaying: Settings) -> None:
+    common: dict[str, Any] = {"save_steps": 2, "batch_size": 6, "max_steps": 6, "anchor_share": 0.2, "teacher": "ema"}
+    whole, cut = replaying("whole", **common), replaying("cut", **common)
+    train(whole)
+    assert {line["share/replay"] for line in metrics_of(whole)} == {0.5 / 6, 0.5 * 2 / 6}  # rounded both ways
+    with pytest.raises(Cut):
+        train(cut, on_step=crash_at(5))
+    train(cut, resume=True)
+    assert_same_run(whole, cut)
+
+
+def test_epochs_count_the_task_and_a_plan_says_what_is_replayed(replaying: Settings) -> None:
+    planned = sd.plan(replaying(anchors=None, max_steps=None, num_train_epochs=3))
+    assert planned.config.max_steps == 3  # of 6 rows of the task, 6 a step
+    assert "replay: 5 demonstrations of old.jsonl, 25.0% of every batch" in planned.notes
+
+
+def test_a_memory_plan_counts_the_rows_that_are_replayed(replaying: Settings, tmp_path: Path) -> None:
+    def lengths() -> tuple[int, int]:
+        config = replaying(anchors=None, max_completion_length=100)
+        return sd.memory_plan(config, memory="8GiB").plan.lengths
+
+    before = lengths()
+    (tmp_path / "old.jsonl").write_text(
+        json.dumps({"prompt": "old " * 80, "completion": "cd"}) + "\n", encoding="utf-8"
+    )
+    after = lengths()
+    assert (before[0] < after[0], after[0] > 320) == (True, True)
+    assert after[1] == before[1]  # no teacher reads them
+
+
+def test_a_missing_file_of_other_rows_is_one_line_and_begins_no_folder(replaying: Settings, tmp_path: Path) -> None:
+    (tmp_path / "old.jsonl").unlink()
+    with pytest.raises(UserError, match=r"old\.jsonl.*: no such file or folder"):
+        train(replaying())
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_equal_rows_sample_together_and_with_seeds_of_their_own(
+    anchored: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[list[int]] = []
+    draw = sequences.sample
+
+    def counted(loaded: Any, prompts: Any, sampling: Any, own: Any) -> Any:
+        seeds.append(list(own))
+        return draw(loaded, prompts, sampling, own)
+
+    def twice(config: TrainConfig) -> Method:
+        (task,) = sdft(config)
+        return replace(task, beside=(Part("again", replace(task, weight=0.5), 0.25),))
+
+    monkeypatch.setattr(sequences, "sample", counted)
+    run = Trainer(anchored(method=twice, anchor_share=0.25))
+    run.step(0)
+    assert [len(own) for own in seeds] == [8]
+    assert len(set(seeds[0])) == 8
+    first = [part.examples[0] for part in run.stage.own_samples]
+    assert [x.demonstration.row for x in first] == [0] * 4
+    apart = {tuple(sequences.seeds_of([x], 1, seed=0, step=3)[0]) for x in first}
+    assert len(apart) == 4
+
+
+def test_samples_that_several_parts_draw_before_the_first_step_are_all_kept(
+    anchored: Settings, write_rows: Callable[..., Path]
+) -> None:
+    data = write_rows([{"prompt": f"old {i}", "completion": "cd"} for i in range(4)], name="old.jsonl")
+
+    def drawn(config: TrainConfig) -> Method:
+        (task,) = offline_distillation(config)
+        old = replace(task, examples=OtherRows(config, str(data), task.examples))
+        return replace(task, beside=(Part("old", old, 0.25),))
+
+    config = anchored(method=drawn, anchors=None, max_steps=1)
+    train(config)
+    lines = (Path(config.output_dir) / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()
+    sources = [Path(json.loads(line)["source"]).name.split(":")[0] for line in lines]
+    assert sources == ["train.jsonl"] * 6 + ["old.jsonl"] * 4
+
+
+def test_samples_without_room_are_a_share_of_the_samples_that_could_lack_it(
+    anchored: Settings, write_rows: Callable[..., Path]
+) -> None:
+    data = write_rows([{"prompt": "old", "completion": "cd"}], name="old.jsonl")
+
+    def hinted(config: TrainConfig) -> Method:
+        (task,), (old,) = sdft(config), sft(config)
+        seen = replace(task, select=HintContexts(hint_of(config, 1)))
+        return replace(
+            old, beside=(Part("seen", replace(seen, examples=OtherRows(config, str(data), task.examples)), 0.75),)
+        )
+
+    run = Trainer(anchored(method=hinted, anchors=None, teacher="frozen"))
+    run.selector.config = run.config.model_copy(update={"max_prompt_length": 1})
+    assert run.step(0)["unfit"] == 1

@@ -479,7 +479,10 @@ def test_prompts_that_are_rendered_chats_are_noted(
 def test_the_first_lines_name_anchors_of_which_the_share_is_none(settings: Callable[..., TrainConfig]) -> None:
     tiny = {"method": "sft", "anchors": "package", "anchor_share": 0.001, "batch_size": 2}
     few = first_lines(Trainer(settings(**tiny, max_steps=10)))
-    assert "note: anchors:package is in none of the 10 steps; raise anchor_share or batch_size" in few
+    assert (
+        "note: anchors:package is in none of the 10 steps; raise batch_size or its share (of anchors: anchor_share)"
+        in few
+    )
     assert not any("is in none of" in line for line in first_lines(Trainer(settings(**tiny, max_steps=500))))
     used = first_lines(Trainer(settings(method="sft", anchors="package", anchor_share=0.5)))
     assert not any("note:" in line and "anchor" in line for line in used)
