@@ -152,6 +152,9 @@ class MethodSettings(EpisodeSettings):
     importance_cap: float | None = Field(default=None, gt=0)
     """Weight each rollout by its mean of min(p_now/p_sampled, cap), for rollouts that are not exactly on-policy.
     Default: none, or 2 with an engine."""
+    success_reward: float = Field(default=1.0, gt=0, le=1)
+    """Smallest reward of a sample that counts as right, for ``sdpo``, ``pope``, ``actguide``, ``sort``, ``npo`` and
+    ``hint`` ``shortest``. Below 1 for scorers that give a part, such as the share of tests passed."""
     general_prompts: str | None = None
     """Prompts for the second stage of ``sft_reinvoke``, as in ``anchors``; default: those of the package."""
     anchors: tuple[str, ...] = ()
