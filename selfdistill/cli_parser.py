@@ -48,7 +48,7 @@ COMMANDS: dict[str, tuple[type[Settings], str]] = {
     "export": (ExportConfig, "Copy the final model of a run to a folder, unchanged or with its adapter merged."),
     "merge": (
         MergeConfig,
-        "Transfer what another model has learnt, without training: model + scale * (add - subtract).",
+        "Transfer what another model has learnt, without training (PaST): model + scale * (add - subtract).",
     ),
 }
 """Settings and description of each command."""

@@ -44,11 +44,20 @@ MethodName = Literal[
     "ssd",
 ]
 """The package's methods."""
-OwnOrMethodName = Annotated[
-    str,
-    BeforeValidator(partial(by_name, use="method")),
-    AfterValidator(partial(known_or_own, known=get_args(MethodName))),
-]
+
+
+def _known_method(name: str) -> str:
+    """The name of a method of the package, or of the user's function.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name.lower() == "past":
+        raise ValueError("a method that trains; PaST adds weights of trained models: use the command merge")
+    return known_or_own(name, get_args(MethodName))
+
+
+OwnOrMethodName = Annotated[str, BeforeValidator(partial(by_name, use="method")), AfterValidator(_known_method)]
 """One of them, or the user's function by its name."""
 
 SHORTEST = "shortest"
