@@ -48,7 +48,7 @@ COMMANDS: dict[str, tuple[type[Settings], str]] = {
     "export": (ExportConfig, "Copy the final model of a run to a folder, unchanged or with its adapter merged."),
     "merge": (
         MergeConfig,
-        "Transfer what another model has learnt, without training: model + scale * (add - subtract).",
+        "Transfer what another model has learnt, without training (PaST): model + scale * (add - subtract).",
     ),
 }
 """Settings and description of each command."""
@@ -81,7 +81,8 @@ TOPICS: dict[str, str] = {
     "sampling": "temperature top_p top_k num_generations num_samples",
     "loss": (
         "divergence jsd_weight support support_top_k support_tail entry_clip sampled_baseline target_teacher "
-        "target_student target_base skip_first_tokens loss_normalisation importance_cap"
+        "target_student target_base skip_first_tokens loss_normalisation importance_cap "
+        "success_reward"
     ),
     "optimisation": (
         "max_steps num_train_epochs batch_size learning_rate learning_rates lr_scheduler_type warmup_steps optim "

@@ -339,7 +339,11 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def row_log_probs(model: Any, context: list[int], completion: list[int]) -> Tensor:
-    logits_LV = model(input_ids=torch.tensor([context + completion])).logits[0].double()
+    """Of every token at each place of the completion, computed in float64, whatever the type of the weights."""
+    weights = {name: value.double() for name, value in (*model.named_parameters(), *model.named_buffers())}
+    ids = {"input_ids": torch.tensor([context + completion])}
+    logits_LV = torch.func.functional_call(model, weights, kwargs=ids).logits[0]
+    assert logits_LV.dtype == torch.float64
     return logits_LV[len(context) - 1 : -1].log_softmax(-1)
 
 

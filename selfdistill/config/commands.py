@@ -151,8 +151,8 @@ class CheckConfig(TaskSettings):
     lora_rank: int = Field(default=0, ge=0)
     """Rank of that training run's LoRA adapter, for its cost and plan and for ``spill``; 0: full fine-tuning."""
     hints: bool = False
-    """Also measure the teacher with shares of the demonstration from 0 to 1, in the best layout; with ``spill`` also
-    what a few steps learn from each."""
+    """Also measure the teacher with shares of the demonstration from 0 to 1, in the best layout, and as ``spill`` does
+    what a few steps learn from each; with ``anchors`` ``none`` the teacher alone."""
     spill: bool = False
     """Also measure how far a few steps of SFT and of SDFT move the model on general prompts, or on your ``anchors``."""
     anchors: tuple[str, ...] = ("package",)

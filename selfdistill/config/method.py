@@ -44,11 +44,20 @@ MethodName = Literal[
     "ssd",
 ]
 """The package's methods."""
-OwnOrMethodName = Annotated[
-    str,
-    BeforeValidator(partial(by_name, use="method")),
-    AfterValidator(partial(known_or_own, known=get_args(MethodName))),
-]
+
+
+def _known_method(name: str) -> str:
+    """The name of a method of the package, or of the user's function.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name.lower() == "past":
+        raise ValueError("a method that trains; PaST adds weights of trained models: use the command merge")
+    return known_or_own(name, get_args(MethodName))
+
+
+OwnOrMethodName = Annotated[str, BeforeValidator(partial(by_name, use="method")), AfterValidator(_known_method)]
 """One of them, or the user's function by its name."""
 
 SHORTEST = "shortest"
@@ -152,6 +161,9 @@ class MethodSettings(EpisodeSettings):
     importance_cap: float | None = Field(default=None, gt=0)
     """Weight each rollout by its mean of min(p_now/p_sampled, cap), for rollouts that are not exactly on-policy.
     Default: none, or 2 with an engine."""
+    success_reward: float = Field(default=1.0, gt=0, le=1)
+    """Smallest reward of a sample that counts as right, for ``sdpo``, ``pope``, ``actguide``, ``sort``, ``npo`` and
+    ``hint`` ``shortest``. Below 1 for scorers that give a part, such as the share of tests passed."""
     general_prompts: str | None = None
     """Prompts for the second stage of ``sft_reinvoke``, as in ``anchors``; default: those of the package."""
     anchors: tuple[str, ...] = ()

@@ -33,6 +33,7 @@ TRL_NAMES = {
     "distillation_add_tail": "`support_tail`",
     "distillation_alpha": "`divergence`, with `jsd_weight`",
     "distillation_is_clip": "`importance_cap`",
+    "success_reward_threshold": "`success_reward`",
     "num_loss_tokens_to_skip": "`skip_first_tokens`",
     "peft_config": "`lora_rank` and `lora_alpha`",
     "use_peft": "`lora_rank`",

@@ -129,7 +129,7 @@ def check(
         config: settings.
         demonstrations: the data, if already loaded; else ``config.data`` is read.
         loaded: the model, if already loaded; else ``config.model`` is loaded.
-        anchors: prompts for ``spill``, if already loaded; else ``config.anchors`` are read.
+        anchors: prompts for the steps of ``spill``, if already loaded; else ``config.anchors`` are read.
         cost: also estimate time and memory of a training step, from one forward and backward pass.
 
     Raises:
@@ -156,9 +156,8 @@ def _lacks(specs: Sequence[str]) -> Lacks:
 
 
 def _with_hint(measure: Measure, context: str, share: float) -> Layout:
-    """The teacher that sees this share of the demonstration, and with ``spill`` what a few steps learn from it."""
-    found = measure.layout(context, share)
-    return replace(found, trial=measure.trial(context, share)) if measure.config.spill else found
+    """The teacher that sees this share of the demonstration, and what a few steps learn from it."""
+    return replace(measure.layout(context, share), trial=measure.trial(context, share))
 
 
 def _rank(layout: Layout) -> tuple[float, ...]:
@@ -206,9 +205,12 @@ def _checked(
     if config.hints and not has_parts:
         say_note("hints are not measured, because a part of an episode cannot be shown")
     can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints and has_parts else set()
-    if config.spill:
-        refuse_autocast()  # spill takes steps
-    general = read_anchors(config, anchors)
+    takes_steps = config.spill or bool(can_hint)
+    if takes_steps:
+        refuse_autocast()
+    general = read_anchors(config, anchors) if takes_steps else {}
+    if not takes_steps and "anchors" in config.model_fields_set:
+        say_note("setting 'anchors' has no effect without spill or hints")
     if loaded is None:
         loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
     if config.lora_rank:  # fail early: measuring takes minutes
@@ -226,7 +228,7 @@ def _checked(
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
     found = measure.cost(layouts[0].context) if cost else None
     seconds, memory, memory_rows = found if isinstance(found, tuple) else (None, None, None)
-    spill = measure.spill(layouts[0].context) if config.spill else None
+    spill = measure.spill(layouts[0].context) if takes_steps else None
     best = next((layout.context for layout in layouts if layout.context in can_hint), None)
     hints = [_with_hint(measure, best, share) for share in SHARES] if best else None
     student, logp = measure.student_on(layouts[0].context)

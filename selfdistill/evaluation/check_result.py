@@ -48,7 +48,7 @@ class Layout:
     hint: float = 1.0
     """Share of the demonstration that the teacher sees."""
     trial: Trial | None = None
-    """What a few steps of SDFT with this hint learn; None unless ``hints`` and ``spill`` are measured."""
+    """What a few steps of SDFT with this hint learn; None if no step was taken."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,7 +100,8 @@ class CheckResult(Printable):
     cost_unknown: str | None
     """Why there are none of these three though they were requested; None otherwise."""
     spill: Spill | None
-    """How a few steps on the task change the model on unrelated prompts; None if not requested."""
+    """How a few steps on the task change the model on unrelated prompts; None if neither it nor ``hints`` is
+    requested."""
     hints: list[Layout] | None
     """The best layout that can show part of the demonstration, at increasing shares of it; None if not requested, or if
     there is no such layout."""

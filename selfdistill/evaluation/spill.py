@@ -112,7 +112,7 @@ Anchors = Mapping[str, Sequence[Demonstration]]
 
 
 def read_anchors(config: CheckConfig, loaded: Sequence[Demonstration] | None) -> Anchors:
-    """The prompts for ``spill`` by source; empty if it is not measured. Prints notes about those of the user.
+    """The prompts for ``spill`` by source; empty for episodes. Prints notes about those of the user.
 
     Args:
         config: settings.
@@ -121,9 +121,7 @@ def read_anchors(config: CheckConfig, loaded: Sequence[Demonstration] | None) ->
     Raises:
         UserError: a source cannot be read or has bad rows.
     """
-    if not config.spill and "anchors" in config.model_fields_set:
-        say_note("setting 'anchors' has no effect without spill")
-    if not config.spill or config.environment != "none":
+    if config.environment != "none":
         return {}
     if loaded is not None:
         return {"the given rows": loaded}

@@ -3,10 +3,10 @@
 As in the authors' code of SDPO, the sibling is the first that is right, without its thoughts, and by default feedback
 is shown where there is no sibling.
 
-Differences: in their runs a reward of 0.5 is right, here only 1. They show a sample that was cut like any other, here
-only if no other is right. They call the sibling a correct solution, here the words are those of ``context``. They cut a
-context that is too long, here its sample is left out. They show whatever feedback there is, here only on samples with a
-reward below 1; that of the built-in scorers names the expected answer.
+Differences: in their runs a reward of 0.5 is right, here ``success_reward``, by default 1. They show a sample that was
+cut like any other, here only if no other is right. They call the sibling a correct solution, here the words are those
+of ``context``. They cut a context that is too long, here its sample is left out. They show whatever feedback there is,
+here only on samples with a reward below 1; that of the built-in scorers names the expected answer.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ Shown = Literal["sibling", "feedback", "either", "both"]
 class AttemptContexts:
     """Samples whose teacher sees a sibling that succeeded or feedback; others are left out.
 
-    The sibling is the first other sample for the prompt whose reward is 1, without its thoughts. One that was cut at
-    the length limit is shown only if no other is right. Feedback is shown on samples with a reward below 1.
+    The sibling is the first other sample for the prompt that is right, without its thoughts. One that was cut at the
+    length limit is shown only if no other is right. Feedback is shown on samples with a reward below 1.
 
     Raises:
         UserError: the context cannot show another attempt in place of the demonstration.
@@ -56,6 +56,8 @@ class AttemptContexts:
     """How the teacher sees the sibling: a context, with the sibling in place of the demonstration."""
     episodes: bool = False
     """Whether samples are episodes."""
+    success_reward: float = 1.0
+    """Smallest reward of a right sample."""
     gates = True
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ class AttemptContexts:
         for number, sample in enumerate(samples):
             first = number - number % self.group
             others = (other for other in range(first, first + self.group) if other != number)
-            right = [other for other in others if verdicts[other].reward == 1]
+            right = [other for other in others if verdicts[other].reward >= self.success_reward]
             succeeded = min(right, key=lambda other: samples[other].truncated, default=None)
             sibling = None if succeeded is None else _demonstrated(samples[succeeded], encode)
             feedback = verdicts[number].feedback if verdicts[number].reward < 1 else ""
@@ -123,7 +125,8 @@ def attempts_of(config: TrainConfig, group: int, show: Shown, context: str | Non
     if show == "feedback" and context is not None:
         raise UserError("setting 'method_settings', 'context' shows siblings, found show 'feedback': leave one out")
     plays = config.environment != "none"
-    return AttemptContexts(group, show, context or ("turns" if plays else "example:reasoning=false"), plays)
+    context = context or ("turns" if plays else "example:reasoning=false")
+    return AttemptContexts(group, show, context, plays, config.success_reward)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ContextEncoder, Demonstration, Example, Verdict
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, number_of
 from selfdistill.methods.checking import ScorerChecker, verdicts_on
 from selfdistill.methods.encoders import cut, guided
 from selfdistill.methods.examples import ScoredExamples
@@ -17,12 +17,13 @@ from selfdistill.methods.samples_file import Sample, SamplesFile
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.methods.slots import Method, Schedule, State
 from selfdistill.model import LoadedModel, check_matching, load_matching, sample, sample_seed
+from selfdistill.runtime import say
 
 
-def failed_groups(verdicts: Sequence[Verdict], group: int) -> list[int]:
-    """The first sample of each group without a reward of 1."""
+def failed_groups(verdicts: Sequence[Verdict], group: int, success_reward: float) -> list[int]:
+    """The first sample of each group in which no reward is at least ``success_reward``."""
     starts = range(0, len(verdicts), group)
-    return [first for first in starts if all(found.reward < 1 for found in verdicts[first : first + group])]
+    return [first for first in starts if all(v.reward < success_reward for v in verdicts[first : first + group])]
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,13 @@ class References:
     """Samples per prompt, which are adjacent."""
     planned: bool
     """Whether a teacher sees the prompt with ``privileged_context`` as a guide."""
+    success_reward: float
     gates = True
 
     def __call__(
         self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
     ) -> list[Completion]:
-        failed = [samples[first].example for first in failed_groups(verdicts, self.group)]
+        failed = [samples[first].example for first in failed_groups(verdicts, self.group, self.success_reward)]
         if self.planned:
             shown = [replace(x, teacher_ids=self._shown(x, encode)) for x in failed]
             failed = [x for x in shown if x.teacher_ids is not None]
@@ -84,12 +86,23 @@ class OthersSuccesses(DrawnSamples):
     model: str = field(kw_only=True)
     """Name or folder of the other model."""
     tries: int = field(kw_only=True)
+    success_reward: float = field(kw_only=True)
     config: TrainConfig = field(kw_only=True, compare=False)
+    first_right: list[bool] = field(init=False, default_factory=list, compare=False)
+    """Whether the first sample is right, of each example that this process draws for."""
     what = "other model's samples"
 
     @property
     def others(self) -> tuple[str, ...]:
         return (self.model,)
+
+    def __call__(self, loaded: LoadedModel, examples: Sequence[Example], file: SamplesFile) -> list[Example]:
+        drawn = super().__call__(loaded, examples, file)
+        first = self.first_right
+        rate = f"{sum(first)} of {len(first)} first samples are right, and " if first else ""
+        solved = f"{sum(bool(x.completion_ids) for x in drawn)} of {number_of(len(drawn), 'prompt')}"
+        say(f"{self.model}: {rate}{solved} have a right one among up to {self.tries}")
+        return drawn
 
     def sampler(self, loaded: LoadedModel) -> LoadedModel:
         return load_matching(self.model, loaded, dtype=self.config.dtype, reads_chats=True)
@@ -107,13 +120,16 @@ class OthersSuccesses(DrawnSamples):
             made = [Completion(x, r.ids, r.logps, r.truncated) for x, r in zip(left.values(), rollouts, strict=True)]
             verdicts = verdicts_on(check, made, chat)
             for place, one, verdict in zip(left, made, verdicts, strict=True):
-                if verdict.reward == 1 and not one.truncated:
+                if verdict.reward >= self.success_reward and not one.truncated:
                     found[place] = one.ids
+            if number == 0:
+                self.first_right.extend(map(bool, found))
         return found
 
     def depends_on(self, example: Example) -> list[Any]:
         row = example.demonstration
         own = [self.model, self.tries, self.config.scorer, row.scorer, row.answer, row.completion]
+        own += [self.success_reward] if self.success_reward < 1 else []  # folders of earlier versions have none
         return [*super().depends_on(example), *own]
 
 
@@ -174,6 +190,7 @@ class RescuedAdvantages(GroupAdvantages):
     It has a reward of 1.
     """
 
+    success_reward: float
     model: int = 0
     """0: ``completion_ids``; n: the n-th of ``later_ids``."""
 
@@ -181,7 +198,7 @@ class RescuedAdvantages(GroupAdvantages):
         self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
     ) -> list[Completion]:
         learnt, judged = list(samples), list(verdicts)
-        for last in (first + self.group - 1 for first in failed_groups(verdicts, self.group)):
+        for last in (first + self.group - 1 for first in failed_groups(verdicts, self.group, self.success_reward)):
             example = samples[last].example
             if ids := (example.completion_ids, *example.later_ids)[self.model]:
                 learnt[last], judged[last] = Completion(example, ids, None, False), Verdict(1.0)

@@ -80,6 +80,7 @@ class GuidedAfterFailure:
     unit: Unit
     weighed: bool
     """Whether samples with a guide keep their log-probabilities with it, for importance weights."""
+    success_reward: float
     config: TrainConfig = field(kw_only=True, compare=False)
 
     @property
@@ -93,7 +94,8 @@ class GuidedAfterFailure:
         encode = encoder_of(config, chat, loaded.window)
         verdicts = verdicts_on(check, made, chat)
         made = [replace(one, verdict=verdict) for one, verdict in zip(made, verdicts, strict=True)]
-        searches = {first: self._search(examples, first // self.group) for first in failed_groups(verdicts, self.group)}
+        failed = failed_groups(verdicts, self.group, self.success_reward)
+        searches = {first: self._search(examples, first // self.group) for first in failed}
         for number in count():
             tried = [search for search in searches.values() if search.low <= search.high]
             if not tried:
@@ -101,7 +103,7 @@ class GuidedAfterFailure:
             drawn = self._drawn(loaded, tried, encode, (step, number))
             found = iter(verdicts_on(check, [one for samples in drawn for one in samples], chat))
             for search, samples in zip(tried, drawn, strict=True):
-                search.go_on([replace(one, verdict=next(found)) for one in samples])
+                search.go_on([replace(one, verdict=next(found)) for one in samples], self.success_reward)
         for first, search in searches.items():
             if search.found:
                 made[first + self.group - self.replaced : first + self.group] = search.found
@@ -167,9 +169,9 @@ class _Search:
         """Number of actions to try."""
         return (self.low + self.high) // 2
 
-    def go_on(self, samples: list[Completion]) -> None:
+    def go_on(self, samples: list[Completion], success_reward: float) -> None:
         """Update the search with the checked samples of the tried number."""
-        right = any(one.verdict and one.verdict.reward == 1 for one in samples)
+        right = any(one.verdict and one.verdict.reward >= success_reward for one in samples)
         if right:
             self.found = samples
         if right or not samples:  # a guide that does not fit is too long

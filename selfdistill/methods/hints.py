@@ -83,6 +83,7 @@ class ShortestHints(DrawnSamples):
     it is right with none, the teacher sees the whole demonstration.
     """
 
+    success_reward: float = field(kw_only=True)
     config: TrainConfig = field(kw_only=True, compare=False)
     what = "shortest hints"
     replaces = "teacher_ids"
@@ -117,7 +118,7 @@ class ShortestHints(DrawnSamples):
             replies = sample(loaded, list(seen.values()), self.sampling) if seen else []
             made = [Completion(examples[i], r.ids, None, r.truncated) for i, r in zip(seen, replies, strict=True)]
             verdicts = verdicts_on(check, made, encode.chat)
-            right = [i for i, verdict in zip(seen, verdicts, strict=True) if verdict.reward == 1]
+            right = [i for i, verdict in zip(seen, verdicts, strict=True) if verdict.reward >= self.success_reward]
             for i in right:
                 found[i] = seen[i]
             open_ = [i for i in open_ if i not in right]
@@ -128,6 +129,7 @@ class ShortestHints(DrawnSamples):
         own = [row.row, example.student_ids, row.shown, row.answer, row.completion, self.config.context]
         own += [row.scorer] if row.scorer else []
         own += [picture.digest for picture in row.images]
+        own += [self.success_reward] if self.success_reward < 1 else []  # folders of earlier versions have none
         return [*own, self.config.scorer, self.sampling.max_completion_length]
 
 
@@ -207,7 +209,8 @@ def _shortest(method: Method, config: TrainConfig) -> Method:
     if config.environment != "none":
         raise UserError("setting 'hint': shortest needs single replies, not episodes: leave it or the environment out")
     hint_of(config, 0)  # refuses a context that cannot show a part
-    search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, config=config)
+    how: dict[str, Any] = {"success_reward": config.success_reward, "config": config}
+    search = ShortestHints(Sampling(config.max_completion_length, 0), config.seed, config.batch_size, **how)
     return replace(method, examples=LastReplies(config, config.context, in_parts=True), drawn=search)
 
 

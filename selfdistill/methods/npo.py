@@ -7,11 +7,13 @@ enough for its samples to be likely under the student, and solves more. A prompt
 model is unchanged.
 
 Differences: the authors take the checkpoint 20 to 70 steps ahead of each step, and choose the distance by pass rate
-over the variance of importance weights. Here it is one model for the whole run, or with ``later`` several in order,
-each for an equal part of the steps; the distance is the user's. Their samples are drawn once, before the first step, so
-that none need stay in memory. So run the plain method first, and give models of it after more and more steps. We did
-not find how the authors weight z, which comes from another policy; here it counts as the student's own. The number of
-tries is a setting.
+over the variance of importance weights p/p_later. Here it is one model for the whole run, or with ``later`` several in
+order, each for an equal part of the steps; the distance is the user's. A run prints the pass rate of each. It does not
+print the variance: the large weights are rare among samples of p_later, so 64 samples show too small a variance, and
+one near 0 if the models differ much. ``eval --base`` measures their KL instead. Samples are drawn once, before the
+first step, so that no later model need stay in memory. We did not find how the authors weight z, which comes from
+another policy; here it counts as the student's own, with a reward of 1. Right means a reward of ``success_reward``. The
+number of tries is a setting. How samples are drawn, and how z replaces y_G, is in :mod:`selfdistill.methods.failures`.
 """
 
 from __future__ import annotations
@@ -44,8 +46,9 @@ def npo(config: TrainConfig) -> tuple[Method, ...]:
     if first is None:
         raise UserError("setting 'teacher_model': npo needs a later checkpoint, to learn from its right samples")
     how: dict[str, Any] = {"sampling": sampling_of(config), "seed": config.seed, "batch_size": config.batch_size}
-    how |= {"tries": own.tries, "config": config}
-    method = replace(rewarded, select=RescuedAdvantages(rewarded.sequence.per_example))
+    how |= {"tries": own.tries, "success_reward": config.success_reward, "config": config}
+    select = RescuedAdvantages(rewarded.sequence.per_example, config.success_reward)
+    method = replace(rewarded, select=select)
     if not own.later:
         return (replace(method, drawn=OthersSuccesses(model=first, **how)),)
     found = SuccessesInOrder(model=first, later=tuple(OthersSuccesses(model=x, **how) for x in own.later), **how)

@@ -11,7 +11,8 @@ Differences: the authors put h into the prompt, with the request to build on it;
 whole reply, which may repeat h, and its loss is under the prompt with h. By default h begins the reply, so the loss
 sees the prompt alone, and models need not follow that request. They train only on hard prompts, which none of many
 samples solves. Here all rows are learnt, and the prefix of an easy one is empty; choose hard rows in the data. We did
-not find which lengths they tried: here four, and the longest if no sample is right.
+not find which lengths they tried: here four, and the longest if no sample is right. The search, and samples with a
+prefix, are in :mod:`selfdistill.methods.prefixes`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def pope(config: TrainConfig) -> tuple[Method, ...]:
     rewarded = grpo_method(config)
     assert isinstance(rewarded.sequence, StudentSamples)
     group, sampling = rewarded.sequence.num_generations, rewarded.sequence.sampling
-    search = ShortestPrefixes(sampling, config.seed, config.batch_size, **own.model_dump(), config=config)
+    how = own.model_dump() | {"success_reward": config.success_reward}
+    search = ShortestPrefixes(sampling, config.seed, config.batch_size, **how, config=config)
     return (
         replace(
             rewarded,

@@ -213,6 +213,7 @@ class ShortestPrefixes(DrawnSamples):
     tries: int = 8
     """Samples with each prefix."""
     where: Where = "reply"
+    success_reward: float = 1.0
     config: TrainConfig = field(kw_only=True, compare=False)
     what = "shortest prefixes"
 
@@ -235,7 +236,7 @@ class ShortestPrefixes(DrawnSamples):
             made = _helped(self, loaded, [examples[i] for i in open_], prefixes, seeds)
             verdicts = verdicts_on(check, made, chat)
             for i, verdict in zip(open_, verdicts, strict=True):
-                if verdict.reward == 1:
+                if verdict.reward >= self.success_reward:
                     found[i] = number
         return [self._prefix(x, self.lengths if found[i] < 0 else found[i]) for i, x in enumerate(examples)]
 
@@ -247,7 +248,8 @@ class ShortestPrefixes(DrawnSamples):
     def depends_on(self, example: Example) -> list[Any]:
         row = example.demonstration
         own = [row.completion, self.longest, self.lengths, self.tries, self.config.scorer, row.scorer, row.answer]
-        own += [self.where] if self.where == "prompt" else []  # folders of earlier versions have none
+        own += [self.where] if self.where == "prompt" else []  # folders of earlier versions have neither
+        own += [self.success_reward] if self.success_reward < 1 else []
         return [*super().depends_on(example), *own]
 
 

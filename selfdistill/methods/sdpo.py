@@ -2,9 +2,9 @@
 
     x -> y_1..y_G ~ p(.|x);   L = (1-g) mean_{i with c_i} mean_t D( p(.|x, y_i<t), q(.|x, c_i, y_i<t) ) + g L_GRPO
 
-c_i is another sample for the prompt, with reward 1, or the scorer's feedback on y_i, if its reward is below 1. D's mean
-leaves out samples with neither, L_GRPO counts all. D is JSD on the student's 100 likeliest tokens and one entry with
-the exact rest. The teacher q follows the student at a rate of 0.05 per step. With a = ``trust_region`` it is
+c_i is another sample for the prompt, one that is right, or the scorer's feedback on y_i, if its reward is below 1. D's
+mean leaves out samples with neither, L_GRPO counts all. D is JSD on the student's 100 likeliest tokens and one entry
+with the exact rest. The teacher q follows the student at a rate of 0.05 per step. With a = ``trust_region`` it is
 softmax((1-a) z_0 + a z), of the logits z_0 of the model before training and z of the student, both with c_i.
 
 Differences: the authors' teacher follows at 0.05 once per batch of 32 prompts, so with small batches ours is faster.

@@ -8,8 +8,9 @@ from the plan or from the question alone. The plan is the row's ``privileged_con
 
 Differences: the paper's abstract says neither where plans come from nor how L_ref is weighted against GRPO. Here plans
 are a column of the data, and g is a setting, 1 by default. L_ref is averaged over all prompts of a batch, so each
-prompt counts the same, however many fail. Right means a reward of 1. a is a setting; at 0 the plan is not needed, and
-L_ref is DFT's on these prompts.
+prompt counts the same, however many fail. Right means a reward of ``success_reward``, by default 1. a is a setting; at
+0 the plan is not needed, and L_ref is DFT's on these prompts. Which references are learnt is in
+:mod:`selfdistill.methods.failures`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def sort(config: TrainConfig) -> tuple[Method, ...]:
         rewarded,
         teacher=TeacherRule("live") if own.plan else None,
         weighting=weight,
-        select=References(rewarded.sequence.per_example, bool(own.plan)),
+        select=References(rewarded.sequence.per_example, bool(own.plan), config.success_reward),
         importance_cap=None,
         weight=own.weight,
     )

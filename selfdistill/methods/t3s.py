@@ -1,14 +1,15 @@
 """T3S: SFT on the tokens that a worse checkpoint has not learnt (arXiv 2601.10348).
 
-    L = -mean_t 1[ log p_b(d_t) <= log p_0(d_t) ] log p(d_t | x, d_<t)
+    L = -mean_{t in K} log p(d_t | x, d_<t),   K = { t : log p_b(d_t) <= log p_0(d_t) }
 
 p_0 is the model before training. p_b is ``teacher_model``: an SFT run on the same data, ended at its lowest accuracy.
 The tokens that SFT learns first are assumed to be harmful, and are left out. Training restarts from p_0.
 
 Differences: based on notes, not on the authors' code. They find p_b among the checkpoints of the SFT run. Here you name
 it, because a run's stages continue from one another and keep no other weights. With ``max_steps``, ``warmup_steps`` 0
-and a constant rate, a short SFT run is a checkpoint of a longer one. The mean is over all tokens of a demonstration,
-with 0 for those left out.
+and a constant rate, a short SFT run is a checkpoint of a longer one. The notes have the sum over K, as if the other
+tokens were not there. So here a demonstration counts as in SFT, by its mean over K, and 0 if K is empty. With
+``loss_normalisation`` token, every token in K counts the same, in a mean over all tokens.
 """
 
 from __future__ import annotations
@@ -52,8 +53,14 @@ def t3s(config: TrainConfig) -> tuple[Method, ...]:
         assert pair.log_base_NV is not None
         return (pick(pair.log_q_NV, tokens_N) <= pick(pair.log_base_NV, tokens_N)).to(pair.log_p_NV.dtype)
 
-    examples = SeenAlike(config, completion_must_fit=True, replies="episode")
-    return tuple(
-        replace(stage, examples=examples, teacher=teacher_of(config), weighting=unlearnt, weighs_base=True)
-        for stage in sft(config)
+    (method,) = sft(config)
+    return (
+        replace(
+            method,
+            examples=SeenAlike(config, completion_must_fit=True, replies="episode"),
+            teacher=teacher_of(config),
+            weighting=unlearnt,
+            relative_weights=config.loss_normalisation == "sequence",
+            weighs_base=True,
+        ),
     )

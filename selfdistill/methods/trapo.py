@@ -11,7 +11,7 @@ Differences: we did not find the sizes of the micro-groups in paper or code. Her
 because more copies of the same demonstration add little. The authors average over prefix and sample together. Here
 prefixes have their own mean over all samples, and g, 1 by default, weighs one loss against the other. A complete
 demonstration has an advantage, which affects the others', but no tokens of its own, so L_GRPO is the mean over the
-other samples: over 7 of 8 with the default sizes.
+other samples: over 7 of 8 with the default sizes. Micro-groups are in :mod:`selfdistill.methods.prefixes`.
 """
 
 from __future__ import annotations

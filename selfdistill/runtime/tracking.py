@@ -45,7 +45,7 @@ METRICS = {
     "with an advantage",
     "reward": "mean reward of the samples without help; only for methods with a checker, such as ``grpo``",
     "reward/helped": "the same of samples with a part of the demonstration, by ``pope``, ``trapo`` or ``actguide``",
-    "teacher_gain/right": "mean log q - log p of the learnt samples with reward 1, nats per retained token, q the "
+    "teacher_gain/right": "mean log q - log p of the learnt samples that are right, nats per retained token, q the "
     "teacher's and p the student's probability; only for methods with a checker and a teacher, such as ``sdpo``",
     "teacher_gain/wrong": "the same for the other learnt samples; lower if the teacher helps",
     "learnt": "share of the samples that are learnt; only for methods that may leave some out, such as ``sdpo``",

@@ -99,7 +99,7 @@ class PartResult:
 
     @property
     def teacher_gains(self) -> dict[str, float]:
-        """Mean log q - log p of the learnt samples with reward 1, and of others with a verdict, as names of metrics.
+        """Mean log q - log p of the learnt samples that are right, and of others with a verdict, as names of metrics.
 
         Empty without a teacher.
         """
@@ -115,6 +115,8 @@ class PartResult:
 class _Sums:
     """Running sums over the micro-batches of a part."""
 
+    success_reward: float
+    """Smallest reward of a right sample."""
     loss: float = 0.0
     importance: float = 0.0
     weighed: int = 0
@@ -153,7 +155,7 @@ class _Sums:
         weight_b, count_b = micro.weights_bT.sum(dim=1), (micro.weights_bT > 0).sum(dim=1).tolist()
         for completion, weight, gain_n in zip(micro.completions, weight_b, gains_n.split(count_b), strict=True):
             if completion.verdict is not None and weight > 0:
-                kind = "right" if completion.verdict.reward == 1 else "wrong"
+                kind = "right" if completion.verdict.reward >= self.success_reward else "wrong"
                 self.statistics[f"teacher_gain/{kind}"] += float(gain_n.sum())
                 self.statistics[f"teacher_weight/{kind}"] += float(weight)
 
@@ -204,7 +206,7 @@ class BatchGradient:
 
     def _run(self, part: BatchPart, batches: Sequence[Weighed], stopwatch: Stopwatch) -> _Sums:
         """Score the part's micro-batches and run backward."""
-        sums = _Sums()
+        sums = _Sums(self.config.success_reward)
         for micro in batches:
             with root_unsharded(self._networks()):
                 with stopwatch("teacher"):

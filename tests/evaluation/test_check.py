@@ -521,7 +521,8 @@ def test_hints_are_measured_in_the_best_layout(
     model_folder: Callable[..., Path], write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_rows([{"prompt": f"q{i}", "completion": f"ab cd ef g{i}"} for i in range(4)])
-    config = config_of(model_folder(), data, contexts=["few_shot:k=2", "turns:repeats=2", "example"], hints=True)
+    contexts = ["few_shot:k=2", "turns:repeats=2", "example"]
+    config = config_of(model_folder(), data, contexts=contexts, hints=True, anchors="none")
     result = check(config, cost=False)
     assert result.hints is not None
     assert [found.hint for found in result.hints] == [0, 0.25, 0.5, 0.75, 1]

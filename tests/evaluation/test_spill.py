@@ -217,6 +217,17 @@ def test_all_hints_learn_from_the_same_rows(
     assert f"{learnt['moved']:.3f}" in printed
 
 
+def test_hints_alone_say_what_is_learnt(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "STEPS", 1)
+    config = config_of(model_folder(), write_rows(count=4), hints=True, spill=False, learning_rate=1e-3)
+    found, both = check(config), check(config.model_copy(update={"spill": True}))
+    assert found.hints is not None
+    assert all(hint.trial for hint in found.hints)
+    assert (found.hints, found.spill) == (both.hints, both.spill)
+
+
 def test_what_the_numbers_say() -> None:
     found = Spill(Trial(gain=5.5, moved=0.416), Trial(gain=-0.1, moved=0.217), prompts="general prompts")
     assert found.sentence() == (
@@ -324,7 +335,7 @@ def test_anchors_are_checked_before_the_model_is_loaded(
     ):
         sd.check("nowhere", str(data), spill=True, anchors=[{"question": "Who?"}])
     main([*command, "--anchors", "package"])
-    assert "note: setting 'anchors' has no effect without spill\n" in capsys.readouterr().err
+    assert "note: setting 'anchors' has no effect without spill or hints\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("none", [None, "none"])
@@ -363,8 +374,8 @@ def test_it_is_left_out_where_it_makes_no_sense(
     assert "Spill: not measured: no row has a completion" in " ".join(repr(result).split())
     assert json.loads(json.dumps(result.to_dict()))["spill"]["sdft"] is None
     monkeypatch.setattr(measure, "Trials", lambda *_: pytest.fail("measured the spill"))
-    result = check(config_of(folder, write_rows(count=4), spill=False, hints=True))
-    assert result.spill is None
+    assert check(config_of(folder, write_rows(count=4), spill=False)).spill is None
+    result = check(config_of(folder, write_rows(count=4), spill=False, hints=True, anchors="none"))
     assert result.hints is not None
     assert {hint.trial for hint in result.hints} == {None}
     assert "moved" not in repr(result)

@@ -60,11 +60,11 @@ def assert_gradient(
     values_of: Callable[[Any, Completion], Tensor],
     method: Method | None = None,
 ) -> None:
-    """The run's loss and gradient are those of the mean of ``values_of(student, completion)``, by autograd.
+    """The run's loss and gradient are those of the mean of ``values_of(student, completion)``, by autograd in float64.
 
     ``method``: in place of the task's, such as the method at another step.
     """
-    student = copy.deepcopy(run.loaded.model)
+    student = copy.deepcopy(run.loaded.model).double()
     loss = mean_over_rows([values_of(student, completion) for completion in completions])
     loss.backward()
     run.optimizer.zero_grad()

@@ -27,6 +27,7 @@ from conftest import (
 from formulas import advantages, checks_counted, chosen, judged, mean_over_rows, moved, trained_in_one_and_two
 
 from selfdistill.config.train import TrainConfig
+from selfdistill.data import Verdict, verdicts
 from selfdistill.errors import UserError
 from selfdistill.methods.guides import beginnings
 from selfdistill.model import sample
@@ -100,6 +101,19 @@ def test_the_fewest_lines_with_which_a_sample_is_right(
     for c in samples:  # the loss sees the prompt alone
         assert "one" not in run.loaded.tokenizer.decode(c.example.student_ids)
     assert len({tuple(c.ids) for c in samples[8:]}) == 4
+
+
+def test_a_guide_helps_from_the_asked_reward_on(guided: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Trainer(guided(success_reward=0.5))
+    tries, task = solved_with(monkeypatch, run, {"q": 3}), run.stage.task
+
+    def half(given: Any) -> list[Verdict]:
+        return [Verdict(found.reward / 2) for found in verdicts(given)]
+
+    monkeypatch.setattr("selfdistill.methods.checking.verdicts", half)
+    samples = task.method.sequence(run.loaded, task.examples[:1], 1)
+    assert [set(shown) for shown in tries] == [{4}, {2}, {3}]
+    assert ["ZZ" in run.chat.decode(c.ids) for c in samples] == [False, False, True, True]
 
 
 def test_a_run_across_midnight_keeps_its_day(

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from selfdistill.config.method import MethodName
 from selfdistill.config.train import TrainConfig
+from selfdistill.data import Verdict, verdicts
 from selfdistill.data.prompts import load_prompts
 from selfdistill.errors import UserError
 from selfdistill.loss.chunked import chunked_loss
@@ -444,6 +445,7 @@ ON_POLICY = {
 }
 DIVERGENCE = {"divergence", "support", "entry_clip"}
 TARGET = {"target_teacher", "target_student", "target_base"}
+RIGHT = {"success_reward"}
 USED = {
     "sdft": ON_POLICY | DIVERGENCE | TARGET | {"teacher", "ema_rate", "cold_start_steps"},
     "opsd": ON_POLICY | DIVERGENCE,
@@ -462,11 +464,11 @@ USED = {
     "sft_from_teacher": {"context", "temperature", "top_p", "top_k"},
     "offline_distillation": {"context", "temperature", "top_p", "top_k", "skip_first_tokens"} | DIVERGENCE | TARGET,
     "grpo": {"num_generations", "temperature", "top_p", "top_k"},
-    "sdpo": {"num_generations", "temperature", "top_p", "top_k", "teacher", "jsd_weight", "skip_first_tokens"},
-    "pope": {"num_generations", "temperature", "top_p", "top_k"},
-    "sort": {"num_generations", "temperature", "top_p", "top_k"},
-    "actguide": {"num_generations", "temperature", "top_p", "top_k", "importance_cap"},
-    "npo": {"num_generations", "temperature", "top_p", "top_k"},
+    "sdpo": {"num_generations", "temperature", "top_p", "top_k", "teacher", "jsd_weight", "skip_first_tokens"} | RIGHT,
+    "pope": {"num_generations", "temperature", "top_p", "top_k"} | RIGHT,
+    "sort": {"num_generations", "temperature", "top_p", "top_k"} | RIGHT,
+    "actguide": {"num_generations", "temperature", "top_p", "top_k", "importance_cap"} | RIGHT,
+    "npo": {"num_generations", "temperature", "top_p", "top_k"} | RIGHT,
     "trapo": {"num_generations", "temperature", "top_p", "top_k"},
 }
 """The settings of ``OTHERS`` that each method reads, with the defaults of all other settings."""
@@ -493,6 +495,7 @@ OTHERS: dict[str, Any] = {
     "target_base": 0.5,
     "skip_first_tokens": 1,
     "importance_cap": 2.0,
+    "success_reward": 0.5,
     "general_prompts": "none.txt",
 }
 
@@ -510,6 +513,55 @@ def test_a_setting_that_a_method_does_not_use_changes_nothing(all_of_them: Setti
         for step in range(2):
             run.step(step)
     assert same(*map(weights_of, runs))
+
+
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, every scorer gives half of its reward."""
+
+    def begin() -> None:
+        def half(given: Any) -> list[Verdict]:
+            return [replace(found, reward=found.reward / 2) for found in verdicts(given)]
+
+        monkeypatch.setattr("selfdistill.methods.checking.verdicts", half)
+
+    return begin
+
+
+@pytest.mark.parametrize("values", [{"method": "pope"}, {"method": "npo"}, {"hint": "shortest"}], ids=str)
+def test_half_a_reward_is_a_success_if_half_is_asked_for(
+    all_of_them: Settings, halved: Callable[[], None], values: dict[str, Any]
+) -> None:
+    def drawn(**more: Any) -> list[Any]:
+        return [(x.completion_ids, x.teacher_ids) for x in Trainer(all_of_them(**values, **more)).stage.task.examples]
+
+    whole = drawn()
+    halved()
+    assert drawn(success_reward=0.5) == whole
+    assert drawn() != whole
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "expected"),
+    [
+        ("sdpo", {"show": "sibling", "context": "turns"}, {0.5: [1, 2, 3], 1.0: []}),
+        ("sort", {"plan": 0}, {0.5: [9], 1.0: [8, 9]}),
+        ("npo", {}, {0.5: [0, 1, 2, 3, 4, 5, 6, 9], 1.0: [0, 1, 2, 8, 4, 5, 6, 9]}),
+    ],
+)
+def test_a_group_has_a_right_sample_from_the_asked_reward_on(
+    all_of_them: Settings, method: str, own: dict[str, Any], expected: dict[float, list[int]]
+) -> None:
+    """Of two groups, the samples of which have the ids 0 to 7, and the completions 8 and 9."""
+    run = Trainer(all_of_them(method="sft"))
+    examples = [replace(x, completion_ids=[8 + i]) for i, x in enumerate(run.stage.task.examples[:2])]
+    samples = [Completion(examples[i // 4], [i], None, False) for i in range(8)]
+    judged = [Verdict(reward) for reward in (0.5, 0, 0, 0, 0.4, 0, 0, 0)]
+    for success, ids in expected.items():
+        (parts,) = stages_of(all_of_them(method=method, method_settings=own, success_reward=success))
+        assert parts[-1].method.select is not None
+        learnt = parts[-1].method.select(samples, judged, encoder_of(run.config, run.chat, run.loaded.window))
+        assert [c.ids for c in learnt] == [[i] for i in ids]
 
 
 def test_rewards_that_teach_nothing_are_said(

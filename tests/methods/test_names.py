@@ -6,15 +6,17 @@ import json
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
-from shared import methods_where
+from shared import methods_where, needs
 
+from selfdistill.config.commands import CompareConfig
 from selfdistill.config.method import MethodName
 from selfdistill.config.train import TrainConfig
-from selfdistill.methods import own_names, rules_of
+from selfdistill.errors import UserError
+from selfdistill.methods import own_names, rules_of, uses
 
 ROOT = Path(__file__).parents[2]
 NAMES = get_args(MethodName)
@@ -44,6 +46,11 @@ def accepted_in_environments() -> list[str]:
     return methods_where(lambda method: True, environment="bundled:shop")
 
 
+def config_of(method: str) -> TrainConfig:
+    needed = {"model": "m", "data": "d", "output_dir": "o", "scorer": "exact"}
+    return TrainConfig(method=method, **(needed | needs(method, "m")))
+
+
 def measured_methods() -> list[str]:
     return list(yaml.safe_load((ROOT / "configs/study/baselines.yaml").read_text(encoding="utf-8"))["methods"])
 
@@ -54,6 +61,11 @@ LISTS: list[tuple[str, Callable[[], str], Callable[[], Collection[str]]]] = [
         "the help of 'teacher_model' in config/train.py",
         lambda: help_of("teacher_model"),
         lambda: methods_where(lambda method: True, teacher_model="other"),
+    ),
+    (
+        "the help of 'success_reward' in config/method.py",
+        lambda: help_of("success_reward"),
+        lambda: [name for name in NAMES if uses(config_of(name), "success_reward")],
     ),
     (
         "docs/agents.md, 'Methods.'",
@@ -97,3 +109,12 @@ def test_the_help_names_own_settings_of_a_method() -> None:
     ((example, method),) = re.findall(r"e\.g\. ``(\{.*\})`` for ``(\w+)``", help_of("method_settings"))
     assert set(json.loads(example)) <= set(own_names(method))
     assert methods_where(lambda _: True, method=method, method_settings=json.loads(example))
+
+
+@pytest.mark.parametrize("settings", [{"method": "past"}, {"methods": ["sft", "PaST"]}], ids=str)
+def test_the_name_of_past_leads_to_merge(settings: dict[str, Any]) -> None:
+    kind = CompareConfig if "methods" in settings else TrainConfig
+    with pytest.raises(
+        UserError, match=r"expected: a method that trains; PaST adds weights .*: use the command merge$"
+    ):
+        kind(model="m", data="d", output_dir="o", **settings)

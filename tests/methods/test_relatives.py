@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -514,3 +515,5 @@ def test_each_method_is_short_and_says_where_it_comes_from() -> None:
         assert len(text.splitlines()) <= 80, f"{name}.py is longer than 80 lines"
         assert "arXiv" in text.splitlines()[0], f"{name}.py does not name its paper in its first line"
         assert "Differences:" in text, f"{name}.py does not say how it differs from the paper"
+        for helper in re.findall(r"^from selfdistill\.methods\.(attempts|failures|guides|hints|prefixes) ", text, re.M):
+            assert f":mod:`selfdistill.methods.{helper}`" in text, f"{name}.py does not name {helper}.py, a part of it"

@@ -183,17 +183,17 @@ def test_a_prompt_without_a_question_needs_the_context_turns() -> None:
 # --- the loss, against float64 ---
 
 
-def plain_divergence(kind: str, log_p_TV: Tensor, log_q_TV: Tensor, k: int) -> Tensor:
-    """D on the k likeliest tokens and one entry with the rest, entry by entry."""
+def plain_divergence(kind: str, log_p_TV: Tensor, log_q_TV: Tensor, k: int, b: float = 0.5) -> Tensor:
+    """D on the k likeliest tokens and one entry with the rest, entry by entry; b is the weight of JSD."""
     leader_TV = log_q_TV if kind == "forward_kl" else log_p_TV.detach()
     rows = []
     for log_p_V, log_q_V, leader_V in zip(log_p_TV, log_q_TV, leader_TV, strict=True):
         chosen_K = leader_V.argsort(descending=True)[:k]
         p_K, q_K = log_p_V.exp()[chosen_K], log_q_V.exp()[chosen_K]
         p_K, q_K = torch.cat([p_K, 1 - p_K.sum()[None]]), torch.cat([q_K, 1 - q_K.sum()[None]])
-        m_K = (p_K + q_K) / 2
+        m_K = (1 - b) * p_K + b * q_K
         if kind == "jsd":
-            rows.append((q_K * (q_K / m_K).log() + p_K * (p_K / m_K).log()).sum() / 2)
+            rows.append((b * q_K * (q_K / m_K).log() + (1 - b) * p_K * (p_K / m_K).log()).sum())
         else:
             a_K, b_K = (q_K, p_K) if kind == "forward_kl" else (p_K, q_K)
             rows.append((a_K * (a_K / b_K).log()).sum())
@@ -232,7 +232,8 @@ def plain_loss(
                 context = run.chat.encode_prompt([turn, reply, turn])
                 seen = [logits(teacher, context, c.ids) for teacher in teachers]
                 log_q_TV = (share * seen[0] + (1 - share) * seen[-1]).log_softmax(-1)
-            distilled.append(plain_divergence(own.get("divergence", "jsd"), log_p_TV, log_q_TV, own["top_k"]))
+            kind, b = own.get("divergence", "jsd"), run.config.jsd_weight
+            distilled.append(plain_divergence(kind, log_p_TV, log_q_TV, own["top_k"], b))
     assert 0 < len(distilled) < len(samples)
     return mean_over_rows(distilled), mean_over_rows(policy)
 
@@ -243,6 +244,7 @@ def plain_loss(
     [
         {},
         {"grpo": 0.25},
+        {"jsd_weight": 0.2},
         {"divergence": "forward_kl"},
         {"divergence": "reverse_kl", "grpo": 0.5},
         {"trust_region": 0.3},
@@ -252,12 +254,11 @@ def plain_loss(
 )
 def test_sdpo_is_its_formula(all_of_them: Settings, own: dict[str, Any], micro_batches: int) -> None:
     own = {"context": "turns", "show": "sibling", "top_k": 20} | own
+    b = own.pop("jsd_weight", 0.5)
     if "trust_region" not in own:
         own["ema_rate"] = 0.3
-    config = all_of_them(
-        method="sdpo", method_settings=own, batch_size=3, gradient_accumulation_steps=micro_batches, learning_rate=1e-2
-    )
-    run = moved(config)
+    values: dict[str, Any] = {"batch_size": 3, "gradient_accumulation_steps": micro_batches, "learning_rate": 1e-2}
+    run = moved(all_of_them(method="sdpo", method_settings=own, jsd_weight=b, **values))
     run.step(1)
     task = run.stage.task
     samples = task.method.sequence(run.loaded, task.examples[:3], 2)
@@ -365,10 +366,12 @@ def test_own_settings_without_effect_are_refused(all_of_them: Settings, values: 
         stages_of(all_of_them(method="sdpo", **values))
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_the_teachers_gain_is_apart_for_right_and_wrong_samples(all_of_them: Settings, micro_batches: int) -> None:
-    config = all_of_them(method="sdpo", batch_size=2, gradient_accumulation_steps=micro_batches, learning_rate=1e-2)
-    run = moved(config)
+@pytest.mark.parametrize(("micro_batches", "success"), [(1, 1.0), (2, 1.0), (2, 0.5)])
+def test_the_teachers_gain_is_apart_for_right_and_wrong_samples(
+    all_of_them: Settings, micro_batches: int, success: float
+) -> None:
+    values: dict[str, Any] = {"batch_size": 2, "gradient_accumulation_steps": micro_batches, "learning_rate": 1e-2}
+    run = moved(all_of_them(method="sdpo", success_reward=success, **values))
     samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:2], 2)
     results = judged(run, samples, [1.0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0])  # the fifth has no sibling
     student, teacher = (copy.deepcopy(run.loaded.model).double() for _ in range(2))
@@ -383,8 +386,8 @@ def test_the_teachers_gain_is_apart_for_right_and_wrong_samples(all_of_them: Set
                 for model, context in ((student, c.example.student_ids), (teacher, c.example.teacher_ids))
             )
             assert c.verdict is not None
-            gains["right" if c.verdict.reward == 1 else "wrong"].append(float((theirs - mine).mean()))
-    assert [len(found) for found in gains.values()] == [2, 5]
+            gains["right" if c.verdict.reward >= success else "wrong"].append(float((theirs - mine).mean()))
+    assert [len(found) for found in gains.values()] == ([2, 5] if success == 1 else [3, 4])
     expected = {f"teacher_gain/{kind}": statistics.mean(found) for kind, found in gains.items()}
     assert min(map(abs, expected.values())) > 1e-3
     assert results[0].teacher_gains == pytest.approx(expected, abs=1e-5)

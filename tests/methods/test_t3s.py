@@ -5,6 +5,7 @@ Dimensions in names: T completion tokens, V vocabulary.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,13 @@ from selfdistill.training.trainer import Trainer
 Settings = Callable[..., TrainConfig]
 
 
-@pytest.mark.parametrize("values", [{}, {"lora_rank": 4}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"lora_rank": 4}, {"gradient_accumulation_steps": 2}, {"loss_normalisation": "token"}],
+    ids=str,
+)
 def test_tokens_that_the_worse_model_has_learnt_are_left_out(all_of_them: Settings, values: dict[str, Any]) -> None:
+    """A demonstration's loss is the mean over those that are left; with token normalisation they count alike."""
     config = all_of_them(method="t3s", batch_size=6, learning_rate=1e-2, **values)
     run = moved(config)
     assert config.teacher_model is not None
@@ -37,7 +43,10 @@ def test_tokens_that_the_worse_model_has_learnt_are_left_out(all_of_them: Settin
         seen = [chosen(row_log_probs(m, c.example.student_ids, c.ids), c.ids) for m in (student, worse, base)]
         left_T = seen[1] <= seen[2]
         kept.extend(left_T.tolist())
-        return -torch.where(left_T, seen[0], 0.0)
+        lost_T = -torch.where(left_T, seen[0], 0.0)
+        if "loss_normalisation" in values:
+            return lost_T.sum()[None] / statistics.mean(len(sample.ids) for sample in samples)
+        return lost_T.sum()[None] / left_T.sum().clamp(min=1)
 
     samples = run.stage.task.method.sequence(run.loaded, run.stage.task.examples, 1)
     assert_gradient(run, samples, values_of)
