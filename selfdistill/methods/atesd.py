@@ -8,8 +8,7 @@ c_a: the first floor(a m) of the m steps of the reference's reasoning, and its a
 
 Differences: based on notes, not on the authors' code. Their s, f, r, g and holds were not found. Here f is linear, s =
 (1, completed share of the run, l / l_0), and there is no baseline. A smaller a also lowers the loss at once. Steps are
-lines, or sentences of a single line; a reference of one step is shown whole. D and q are the settings'. Hints are in
-:mod:`selfdistill.methods.hints`.
+lines, or sentences of a single line. D and q are the settings'. Hints are in :mod:`selfdistill.methods.hints`.
 """
 
 from __future__ import annotations
