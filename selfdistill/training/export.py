@@ -181,8 +181,8 @@ def _export_checkpoint(config: ExportConfig, step: int) -> Path:
     saved = settings_of(checkpoint)
     if config.merge and not saved.lora_rank:
         raise UserError(f"run {config.run!r}: trained all weights, so there is no adapter to merge; leave merge out")
-    loaded = _base_of(config, saved)
     position = saved_position(checkpoint)
+    loaded = _base_of(config, saved, began_on_adapter="model" not in position.digests)
     if saved.lora_rank and not saved.load_in_4bit:  # which is loaded here without rounding
         before, now = position.digests.get("model", ""), start_fingerprint(loaded)
         if "" not in (before, now) and before != now:
@@ -211,14 +211,15 @@ def _export_checkpoint(config: ExportConfig, step: int) -> Path:
     return output_dir
 
 
-def _base_of(config: ExportConfig, saved: TrainConfig) -> LoadedModel:
+def _base_of(config: ExportConfig, saved: TrainConfig, *, began_on_adapter: bool) -> LoadedModel:
     """The model with which a run began; ``adapter_base`` is the new place of the base of a run with LoRA.
+
+    If the run began on a merged adapter, it is that of the adapter's base.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    on_adapter = (Path(saved.model) / "adapter_config.json").is_file()
-    moved = config.adapter_base if saved.lora_rank and not on_adapter else None
+    moved = config.adapter_base if saved.lora_rank and not began_on_adapter else None
     base = config.adapter_base or saved.adapter_base
     return load_model(moved or saved.model, dtype=saved.dtype, merge_adapter=True, adapter_base=None if moved else base)
 
