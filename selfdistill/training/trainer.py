@@ -395,6 +395,6 @@ class Trainer:
         if self.drift is None or not due:
             return {}
         drift = {"drift/student": self._drift_of(self.loaded.model)}
-        if self.teacher is not None:
+        if self.teacher is not None and self.teacher.rule.model is None:
             drift["drift/teacher"] = self._teacher_drift(drift["drift/student"])
         return drift
