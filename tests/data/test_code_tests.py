@@ -105,7 +105,9 @@ def test_wrong_code_has_feedback(code: str, feedback: str) -> None:
         "import re, math, collections, itertools, random, string, datetime, json, typing\n" + RIGHT,
         "from dataclasses import dataclass\n@dataclass\nclass A:\n    left: 'A' = None\n    x: int = 0\n" + RIGHT,
         RIGHT + "\ndef g(x: int): return x\nassert g.__annotations__ == {'x': int}",
-        "from __future__ import annotations\ndef g(x: int): return x\nassert g.__annotations__ == {'x': 'int'}\n" + RIGHT,
+        "from __future__ import annotations\n"
+        + RIGHT
+        + "\ndef g(x: int): pass\nassert g.__annotations__ == {'x': 'int'}",
     ],
 )
 def test_right_code_passes(code: str) -> None:

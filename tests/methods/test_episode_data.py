@@ -230,7 +230,7 @@ def test_an_episode_that_is_learnt_fits_after_the_teachers_prompt(of_episodes: C
     replies = [len(run.chat.encode_reply(m)) for m in data[0].episode if m["role"] == "assistant"]
     whole = len(example.teacher_ids or []) + len(example.completion_ids)
     encode(data, turns, run.chat, window=whole, max_completion_length=max(replies), **fits)
-    with pytest.raises(UserError, match=rf"prompt and episode have {whole} tokens, limit {whole - 1} \(the context win"):
+    with pytest.raises(UserError, match=rf"prompt and episode have {whole} tokens, limit {whole - 1} \(the context"):
         encode(data, turns, run.chat, window=whole - 1, max_completion_length=max(replies), **fits)
 
 
