@@ -344,7 +344,8 @@ FOLLOWS = "but only the task's teacher follows the student; give the task the sa
                 sdft(config)[0], importance_cap=2.0, sequence=StudentSamples(Sampling(8, temperature=0), 1, 0)
             ),
             ": slot 'importance_cap': needs samples from the full distribution, found "
-            "Sampling(max_completion_length=8, temperature=0, top_p=1.0, top_k=0); use a temperature above 0, top_p 1 and top_k 0, or leave this out",
+            "Sampling(max_completion_length=8, temperature=0, top_p=1.0, top_k=0); use a temperature above 0, top_p 1 "
+            "and top_k 0, or leave this out",
         ),
         (
             lambda config: replace(sft(config)[0], also=("more", sft(config)[0])),
