@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from selfdistill.config import ExportConfig, TrainConfig
 from selfdistill.errors import RERUN, UserError
+from selfdistill.evaluation import note_on_chats, run_of
 from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, merged, resolve, start_fingerprint
 from selfdistill.runtime import check_folder_writable, corruption, fsync, replace_folder, say
 from selfdistill.training.checkpoint import checkpoint_at, list_checkpoints, load_weights, saved_position, settings_of
@@ -140,6 +141,7 @@ def export(config: ExportConfig, card: str | None = None) -> Path:
         UserError: there is no model or no such checkpoint, ``output_dir`` is not empty or cannot be written,
             ``merge`` is set but there is no adapter, or the adapter's base cannot be loaded.
     """
+    note_on_chats(run_of(Path(config.run)))
     if config.step is not None:
         return _export_checkpoint(config, config.step)
     source, output_dir = _final_folder(config.run), unused_folder(config.output_dir)
