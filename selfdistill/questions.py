@@ -217,7 +217,9 @@ class _Maker:
         self.disputed: set[str] = set()
         """Normalised questions with conflicting answers."""
         self._config, self._answers = config, dict[str, str]()
-        self._loaded = load_for_training(config.model, adapter_base=config.adapter_base)
+        self._loaded = load_for_training(
+            config.model, dtype=config.dtype, adapter_base=config.adapter_base, load_in_4bit=config.load_in_4bit
+        )
         use_engine(self._loaded, config)
         self._chat = self._loaded.chat(config.chat_template_kwargs)
         self._endpoint: Endpoint | None = None

@@ -863,7 +863,11 @@ SAVING = [
     ),
     (f"eval {BASE}", "api.evaluate", "lower --batch_size or --max_completion_length, or use --dtype bfloat16"),
     ("ask model Why?", "api.ask", "lower --max_completion_length, or use --dtype bfloat16"),
-    ("questions --model model --documents here --output_dir there", "api.make_questions", "lower --batch_size"),
+    (
+        "questions --model model --documents here --output_dir there",
+        "api.make_questions",
+        "lower --batch_size, or use --dtype bfloat16",
+    ),
     ("export run --output_dir there", "api.export", "free some of the machine's memory"),
 ]
 

@@ -23,6 +23,7 @@ from selfdistill.data.demonstrations import Demonstration, load_demonstrations
 from selfdistill.documents import is_german, load_passages, sentences
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers
+from selfdistill.model import is_in_4bit
 from selfdistill.model.sampling import Rollout, Sampling
 from selfdistill.questions import make_questions, with_questions
 
@@ -862,6 +863,34 @@ def test_with_questions_keeps_a_test_of_ones_own(
         writer_model="w",
     )
     assert with_questions(config).test == "mine.jsonl"
+
+
+@pytest.mark.parametrize("values", [{"dtype": "bfloat16"}, {"load_in_4bit": True, "lora_rank": 2}], ids=str)
+def test_the_model_that_makes_questions_takes_no_more_memory_than_in_the_run(
+    make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path, monkeypatch: Any, values: dict[str, Any]
+) -> None:
+    if "load_in_4bit" in values:
+        pytest.importorskip("bitsandbytes")
+    load, loaded = questions.load_for_training, []
+
+    def kept(*given: Any, **named: Any) -> Any:
+        loaded.append(load(*given, **named))
+        return loaded[-1]
+
+    monkeypatch.setattr(questions, "load_for_training", kept)
+    server.reply = writes_well
+    shared = make().model_dump(exclude={"output_dir", "dtype", "load_in_4bit"})
+    with_questions(TrainConfig(**shared | values, output_dir=str(tmp_path / "r")))
+    (made,) = loaded
+    assert made.dtype == values.get("dtype", "float32")
+    assert is_in_4bit(made.model) == ("load_in_4bit" in values)
+
+
+def test_questions_in_4_bits_refuse_an_engine(make: Callable[..., QuestionsConfig]) -> None:
+    with pytest.raises(
+        UserError, match=r"^setting 'load_in_4bit' does not work with an engine, found 'vllm': leave one"
+    ):
+        make(load_in_4bit=True, engine="vllm")
 
 
 def test_where_no_second_phrasing_is_kept_there_is_no_test(

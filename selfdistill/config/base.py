@@ -242,6 +242,13 @@ class EngineSettings(Settings):
             raise ValueError("setting 'engine_url': no engine uses it; add engine vllm")
         return self
 
+    def refuse_engine_in_4bit(self) -> None:
+        """Refuse an engine beside ``load_in_4bit``."""
+        if self.engine != "none":
+            raise UserError(
+                f"setting 'load_in_4bit' does not work with an engine, found {self.engine!r}: leave one out"
+            )
+
 
 class ModelSettings(EngineSettings):
     """The model, its data and its tokenisation. Shared by most commands."""

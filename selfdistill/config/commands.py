@@ -6,13 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
 
 from selfdistill.config.base import (
     EngineSettings,
@@ -88,13 +82,7 @@ class CompareConfig(TrainingSettings):
         # All runs have the same number of steps, unless max_steps is varied, and all are measured in one environment.
         fixed = (
             *ModelSettings.model_fields,
-            "environment",
-            "max_completion_length",
-            "output_dir",
-            "test",
-            "test_split",
-            "prior",
-            "eval_steps",
+            *("environment", "max_completion_length", "output_dir", "test", "test_split", "prior", "eval_steps"),
             "num_train_epochs",
         )
         may_vary = [name for name in TrainingSettings.model_fields if name not in fixed]
@@ -342,6 +330,10 @@ class QuestionsConfig(QuestionSettings, EngineSettings):
     """Folder for ``train.jsonl``, ``test.jsonl`` and ``indirect.jsonl``. Replies are cached there and reused."""
     model: str
     """The model to teach. It must answer the questions from the text and, without a writer, writes them."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Data type of the weights, in which the model computes. bfloat16 halves the memory for weights."""
+    load_in_4bit: bool = False
+    """Keep the weights of linear layers in 4 bits. Needs the extra ``bitsandbytes``."""
     adapter_base: str | None = None
     """Base of an adapter, if it is not where ``adapter_config.json`` says, e.g. because it was moved."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -350,6 +342,10 @@ class QuestionsConfig(QuestionSettings, EngineSettings):
     """Questions per batch."""
     seed: int = Field(default=0, ge=0)
     """Random seed for sampling."""
+
+    def model_post_init(self, _context: Any) -> None:
+        if self.load_in_4bit:
+            self.refuse_engine_in_4bit()
 
 
 class ExportConfig(Settings):

@@ -233,7 +233,4 @@ class TrainConfig(TrainingSettings, OneRun, QuestionSettings):
         for name, other in (("fsdp", self.fsdp), ("torch_compile", self.torch_compile)):
             if other:
                 raise UserError(f"setting 'load_in_4bit' does not work with {name}: leave one of them out")
-        if self.engine != "none":
-            raise UserError(
-                f"setting 'load_in_4bit' does not work with an engine, found {self.engine!r}: leave one out"
-            )
+        self.refuse_engine_in_4bit()

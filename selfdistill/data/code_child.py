@@ -16,6 +16,7 @@ import re
 import resource
 import signal
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +98,8 @@ def _verdict(code: str, tests: list[str], say: Callable[..., None]) -> dict[str,
         if problem:
             return {"unusable": f"test {number}: {problem}"}
         programs.append(program)
-    names: dict[str, Any] = {"__name__": "reply"}
+    module = sys.modules["reply"] = types.ModuleType("reply")  # dataclasses looks names up in it
+    names = vars(module)
     say(at="the code")
     problem, _ = _attempt(_execute, code, names)
     if problem:
@@ -121,7 +123,7 @@ def _attempt(function: Callable[..., Any], *given: Any) -> tuple[str | None, Any
 
 def _parsed(test: str) -> ast.Module:
     program = ast.parse(test)
-    compile(program, "<test>", "exec")
+    compile(program, "<test>", "exec", dont_inherit=True)
     if not any(isinstance(part, ast.Assert | ast.Raise) for part in ast.walk(program)) and not _expression(program):
         raise ValueError("it asserts nothing")
     return program
@@ -136,14 +138,14 @@ def _expression(program: ast.Module) -> ast.expr | None:
 
 
 def _execute(code: str, names: dict[str, Any]) -> None:
-    exec(compile(code, REPLY, "exec"), names)
+    exec(compile(code, REPLY, "exec", dont_inherit=True), names)
 
 
 def _test(program: ast.Module, names: dict[str, Any]) -> str | None:
     """Run a test. Where one expression must be true and is not: what differs, or that it is not true."""
     asked = _expression(program)
     if asked is None:
-        exec(compile(program, "<test>", "exec"), names)
+        exec(compile(program, "<test>", "exec", dont_inherit=True), names)
         return None
     if not (isinstance(asked, ast.Compare) and len(asked.ops) == 1 and isinstance(asked.ops[0], ast.Eq)):
         return None if _value(asked, names) else f"{_written(asked)} is not true"
@@ -154,7 +156,7 @@ def _test(program: ast.Module, names: dict[str, Any]) -> str | None:
 
 
 def _value(expression: ast.expr, names: dict[str, Any]) -> Any:
-    return eval(compile(ast.Expression(expression), "<test>", "eval"), names)
+    return eval(compile(ast.Expression(expression), "<test>", "eval", dont_inherit=True), names)
 
 
 def _written(expression: ast.expr) -> str:

@@ -327,7 +327,7 @@ class _Limits:
             can_grow = self.window is None or max(student, teacher) + length <= self.window
             way = "raise max_completion_length" if can_grow else f"shorten the completions{self._window}"
             return RowProblem(source, "completion has ", str(length), after), [way]
-        whole = student + len(example.completion_ids)
+        whole = max(student, teacher) + len(example.completion_ids)
         if self.completion_must_fit and example.given and self.window is not None and whole > self.window:
             after = f" tokens, limit {self.window} (the context window)"
             return RowProblem(source, "prompt and episode have ", str(whole), after), ["shorten them"]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from selfdistill.config import AskConfig, TrainConfig, load_saved
+from selfdistill.config import AskConfig
 from selfdistill.data import (
     ChatFormat,
     Demonstration,
@@ -25,7 +25,14 @@ from selfdistill.data import (
 )
 from selfdistill.errors import UserError, number_of
 from selfdistill.evaluation.episodes import EpisodePlayer, told
-from selfdistill.evaluation.generate import generate, note_on_environment, system_turn_of, with_system_turn
+from selfdistill.evaluation.generate import (
+    generate,
+    note_on_environment,
+    run_of,
+    settings_of,
+    system_turn_of,
+    with_system_turn,
+)
 from selfdistill.methods import EpisodeRow, begun, episode_rules
 from selfdistill.model import LoadedModel, Sampling, load_model, sample_seed, to_best_device
 from selfdistill.runtime import Printable, say_note
@@ -94,14 +101,15 @@ def ask(config: AskConfig, conversation: Sequence[Message] | None = None) -> Ask
         UserError: a model cannot be loaded, or reads no pictures; the picture or the conversation cannot be used; or
             the environment fails, for example because it needs more of a row than its prompt.
     """
-    trained = _settings_of(config.run)
+    run = run_of(Path(config.run))
+    trained = settings_of(run)
     if "environment" not in config.model_fields_set:
         note_on_environment(config.run, trained)
     pictures = [] if config.image is None else [read_picture(config.image)]
     messages = [{"role": "user", "content": config.question}] if conversation is None else _checked(conversation)
     marks = "".join(picture.mark for picture in pictures)
     messages[-1] = {**messages[-1], "content": marks + messages[-1]["content"]}
-    (messages,) = with_system_turn([messages], config.system, partial(system_turn_of, Path(config.run)))
+    (messages,) = with_system_turn([messages], config.system, partial(system_turn_of, run))
     row = None if config.environment == "none" else _begun(config, messages)
     template: dict[str, Any] = config.chat_template_kwargs or trained.get("chat_template_kwargs") or {}
 
@@ -124,12 +132,6 @@ def ask(config: AskConfig, conversation: Sequence[Message] | None = None) -> Ask
     reply, episode = answer_of(config.run, config.adapter_base)
     question = config.question if conversation is None else list(conversation)
     return AskResult(question, reply, base_reply, episode, base_episode)
-
-
-def _settings_of(run: str) -> dict[str, Any]:
-    """The settings of a run; empty if the model is not a run folder."""
-    file = Path(run) / "config.yaml"
-    return load_saved(file, TrainConfig) if file.is_file() else {}
 
 
 def _checked(conversation: Sequence[Message]) -> list[Message]:

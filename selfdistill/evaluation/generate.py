@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selfdistill.config import TrainConfig, load_saved
 from selfdistill.data import Demonstration, Message, Picture, quoted
 from selfdistill.errors import UserError
 from selfdistill.model import LoadedModel, Sampling, sample, sample_seed
@@ -88,21 +89,45 @@ def with_system_turn(
     return [[*([] if own else turn), *chat] for chat, own in zip(chats, has_own, strict=True)]
 
 
+def run_of(model: Path) -> Path:
+    """The run folder of its ``final`` or of a skill's model in a state of ``learn``; any other folder itself."""
+    places = {"final": model.parent, "model": model.parent / "run"}
+    run = places.get(model.name, model)
+    return run if (run / "config.yaml").is_file() else model
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """The settings of a run; empty if the folder is not that of a run."""
+    file = run / "config.yaml"
+    return load_saved(file, TrainConfig) if file.is_file() else {}
+
+
 def system_turn_of(run: Path) -> str | None:
     """The text of the system turn of all training rows of a run, with a note; None if none is known."""
-    file = run / SYSTEM_TURN
-    if not file.is_file():
-        if (run / "config.yaml").is_file():
-            say_note(f"run {str(run)!r} does not say whether its rows share a system turn, so none is sent; set system")
-        return None
-    turn = json.loads(file.read_text(encoding="utf-8"))
-    if turn is None:
-        return None
-    text = str(turn["content"])
-    say_note(
-        f"asked with the system turn of all training rows, {quoted(text)}; set system to another, or to '' for none"
-    )
+    if not (run / SYSTEM_TURN).is_file() and (run / "config.yaml").is_file():
+        say_note(f"run {str(run)!r} does not say whether its rows share a system turn, so none is sent; set system")
+    text = _saved_turn(run)
+    if text is not None:
+        say_note(
+            f"asked with the system turn of all training rows, {quoted(text)}; set system to another, or to '' for none"
+        )
     return text
+
+
+def note_on_chats(run: Path) -> None:
+    """Print a note on what the chats of a run's training had and a copy of its model does not say."""
+    text, template = _saved_turn(run), settings_of(run).get("chat_template_kwargs")
+    had = [f"the system turn {quoted(text)}"] if text else []
+    had += [f"chat_template_kwargs {json.dumps(template)}"] if template else []
+    if had:
+        say_note(f"training had {' and '.join(had)}, which the exported folder does not say; give it with every chat")
+
+
+def _saved_turn(run: Path) -> str | None:
+    """The text of the system turn of all training rows of a run; None if there is none."""
+    file = run / SYSTEM_TURN
+    turn = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return None if turn is None else str(turn["content"])
 
 
 def note_on_environment(run: str, settings: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from selfdistill.data import Demonstration, Lacks, is_own
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import to_score, verdicts_on
-from selfdistill.methods.encoders import encoder_of
+from selfdistill.methods.encoders import encoder_of, least_window, with_teachers_window
 from selfdistill.methods.episodes import EpisodeRules, episode_rules, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts, repeated_prompts
 from selfdistill.methods.guides import GuidedAfterFailure
@@ -70,6 +70,7 @@ __all__ = [
     "episode_rules",
     "examples_of_prompts",
     "lacks_of",
+    "least_window",
     "limits_of",
     "own_errors",
     "own_names",
@@ -84,6 +85,7 @@ __all__ = [
     "uses",
     "verdicts_on",
     "whose",
+    "with_teachers_window",
 ]
 
 METHODS: dict[str, Callable[[TrainConfig], tuple[Method, ...]]] = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, ContextEncoder, Demonstration, PromptIds, pictures_in, with_guide
+from selfdistill.methods.slots import Method
+from selfdistill.model import LoadedModel, window_of
 
 
 def encoder_of(config: TrainConfig, chat: ChatFormat, window: int | None) -> ContextEncoder:
@@ -18,6 +20,22 @@ def encoder_of(config: TrainConfig, chat: ChatFormat, window: int | None) -> Con
         window: the model's limit for prompt plus completion, in tokens; None if it has none.
     """
     return ContextEncoder(chat, config.max_prompt_length, config.longest_completion, window)
+
+
+def least_window(windows: Iterable[int | None]) -> int | None:
+    """The smallest of some context windows; None if none has a limit."""
+    return min((window for window in windows if window is not None), default=None)
+
+
+def with_teachers_window(loaded: LoadedModel, method: Method) -> LoadedModel:
+    """The student, with the smallest context window of all models that score the method's completions.
+
+    Raises:
+        UserError: a separate teacher's ``config.json`` cannot be used.
+    """
+    rules = [one.teacher for one in (method, *(other for _, other in method.also)) if one.teacher]
+    names = sorted({rule.model for rule in rules if rule.model is not None})
+    return replace(loaded, window=least_window([loaded.window, *map(window_of, names)]))
 
 
 def guided(row: Demonstration, guide: str, encode: ContextEncoder) -> list[int] | None:

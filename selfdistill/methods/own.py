@@ -80,6 +80,12 @@ def _problems(stages: Sequence[Method]) -> Iterator[str]:
                 yield f"{where}slot 'loss': {problem}"
             if method.relative_weights and method.weighting is None:
                 yield f"{where}slot 'relative_weights': found True without 'weighting'; give one, or leave this out"
+            sampling = method.sequence.sampling
+            if method.importance_cap is not None and sampling and not sampling.is_full:
+                yield (
+                    f"{where}slot 'importance_cap': needs samples from the full distribution, found {sampling}; use a "
+                    "temperature above 0, top_p 1 and top_k 0, or leave this out"
+                )
             teacher = method.teacher
             if teacher and teacher.moves and teacher not in tasks:
                 yield (

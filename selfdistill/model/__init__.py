@@ -5,7 +5,15 @@ from selfdistill.model.compiled import CompiledLayers, layers_of
 from selfdistill.model.device import deterministic, has_gpu
 from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, rest_engine, use_engine
 from selfdistill.model.episode_sampling import TurnSampler
-from selfdistill.model.fake import FilledCache, LiveTensors, alike_layers, check_matching, fake_model, tensor_bytes
+from selfdistill.model.fake import (
+    FilledCache,
+    LiveTensors,
+    alike_layers,
+    check_matching,
+    fake_model,
+    tensor_bytes,
+    window_of,
+)
 from selfdistill.model.files import LICENCES, files_that_go_along, resolve
 from selfdistill.model.fingerprints import network_fingerprint, start_fingerprint
 from selfdistill.model.forward import ForwardOutput, ForwardPass
@@ -140,6 +148,7 @@ __all__ = [
     "use_engine",
     "vision_weights",
     "weight_tensors",
+    "window_of",
     "with_lora",
     "with_own_dtype",
 ]

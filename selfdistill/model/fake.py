@@ -33,7 +33,7 @@ from selfdistill.model.dropout import disable_dropout
 from selfdistill.model.files import local_folder, resolve
 from selfdistill.model.four_bits import add_scales, pack_weights, replace_layers, weight_tensors
 from selfdistill.model.head import unwrap
-from selfdistill.model.loading import LoadedModel, load_tokenizer, with_special_tokens
+from selfdistill.model.loading import LoadedModel, context_window, load_tokenizer, with_special_tokens
 from selfdistill.model.lora import add_lora
 from selfdistill.model.matching import refuse_unlike
 from selfdistill.model.pictures import PictureInputs, pictures_for
@@ -164,6 +164,15 @@ def check_matching(name: str, other: LoadedModel) -> None:
     """
     path, base_path, config = _configured(name, None)
     refuse_unlike(name, config, load_tokenizer(path, base_path, name, config.model_type), other, reads_chats=True)
+
+
+def window_of(name: str) -> int | None:
+    """Maximum number of tokens of prompt plus completion of a model, from its ``config.json``; None if it has none.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    return context_window(_configured(name, None)[2], [])
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

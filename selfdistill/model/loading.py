@@ -276,7 +276,7 @@ def with_special_tokens(model: Any, tokenizer: Any, name: str, pictures: Picture
             "the tokenizer has no chat template; using a plain-text layout (User:, Assistant:), where a reply ends at "
             "the next turn"
         )
-    window = _window(model, notes)
+    window = context_window(model.config, notes)
     # The model remembers the positions of its last prompt with pictures; continuing another pass would use them.
     never = False if pictures is not None and has_own_positions(model) else None
     return LoadedModel(
@@ -329,14 +329,14 @@ def _pad_token(model: Any, tokenizer: Any, end: int, notes: list[str]) -> int:
     return end
 
 
-def _window(model: Any, notes: list[str]) -> int | None:
+def context_window(config: Any, notes: list[str]) -> int | None:
     """Maximum number of tokens of prompt plus completion; adds a note where it is shorter than ``config.json`` says.
 
     LongRoPE has one set of frequencies up to a length and another beyond. transformers chooses by the longest row of a
     batch, and cached keys keep the frequencies of their pass. So a row's results would depend on its batch, and samples
     would differ from their scores. Within the first set everything is exact.
     """
-    text = model.config.get_text_config()
+    text = config.get_text_config()
     window: int | None = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or {}
     for part in (rope, *rope.values()):  # some models have one per kind of layer

@@ -41,6 +41,11 @@ class Sampling:
     top_k: int = 0
     """0: no limit."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether every token may be sampled, with its probability at the temperature."""
+        return self.temperature > 0 and self.top_p == 1 and self.top_k == 0
+
 
 @dataclass(frozen=True)
 class Rollout:

@@ -30,7 +30,8 @@ METRICS = {
     "kl/forward": "KL(teacher||student), nats per token over the retained tokens",
     "kl/reverse": "KL(student||teacher), nats per token over the retained tokens",
     "drift/student": "KL(base||student) on a few fixed prompts, nats per token; every ``drift_steps``",
-    "drift/teacher": "KL(base||teacher) on the same prompts, without the demonstration, nats per token",
+    "drift/teacher": "KL(base||teacher) on the same prompts, without the demonstration, nats per token; not "
+    "of a separate teacher",
     "completion/length": "mean tokens per completion",
     "completion/truncated": "share of completions truncated at the length limit, or of episodes that were cut",
     "episode/turns": "mean replies per episode; with an environment, as are the next five",

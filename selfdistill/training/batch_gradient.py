@@ -273,7 +273,7 @@ class BatchGradient:
             output = self.forward_pass(self.loaded.model, micro.prompts, micro.ids)
             tokens_N = torch.tensor([token for ids in micro.ids for token in ids], device=device)
             if method.importance_cap is not None:
-                importance_b, gap = self._importance(output, tokens_N, micro, method.importance_cap)
+                importance_b, gap = self._importance(output, tokens_N, micro, method)
                 factor_b = factor_b * importance_b
             weights_N = (micro.weights_bT * factor_b[:, None])[micro.mask_bT].float().to(device)
             hidden_nD, tokens_n, weights_n = (x[has_weight_N] for x in (output.hidden_ND, tokens_N, weights_N))
@@ -331,15 +331,18 @@ class BatchGradient:
 
     @torch.no_grad()
     def _importance(
-        self, output: ForwardOutput, tokens_N: Tensor, micro: Weighed, cap: float
+        self, output: ForwardOutput, tokens_N: Tensor, micro: Weighed, method: Method
     ) -> tuple[Tensor, SamplerGap]:
         """Truncated importance weights (b,), with both policies at the sampling temperature, and their tokens' gap.
 
         A completion that was not sampled has weight 1.
         """
+        assert method.importance_cap is not None
+        sampling = method.sequence.sampling
+        temperature = self.config.temperature if sampling is None else sampling.temperature
 
         def tempered_head(hidden_ND: Tensor) -> Tensor:
-            return output.head(hidden_ND).float() / self.config.temperature
+            return output.head(hidden_ND).float() / temperature
 
         ones_N = torch.ones(len(tokens_N), device=tokens_N.device)
         _, statistics = chunked_loss(
@@ -355,4 +358,4 @@ class BatchGradient:
         student_bT, sampled_bT = (
             torch.stack([pad(logp, (0, width - len(logp))) for logp in logps]) for logps in (student, sampled)
         )
-        return importance_weights(student_bT, sampled_bT, micro.weights_bT > 0, cap), gap
+        return importance_weights(student_bT, sampled_bT, micro.weights_bT > 0, method.importance_cap), gap

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from selfdistill.config import ExportConfig, TrainConfig
 from selfdistill.errors import RERUN, UserError
+from selfdistill.evaluation import note_on_chats, run_of
 from selfdistill.model import LICENCES, LoadedModel, files_that_go_along, load_model, merged, resolve, start_fingerprint
 from selfdistill.runtime import check_folder_writable, corruption, fsync, replace_folder, say
 from selfdistill.training.checkpoint import checkpoint_at, list_checkpoints, load_weights, saved_position, settings_of
@@ -140,6 +141,7 @@ def export(config: ExportConfig, card: str | None = None) -> Path:
         UserError: there is no model or no such checkpoint, ``output_dir`` is not empty or cannot be written,
             ``merge`` is set but there is no adapter, or the adapter's base cannot be loaded.
     """
+    note_on_chats(run_of(Path(config.run)))
     if config.step is not None:
         return _export_checkpoint(config, config.step)
     source, output_dir = _final_folder(config.run), unused_folder(config.output_dir)
@@ -181,8 +183,8 @@ def _export_checkpoint(config: ExportConfig, step: int) -> Path:
     saved = settings_of(checkpoint)
     if config.merge and not saved.lora_rank:
         raise UserError(f"run {config.run!r}: trained all weights, so there is no adapter to merge; leave merge out")
-    loaded = _base_of(config, saved)
     position = saved_position(checkpoint)
+    loaded = _base_of(config, saved, began_on_adapter="model" not in position.digests)
     if saved.lora_rank and not saved.load_in_4bit:  # which is loaded here without rounding
         before, now = position.digests.get("model", ""), start_fingerprint(loaded)
         if "" not in (before, now) and before != now:
@@ -211,14 +213,15 @@ def _export_checkpoint(config: ExportConfig, step: int) -> Path:
     return output_dir
 
 
-def _base_of(config: ExportConfig, saved: TrainConfig) -> LoadedModel:
+def _base_of(config: ExportConfig, saved: TrainConfig, *, began_on_adapter: bool) -> LoadedModel:
     """The model with which a run began; ``adapter_base`` is the new place of the base of a run with LoRA.
+
+    If the run began on a merged adapter, it is that of the adapter's base.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    on_adapter = (Path(saved.model) / "adapter_config.json").is_file()
-    moved = config.adapter_base if saved.lora_rank and not on_adapter else None
+    moved = config.adapter_base if saved.lora_rank and not began_on_adapter else None
     base = config.adapter_base or saved.adapter_base
     return load_model(moved or saved.model, dtype=saved.dtype, merge_adapter=True, adapter_base=None if moved else base)
 

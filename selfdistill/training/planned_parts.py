@@ -10,7 +10,17 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import ChatFormat, Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation import LAYOUTS
-from selfdistill.methods import GuidedAfterFailure, GuidedSamples, Method, Part, encoder_of, rules_of, stages_of, uses
+from selfdistill.methods import (
+    GuidedAfterFailure,
+    GuidedSamples,
+    Method,
+    Part,
+    encoder_of,
+    rules_of,
+    stages_of,
+    uses,
+    with_teachers_window,
+)
 from selfdistill.model import LoadedModel
 from selfdistill.training.traced_step import PlannedPart
 
@@ -69,7 +79,7 @@ def _planned(
     chat: ChatFormat,
     least: bool,
 ) -> PlannedPart:
-    method = part.method
+    method, loaded = part.method, with_teachers_window(loaded, part.method)
     rules = rules_of(method)
     longest = 1 if least else (rules.max_length if rules else config.max_completion_length)
     sampling = method.sequence.sampling or (method.drawn.sampling if method.drawn else None)

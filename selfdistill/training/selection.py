@@ -60,7 +60,7 @@ class Selector:
     Args:
         config: settings of the run.
         chat: the format of both prompts.
-        window: the model's limit for prompt plus completion, in tokens; None if it has none.
+        window: the models' limit for prompt plus completion, in tokens; None if there is none.
     """
 
     config: TrainConfig

@@ -31,6 +31,7 @@ from selfdistill.methods import (
     rules_of,
     scorer_judges,
     stages_of,
+    with_teachers_window,
 )
 from selfdistill.model import (
     LoadedModel,
@@ -69,6 +70,8 @@ class EncodedPart:
     examples: list[Example]
     dropped: int
     """Number of rows dropped because they are too long."""
+    window: int | None
+    """Limit for prompt plus completion, in tokens, of all models that score them; None if there is none."""
     all_drawn: list[Example] = field(default_factory=list)
     """All samples that the method drew before the first step; it may learn some of them only."""
     same_samples: bool = False
@@ -279,7 +282,13 @@ def _encoded(
     part: Part, config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
 ) -> EncodedPart:
     method = part.method
-    examples, dropped = method.examples(demonstrations, loaded, chat)
+    reading = with_teachers_window(loaded, method)
+    if reading.window != loaded.window:
+        say_note(
+            f"prompt plus completion may have {reading.window} tokens, the context window of the separate teacher, "
+            "which is smaller than the student's"
+        )
+    examples, dropped = method.examples(demonstrations, reading, chat)
     rendered = notes_on_rendered([example.demonstration for example in examples], chat)
     for note in (*rendered, *method.examples.notes(examples, demonstrations, loaded, chat)):
         say_note(note)
@@ -289,7 +298,7 @@ def _encoded(
     check_skip(method.skip_first_tokens, lengths)
     demonstrated = [example.learnt_tokens for example in examples if example.demonstration.completion]
     average = mean(demonstrated) if demonstrated else None
-    return EncodedPart(part.name, method, part.share, examples, dropped, demonstrated=average)
+    return EncodedPart(part.name, method, part.share, examples, dropped, reading.window, demonstrated=average)
 
 
 def check_first_samples(stage: Stage, parts: Sequence[BatchPart], stage_step: int) -> None:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from selfdistill.config import TrainConfig
 from selfdistill.data import Example, pictures_in
 from selfdistill.loss import CrossEntropy, Head, chunked_loss
-from selfdistill.methods import FROZEN, GuidedAfterFailure, Method
+from selfdistill.methods import FROZEN, ColdStart, GuidedAfterFailure, Method
 from selfdistill.model import (
     FilledCache,
     ForwardOutput,
@@ -96,7 +96,11 @@ class PlannedPart:
 
     def completion(self, example: Example) -> Ids:
         """The example's completion at maximum length."""
-        return [0] * self.sampling.max_completion_length if self.sampling else example.completion_ids
+        if self.sampling is None:
+            return example.completion_ids
+        sampled = [0] * self.sampling.max_completion_length
+        demonstrated = example.completion_ids if isinstance(self.method.sequence, ColdStart) else []
+        return max(sampled, demonstrated, key=len)
 
 
 def sampled_together(parts: Sequence[PlannedPart]) -> list[list[PlannedPart]]:

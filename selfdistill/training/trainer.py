@@ -16,7 +16,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration, Example, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Distance, Evaluator, drift_from
-from selfdistill.methods import Completion, SamplesFile, State
+from selfdistill.methods import Completion, SamplesFile, State, least_window
 from selfdistill.model import (
     CompiledLayers,
     Engine,
@@ -161,7 +161,7 @@ class Trainer:
         for stage in self.stages:
             self._draw(stage)
         self.prefix_caches = self._make_caches()
-        self.selector = Selector(config, self.chat, self.loaded.window)
+        self.selector = Selector(config, self.chat, least_window(stage.task.window for stage in self.stages))
         self.gradient = BatchGradient(
             config, self.accelerator, self.loaded, self.selector, self.forward_pass, self.teachers, self.prefix_caches
         )
@@ -395,6 +395,6 @@ class Trainer:
         if self.drift is None or not due:
             return {}
         drift = {"drift/student": self._drift_of(self.loaded.model)}
-        if self.teacher is not None:
+        if self.teacher is not None and self.teacher.rule.model is None:
             drift["drift/teacher"] = self._teacher_drift(drift["drift/student"])
         return drift

@@ -103,6 +103,11 @@ def test_wrong_code_has_feedback(code: str, feedback: str) -> None:
         "def f(s):\n    print('x' * 10**7)\n    return s.upper()",
         "if __name__ == '__main__':\n    input()\n" + RIGHT,
         "import re, math, collections, itertools, random, string, datetime, json, typing\n" + RIGHT,
+        "from dataclasses import dataclass\n@dataclass\nclass A:\n    left: 'A' = None\n    x: int = 0\n" + RIGHT,
+        RIGHT + "\ndef g(x: int): return x\nassert g.__annotations__ == {'x': int}",
+        "from __future__ import annotations\n"
+        + RIGHT
+        + "\ndef g(x: int): pass\nassert g.__annotations__ == {'x': 'int'}",
     ],
 )
 def test_right_code_passes(code: str) -> None:

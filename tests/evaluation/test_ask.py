@@ -32,19 +32,24 @@ SHARED = (
 )
 
 
+class Chats(list[list[dict[str, Any]]]):
+    """Chats, with the options of the last call."""
+
+    options: dict[str, Any]
+
+
 @pytest.fixture
-def asked(
-    model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> list[list[dict[str, Any]]]:
+def asked(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chats:
     """The chats that the model is asked, in a folder with a run ``run`` on rows with the same system turn."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_folder(ends=ENDS), "run/final")
     Path("run/config.yaml").write_text(yaml.safe_dump({"model": "m", "data": "data.jsonl", "output_dir": "run"}))
     rows_share(WARD)
-    chats: list[list[dict[str, Any]]] = []
+    chats = Chats()
 
     def generate(_: Any, prompts: Any, **options: Any) -> list[str]:
         chats.extend(prompts)
+        chats.options = options
         return ["Room 4."] * len(prompts)
 
     for module in ("selfdistill.evaluation.asked", "selfdistill.training.run"):
@@ -80,6 +85,28 @@ def test_the_system_turn_of_all_training_rows_is_used(asked: Any, capsys: pytest
     assert main(["ask", "run", "Where is Anna?"]) == 0
     assert asked == [[WARD, USER]]
     assert f"note: {SHARED}" in capsys.readouterr().err
+
+
+def test_a_model_inside_of_a_run_or_a_state_of_learn_is_asked_as_its_run_is(asked: Any) -> None:
+    settings = yaml.safe_load(Path("run/config.yaml").read_text()) | {"chat_template_kwargs": {"thinks": True}}
+    Path("run/config.yaml").write_text(yaml.safe_dump(settings))
+    skill = Path("state/skills/0001-ward")
+    shutil.copytree("run", skill / "run")
+    shutil.copytree(skill / "run" / "final", skill / "model")
+    for model in ("run/final", str(skill / "model")):
+        sd.ask(model, "Where is Anna?")
+        assert asked.pop() == [WARD, USER]
+        assert asked.options["chat_template_kwargs"] == {"thinks": True}
+
+
+@pytest.mark.parametrize("turn", [WARD, None])
+def test_an_export_says_what_it_is_to_be_asked_with(
+    asked: Any, capsys: pytest.CaptureFixture[str], turn: dict[str, str] | None
+) -> None:
+    rows_share(turn)
+    sd.export("run", output_dir="out")
+    note = f"training had the system turn {WARD['content']!r}, which the exported folder does not say; give it with"
+    assert (note in capsys.readouterr().err) == (turn is not None)
 
 
 def test_the_training_rows_need_not_be_there_nor_valid(asked: Any) -> None:

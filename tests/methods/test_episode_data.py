@@ -17,6 +17,7 @@ import selfdistill as sd
 from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration, encode, load_demonstrations
 from selfdistill.data.chat_format import ChatFormat
+from selfdistill.data.contexts import parse_context
 from selfdistill.errors import UserError
 from selfdistill.methods.sequences import Completion
 from selfdistill.training.train import train
@@ -219,6 +220,18 @@ def test_limits_are_those_of_one_reply_and_of_the_window(of_episodes: Callable[.
         encode(data, None, chat, max_completion_length=longest - 1, **fits)
     with pytest.raises(UserError, match=r"prompt and episode have 153, 285 tokens, limit 150 \(the context window\)"):
         encode(data, None, chat, max_completion_length=longest, **(fits | {"window": 150}))
+
+
+def test_an_episode_that_is_learnt_fits_after_the_teachers_prompt(of_episodes: Callable[..., TrainConfig]) -> None:
+    run = Trainer(of_episodes(method="sft"))
+    data, turns = load_demonstrations(run.config.data)[1:2], parse_context("turns", episodes=True)
+    fits: dict[str, Any] = {"max_prompt_length": None, "completion_must_fit": True, "replies": "episode"}
+    (example,), _ = encode(data, turns, run.chat, window=None, max_completion_length=1000, **fits)
+    replies = [len(run.chat.encode_reply(m)) for m in data[0].episode if m["role"] == "assistant"]
+    whole = len(example.teacher_ids or []) + len(example.completion_ids)
+    encode(data, turns, run.chat, window=whole, max_completion_length=max(replies), **fits)
+    with pytest.raises(UserError, match=rf"prompt and episode have {whole} tokens, limit {whole - 1} \(the context"):
+        encode(data, turns, run.chat, window=whole - 1, max_completion_length=max(replies), **fits)
 
 
 # --- other users of rows ---

@@ -573,6 +573,18 @@ def test_a_plan_of_memory_counts_whole_episodes(talks: Settings) -> None:
     assert short == length(environment="none")
 
 
+def test_a_plan_of_memory_counts_longer_episodes_of_a_cold_start(
+    talks: Settings, write_rows: Callable[..., Path]
+) -> None:
+    says = [{"role": role, "content": "ab"} for role in ("assistant", "user") * 4]
+    data = str(write_rows([{"prompt": "q", "completion": says[:-1], "answer": 1}], name="long.jsonl"))
+    config = talks(data=data, context="turns", cold_start_steps=1, max_episode_length=16)
+    (example,) = Trainer(config).stage.task.examples
+    lengths = MemoryPlanner(config, load_demonstrations(data), Device("cpu", "no")).plan(config).lengths
+    prompts = len(example.student_ids), len(example.teacher_ids or [])
+    assert lengths == tuple(prompt + len(example.completion_ids) for prompt in prompts)
+
+
 # --- mistakes ---
 
 

@@ -25,8 +25,9 @@ from selfdistill.methods import FROZEN, Method, Part, uses
 from selfdistill.methods.grpo import GroupAdvantages, grpo
 from selfdistill.methods.hints import HintSchedule
 from selfdistill.methods.sdft import sdft
+from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.sft import sft
-from selfdistill.model import TeacherRule
+from selfdistill.model import Sampling, TeacherRule
 from selfdistill.training.checkpoint import checkpoint_at, list_checkpoints
 
 MODULE = '''
@@ -350,6 +351,14 @@ FOLLOWS = "but only the task's teacher follows the student; give the task the sa
         (
             lambda config: replace(grpo(config)[0], relative_weights=True),
             ": slot 'relative_weights': found True without 'weighting'; give one, or leave this out",
+        ),
+        (
+            lambda config: replace(
+                sdft(config)[0], importance_cap=2.0, sequence=StudentSamples(Sampling(8, temperature=0), 1, 0)
+            ),
+            ": slot 'importance_cap': needs samples from the full distribution, found "
+            "Sampling(max_completion_length=8, temperature=0, top_p=1.0, top_k=0); use a temperature above 0, top_p 1 "
+            "and top_k 0, or leave this out",
         ),
         (
             lambda config: replace(sft(config)[0], also=("more", sft(config)[0])),

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from selfdistill.config import CheckConfig, TrainConfig
+from selfdistill.data import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check
 from selfdistill.model.fake import check_matching
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.matching import load_matching
 from selfdistill.training import plan_for
+from selfdistill.training.memory import MemoryPlanner
+from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
 
 
@@ -100,3 +103,23 @@ def test_a_teacher_is_checked_and_another_chat_format_noted(
     assert capsys.readouterr().err.count(note) == 1
     Trainer(settings(teacher_model=str(model_folder(seed=1))))
     assert "reads chats" not in capsys.readouterr().err
+
+
+def test_prompts_fit_into_the_context_window_of_a_separate_teacher(
+    settings: Callable[..., TrainConfig], model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(context="turns")
+    lengths = [len(example.teacher_ids or []) for example in Trainer(config).stage.task.examples]
+    room = max(lengths) + config.max_completion_length - 1
+    values = {"context": "turns", "teacher_model": str(model_folder(seed=1, room=room))}
+    with pytest.raises(UserError, match=f"teacher's prompt has {max(lengths)} tokens, limit {max(lengths) - 1}; "):
+        Trainer(settings(**values))
+    note = f"note: prompt plus completion may have {room} tokens, the context window of the separate teacher"
+    assert capsys.readouterr().err.count(note) == 1
+    shorter = settings(**values, on_long_prompt="drop")
+    run = Trainer(shorter)
+    assert len(run.stage.task.examples) == len([length for length in lengths if length < max(lengths)])
+    assert run.selector.window == room
+    plan = MemoryPlanner(shorter, load_demonstrations(shorter.data), Device("cpu", "no")).plan(shorter)
+    assert plan.lengths[1] <= room
+    assert run.loaded.window == 512  # its evaluations may be longer

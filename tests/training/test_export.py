@@ -379,6 +379,22 @@ def test_a_checkpoint_of_a_run_whose_base_moved_or_changed(
         export(ExportConfig(run=str(run), output_dir=str(tmp_path / "no"), step=1, adapter_base=str(moved)))
 
 
+def test_a_checkpoint_of_a_run_that_began_on_another_runs_adapter(
+    trained: Callable[..., Path], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, moved = tmp_path / "base", tmp_path / "moved"
+    shutil.copytree(model_folder(), base)
+    first = trained(model=str(base), lora_rank=2, out="first")
+    second = trained(model=str(first), lora_rank=2, out="second", max_steps=1, save_steps=1)
+    base.rename(moved)
+    out = export(ExportConfig(run=str(second), output_dir=str(tmp_path / "out"), step=1, adapter_base=str(moved)))
+    exported, final = (logits(AutoModelForCausalLM.from_pretrained(folder)) for folder in (out, second / "final"))
+    assert torch.equal(exported, final)
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match=f"model '{first}'.*"):
+        export(ExportConfig(run=str(second), output_dir=str(tmp_path / "no"), step=1, adapter_base=str(moved)))
+
+
 def test_a_checkpoint_needs_no_method_that_was_given_in_python(
     settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,11 +204,11 @@ def test_a_teacher_may_be_quantised(settings: Make, model_folder: Callable[..., 
     assert planned(settings(teacher_model=str(teacher))).untraced is None
 
 
-def test_a_teacher_that_cannot_be_used_is_reported_where_it_is_loaded(settings: Make, tmp_path: Path) -> None:
+def test_a_teacher_that_cannot_be_used_is_reported_once_its_files_are_read(settings: Make, tmp_path: Path) -> None:
     config = settings(teacher_model=str(tmp_path))
     with pytest.raises(UserError, match="the folder has neither") as error:
         train(config)
-    assert any(entry.name == "_other_teacher" for entry in error.traceback)
+    assert any(entry.name == "make_stages" for entry in error.traceback)
 
 
 @pytest.mark.slow

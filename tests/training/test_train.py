@@ -46,6 +46,8 @@ from selfdistill.config.train import TrainConfig
 from selfdistill.data.chat_format import ChatFormat
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation.answers import answer
+from selfdistill.methods import METHODS, Method
+from selfdistill.methods.sequences import StudentSamples
 from selfdistill.methods.slots import Completion
 from selfdistill.model.loading import load_model
 from selfdistill.model.sampling import Sampling
@@ -1089,6 +1091,16 @@ def test_the_teachers_drift_is_zero_the_students_or_its_own(settings: Callable[.
         assert 0 < last["drift/teacher"] != last["drift/student"]
 
 
+def test_a_separate_teacher_has_no_drift(
+    settings: Callable[..., TrainConfig], model_folder: Callable[..., Path]
+) -> None:
+    config = settings(teacher_model=str(model_folder(ends=ENDS, seed=1)), learning_rate=1e-2, drift_steps=3)
+    train(config)
+    last = metrics_of(config)[-1]
+    assert last["drift/student"] > 0
+    assert "drift/teacher" not in last
+
+
 @pytest.mark.parametrize("teacher", quick(["ema", "frozen"], "ema"))
 def test_a_final_adapter_is_what_was_trained_and_loads_with_peft(
     settings: Callable[..., TrainConfig], teacher: Any
@@ -1306,6 +1318,18 @@ def test_on_policy_the_importance_weight_is_one_at_any_temperature(
         assert add_gradient(run, shifted(shift)).importance == pytest.approx(ratio, abs=2e-3)
         expected = {name: ratio * g for name, g in on_policy.items()}
         assert largest_difference(gradients(run.loaded.model), expected) < 2e-3
+
+
+def test_the_importance_weight_is_at_the_temperature_of_the_methods_samples(
+    settings: Callable[..., TrainConfig],
+) -> None:
+    def cooler(config: TrainConfig) -> Method:
+        (method,) = METHODS["sdft"](config)
+        return replace(method, sequence=StudentSamples(Sampling(8, temperature=0.5), 1, config.seed))
+
+    run = moved_run(settings(method=cooler, importance_cap=2.0, batch_size=4))
+    completions = run.stage.task.method.sequence(run.loaded, run.stage.task.examples[:4], 3)
+    assert add_gradient(run, completions).importance == pytest.approx(1.0, abs=1e-3)
 
 
 def test_the_learning_rate_follows_the_schedule_and_the_gradient_is_clipped(
