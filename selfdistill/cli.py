@@ -26,6 +26,7 @@ from selfdistill.errors import RunFailed, UserError
 from selfdistill.runtime import (
     Printable,
     check_writable,
+    finite,
     is_out_of_memory,
     is_rank0,
     planned_devices,
@@ -317,8 +318,8 @@ _RUN: dict[str, Callable[[dict[str, Any]], int]] = {
 def _printed(given: dict[str, Any]) -> Iterator[Callable[[Printable | None, dict[str, Any]], None]]:
     """Yield a function that prints a result and, with ``--json``, writes its details as JSON.
 
-    Checks before the work that the file can be written, and writes it before anything is printed. With ``-`` the JSON
-    goes to standard output, and everything else to standard error.
+    Checks before the work that the file can be written, and writes it before anything is printed; the result is printed
+    also if that fails. With ``-`` the JSON goes to standard output, and everything else to standard error.
     """
     file: str | None = given.pop("json", None)
     if file not in (None, "-"):
@@ -326,15 +327,17 @@ def _printed(given: dict[str, Any]) -> Iterator[Callable[[Printable | None, dict
     shown: list[dict[str, Any]] = []
 
     def show(result: Printable | None, details: dict[str, Any]) -> None:
-        if file not in (None, "-"):
-            text = json.dumps(details, indent=2, ensure_ascii=False)
-            Path(file).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        if result is not None:
-            result.print(result_console())
+        try:
+            if file not in (None, "-"):
+                text = json.dumps(finite(details), indent=2, ensure_ascii=False)
+                Path(file).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        finally:
+            if result is not None:
+                result.print(result_console())
         shown.append(details)
 
     with contextlib.redirect_stdout(sys.stderr) if file == "-" else contextlib.nullcontext():
         yield show
     if file == "-":
         utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
-        print(json.dumps(shown[0], indent=2, ensure_ascii=not utf8))
+        print(json.dumps(finite(shown[0]), indent=2, ensure_ascii=not utf8))

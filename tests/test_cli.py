@@ -1150,6 +1150,27 @@ def test_eval_writes_json(here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert alone.items() <= result.items()
 
 
+def test_a_result_that_cannot_be_written_is_printed(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "write_text", raising(errno.ENOSPC, "result.json"))
+    assert main(shlex.split(f"eval {BASE} --json result.json")) == 2
+    out, err = capsys.readouterr()
+    assert "new task" in out
+    assert err.endswith("result.json: No space left on device; free some space or choose another place\n")
+
+
+@pytest.mark.parametrize("file", ["-", "result.json"])
+def test_what_json_cannot_hold_is_null(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    found = {"output": "page.html", "summary": [float("nan"), {"low": float("-inf")}, (0.5, None)]}
+    monkeypatch.setattr("selfdistill.comparison.report", lambda _: found)
+    trained(f"report run --json {file}")
+    text = capsys.readouterr().out if file == "-" else Path(file).read_text()
+    assert json.loads(text)["summary"] == [None, {"low": None}, [0.5, None]]
+
+
 def test_a_data_file_whose_name_is_not_utf_8(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = os.fsdecode(b"caf\xe9.jsonl")
     Path("train.jsonl").rename(data)
@@ -1277,6 +1298,15 @@ def test_a_dry_run_prints_everything_and_writes_nothing(here: Path, capsys: pyte
     assert "# as the teacher sees it" in out
     assert re.search(r"[\d.]+ s per step, .* for 40 steps, peak memory [\d.]+ GiB; nothing was written", out)
     assert "MiB by plan" in out
+
+
+def test_rows_that_a_dry_run_prints_do_not_control_the_terminal(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jsonl("train.jsonl", [{"prompt": "\x1b[2Jq", "completion": "\x1b]52;c;aGk=\x1b\\a"}] * 4)
+    trained(f"{SDFT} --dry_run")
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"\u001b[2Jq" in out
+    assert r"\u001b]52;c;aGk=\u001b\a" in out
 
 
 def test_a_dry_run_may_name_what_exists(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,18 +37,19 @@ def test_of_a_comparison_with_several_seeds() -> None:
         "sentence": "",
     }
     said = on_80_columns(CompareResult(Path("folder"), details))
-    numbers = "1200 0.751 (0.61, 0.89) 0.712 (0.69, 0.73) 0.123 (0.10, 0.15) 1000.0 0.152 0.803 0.954"
+    numbers = "1200 0.751 (0.61, 0.89) 0.712 (0.69, 0.73) 0.123 (0.100, 0.150) 1000.0 0.152 0.803 0.954"
     assert [number for number in numbers.split() if number not in said] == []
 
 
-def test_of_an_evaluation_beside_the_base() -> None:
+@pytest.mark.parametrize(("p", "shown"), [(0.045, "0.045"), (1e-9, "<0.001")])
+def test_of_an_evaluation_beside_the_base(p: float, shown: str) -> None:
     scores: dict[str, Any] = {"accuracy": 0.751, "accuracy_interval": (0.61, 0.89), "completion/thinking": 0}
     scores |= {f"completion/{key}": 1.0 for key in ("length", "said", "truncated")}
-    paired = {"difference": 0.123, "low": 0.01, "high": 0.23, "p": 0.045, "unlike": 0.2}
+    paired = {"difference": 0.123, "low": 0.01, "high": 0.23, "p": p, "unlike": 0.2}
     details = {**scores, "items": 12345, "dropped": 0, "scorers": ["python:my_package.my_module.my_function"]}
     details |= {"base": scores | {"accuracy": 0.628}, "settings": {"context": None}, "paired": {"accuracy": paired}}
     said = on_80_columns(EvalResult("a/folder/of/a/model", "test.jsonl", details))
-    numbers = "12345 0.751 (0.61, 0.89) 0.628 +0.123 (0.01, 0.23) 0.045"
+    numbers = f"12345 0.751 (0.61, 0.89) 0.628 +0.123 (0.01, 0.23) {shown}"
     assert [number for number in numbers.split() if number not in said] == []
 
 

@@ -65,7 +65,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
             on = "" if items == base["items"] else f", {number_of(items, 'item')}"
             shown.add_row(f"{name}{on}", "", "", f"{result[key]['accuracy']:.3f}", "", "", "")
     for row in result["table"]:
-        cells = [_cell(row[key]) for key in ("accuracy", "prior_accuracy", "kl_base")]
+        cells = [_cell(row["accuracy"]), _cell(row["prior_accuracy"]), _cell(row["kl_base"], digits=3)]
         name = f"{row['method']} {row['learning_rate']:g}"
         shown.add_row(escape(name), str(row["steps"]), str(row["seeds"]), *cells, f"{row['seconds'] / 60:.1f}")
     console.print(shown)
@@ -78,8 +78,9 @@ def _print(result: dict[str, Any], console: Console) -> None:
         console.print(assumption(result["teacher"], result["moved"]), highlight=False, markup=False)
 
 
-def _cell(value: tuple[float, float | None, float | None] | None) -> str:
+def _cell(value: tuple[float, float | None, float | None] | None, *, digits: int = 2) -> str:
+    """The value and, with ``digits`` decimals, its interval."""
     if value is None:
         return ""
     middle, low, high = value
-    return f"{middle:.3f}" + ("" if low is None or low == high else f" ({low:.2f}, {high:.2f})")
+    return f"{middle:.3f}" + ("" if low is None or low == high else f" ({low:.{digits}f}, {high:.{digits}f})")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from selfdistill.comparison.plots import Curve, Point, over
+from selfdistill.comparison.plots import Curve, Point, number, over
 from selfdistill.comparison.run_folders import Json, RunFolder
 from selfdistill.runtime import METRICS
 
@@ -88,8 +88,3 @@ def numbers(runs: list[RunFolder]) -> list[list[str]]:
 def _numbers_of(what: str, name: str, points: Sequence[Point]) -> list[list[str]]:
     values = [y for _, y in points]
     return [[what, name, *map(number, (values[0], values[-1], min(values), max(values)))]] if values else []
-
-
-def number(value: float | None) -> str:
-    """The value with three significant digits; empty for None."""
-    return "" if value is None else f"{value:.3g}"

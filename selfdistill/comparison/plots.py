@@ -179,7 +179,14 @@ def _described(what: str, curves: Sequence[Curve]) -> str:
 
 
 def _pair(point: Point) -> str:
-    return f"({point[0]:.3g}, {point[1]:.3g})"
+    return f"({number(point[0])}, {number(point[1])})"
+
+
+def number(value: float | None) -> str:
+    """The value with three significant digits, from 1000 on without decimals; empty for None."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 _figures = itertools.count()

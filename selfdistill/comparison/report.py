@@ -19,14 +19,16 @@ from markupsafe import Markup
 
 from selfdistill import __version__
 from selfdistill.comparison.conclusions import assumption
-from selfdistill.comparison.curves import NUMBERS_HEAD, SCORES, figures, number, numbers, series
-from selfdistill.comparison.plots import Curve, Point, over, pareto_front, trade_off
+from selfdistill.comparison.curves import NUMBERS_HEAD, SCORES, figures, numbers, series
+from selfdistill.comparison.plots import Curve, Point, number, over, pareto_front, trade_off
 from selfdistill.comparison.replies import first_of_each, shown_replies
 from selfdistill.comparison.run_folders import LACKS, Json, Part, RunFolder, curve_name, read_folders
 from selfdistill.config import ReportConfig, TrainConfig
 from selfdistill.errors import UserError, number_of
 from selfdistill.runtime import check_writable
 
+COLOURED_TOKENS = 600
+"""Most tokens of a rollout that are coloured; each is about 600 bytes of the page, and a stop of the Tab key."""
 FULL_COLOUR = 3
 """Implicit reward, positive or negative, in nats, at which a token is fully coloured."""
 EPISODES = {
@@ -37,6 +39,8 @@ EPISODES = {
 """Means over the episodes of an evaluation, by key."""
 SCALE = ("model", "test", "test_split", "prior", "scorer", "judge_model", "environment", "max_completion_length")
 """Settings on which scores depend; a figure has runs that share them."""
+HEADS = {"kl_base": f"{SCORES['kl_base']}, nats per token"}
+"""Heads of columns of scores that have a unit, by key."""
 PROFILE = 24
 """Number of completion positions in the first-token profile."""
 
@@ -172,12 +176,12 @@ def _results(part: Part) -> list[Table]:
             [
                 curve_name(row),
                 str(row["steps"]),
-                *(_triple(row.get(key)) for key in SCORES),
+                *(_triple(row.get(key), digits=3 if key == "kl_base" else 2) for key in SCORES),
                 f"{row['seconds'] / 60:.1f}",
             ]
             for row in part.comparison["table"]
         ]
-        head = ["method", "steps", *SCORES.values(), "minutes"]
+        head = ["method", "steps", *(HEADS.get(key, words) for key, words in SCORES.items()), "minutes"]
         tables.append(Table("Each method, mean over seeds [95% interval]", head, rows))
     evaluated = [(run.name, line) for run in part.runs for line in run.evaluations]
     if part.comparison:
@@ -194,7 +198,7 @@ def _results(part: Part) -> list[Table]:
             "truncated",
             *means,
             *priors,
-            SCORES["kl_base"],
+            HEADS["kl_base"],
             "minutes",
         ]
         rows = [
@@ -301,16 +305,19 @@ def _is_scored(view: Json) -> bool:
 
 def _heading(view: Json) -> str:
     """The step of a rollout and how it ended."""
+    plain = len(view["tokens"]) - COLOURED_TOKENS
+    plain_ones = f", the last {number_of(plain, 'token')} not coloured" if plain > 0 and _is_scored(view) else ""
     if "turns" not in view:
-        return f"Step {view['step']}" + (", truncated at the length limit" if view.get("truncated") else "")
+        cut = ", truncated at the length limit" if view.get("truncated") else ""
+        return f"Step {view['step']}{cut}{plain_ones}"
     judged = "not judged" if view["reward"] is None else f"reward {view['reward']:.2f}"
     turns = number_of(len(view["turns"]), "turn")
-    return f"Step {view['step']}, {turns}, {judged}" + (f": {view['feedback']}" if view["feedback"] else "")
+    return f"Step {view['step']}, {turns}{plain_ones}, {judged}" + (f": {view['feedback']}" if view["feedback"] else "")
 
 
 def _turns(view: Json) -> list[Json]:
     """The turns of an episode, each with its tokens and the observations after it; a single reply is one turn."""
-    tokens = iter([_token(token) for token in view["tokens"]])
+    tokens = iter([_token(token, coloured=at < COLOURED_TOKENS) for at, token in enumerate(view["tokens"])])
     if "turns" not in view:
         return [{"speaker": "", "tokens": list(tokens), "observations": []}]
     return [
@@ -336,12 +343,13 @@ def _profile(views: list[Json], step: int) -> list[Point]:
     return [(at + 1, mean(tokens[at]["kl"] for tokens in rollouts if len(tokens) > at)) for at in range(longest)]
 
 
-def _token(token: Json) -> Json:
+def _token(token: Json, *, coloured: bool) -> Json:
     """A token with its implicit reward log q - log p and the strength of its colour, if a teacher scored it."""
+    coloured = coloured and "logq" in token
     shown: Json = {"text": visible(token["text"]), "lines": visible(token["text"]).replace("↵", "↵\n")}
     if not token["text"]:  # a part of the character that the next token completes
-        shown["lines"] = "·" if "logq" in token else ""
-    if "logq" not in token:
+        shown["lines"] = "·" if coloured else ""
+    if not coloured:
         return shown
     reward = token["logq"] - token["logp"]
     return shown | {
@@ -373,19 +381,19 @@ def _share(probability: float) -> str:
     return f"{probability:.0%}" if probability >= 0.01 else "<1%"
 
 
-def _interval(value: float, interval: Sequence[float | None] | None) -> str:
+def _interval(value: float, interval: Sequence[float | None] | None, *, digits: int = 2) -> str:
     """The value with its interval, if any; a single seed, or seeds with equal values, have none."""
     if interval is None or None in interval or interval[0] == interval[1]:
-        return f"{value:.2f}"
-    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
 
 
 def _score(line: Json) -> str:
     return _interval(line["accuracy"], line.get("accuracy_interval"))
 
 
-def _triple(values: Sequence[float] | None) -> str:
-    return "" if values is None else _interval(values[0], values[1:])
+def _triple(values: Sequence[float] | None, *, digits: int) -> str:
+    return "" if values is None else _interval(values[0], values[1:], digits=digits)
 
 
 def _prior(scores: Json | None) -> str:

@@ -58,7 +58,7 @@ from selfdistill.data.messages import (
 )
 from selfdistill.data.named import GIVEN, by_name, is_own, known_or_own, named, own_function
 from selfdistill.data.prompts import PROMPT_ROWS, load_prompts, notes_on_rendered
-from selfdistill.data.readers import read_jsonl
+from selfdistill.data.readers import is_data_file, read_jsonl
 from selfdistill.data.rows import (
     RawRow,
     RowError,
@@ -151,6 +151,7 @@ __all__ = [
     "from_text",
     "hintable",
     "includes",
+    "is_data_file",
     "is_one_text",
     "is_own",
     "is_packaged",

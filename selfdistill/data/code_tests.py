@@ -29,6 +29,8 @@ LIMITS = {"cpu": 1, "wall": 10, "memory": 256 * 2**20, "file": 2**20, "files": 3
 
 _CHILD = Path(__file__).with_name("code_child.py")
 _FENCED = re.compile(r"^([ \t]*)```+[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_LIBRARIES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+"""Variables without which some Pythons do not start; they hold folders."""
 _MOST_AT_ONCE = 8
 
 
@@ -55,10 +57,10 @@ def code_in(reply: str) -> str:
 def run_tests(replies: Sequence[str], tests: Sequence[Sequence[str]]) -> list[CodeResult]:
     """Run each reply's code and then its tests, Python statements that raise where the code is wrong.
 
-    A process ends at ``LIMITS``, and with this one. It has no environment but a fixed hash seed, only the standard
-    library and an empty folder. An audit hook of Python refuses network, processes, signals and files to write: what
-    asks for one gets an error. On Linux the kernel, too, gives it no network, where it permits that. What the code
-    prints is thrown away.
+    A process ends at ``LIMITS``, and with this one. It has no environment but a fixed hash seed and what Python needs
+    to start, only the standard library and an empty folder. An audit hook of Python refuses network, processes, signals
+    and files to write: what asks for one gets an error. On Linux the kernel, too, gives it no network, where it permits
+    that. What the code prints is thrown away.
 
     Args:
         replies: what the model has written, without thoughts.
@@ -83,11 +85,14 @@ def _run(code: str, tests: Sequence[str]) -> CodeResult:
     job = json.dumps({"code": code, "tests": list(tests), "limits": LIMITS}).encode()
     # Not as a file, whose folder would be on the path; not with -I, which would ignore the seed.
     command = [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _CHILD.read_text(encoding="utf-8")]
+    # The seed gives the same verdict every time, also on code that depends on a set's order.
+    environment = {"PYTHONHASHSEED": "0"} | {name: os.environ[name] for name in _LIBRARIES if name in os.environ}
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
             tempfile.TemporaryFile() as given,
             tempfile.TemporaryFile() as said,
+            tempfile.TemporaryFile() as errors,
         ):
             given.write(job)
             given.seek(0)
@@ -95,14 +100,15 @@ def _run(code: str, tests: Sequence[str]) -> CodeResult:
                 command,
                 stdin=given,
                 stdout=said,
-                stderr=subprocess.DEVNULL,
+                stderr=errors,
                 cwd=folder,
-                env={"PYTHONHASHSEED": "0"},  # the same verdict every time, also on code that depends on a set's order
+                env=environment,
                 start_new_session=True,
             )
             in_time = _wait(process)
             said.seek(0)
-            return _result(_lines(said.read()), process.returncode, in_time)
+            errors.seek(0)
+            return _result(_lines(said.read()), process.returncode, in_time, errors.read())
     except OSError as error:
         raise UserError(f"scorer 'code': cannot start a process: {error.strerror or error}") from error
 
@@ -132,14 +138,17 @@ def _lines(said: bytes) -> list[dict[str, Any]]:
     return found
 
 
-def _result(lines: list[dict[str, Any]], status: int, in_time: bool) -> CodeResult:
+def _result(lines: list[dict[str, Any]], status: int, in_time: bool, errors: bytes) -> CodeResult:
     last = lines[-1] if lines else {}
     if "unusable" in last:
         return CodeResult(False, unusable=_text(last["unusable"]))
     if "passed" in last and in_time:
         return CodeResult(last["passed"] is True, _text(last.get("feedback")))
     if "at" not in last and in_time and status != -signal.SIGXCPU:
-        raise UserError(f"scorer 'code': the process of a reply ended with status {status} before it began")
+        why = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise UserError(
+            f"scorer 'code': the process of a reply ended with status {status} before it began" + (why and f": {why}")
+        )
     if not in_time:
         end = f"did not end within {LIMITS['wall']} s"
     elif status == -signal.SIGXCPU:

@@ -35,7 +35,7 @@ from selfdistill.evaluation.generate import (
 )
 from selfdistill.methods import EpisodeRow, begun, episode_rules
 from selfdistill.model import LoadedModel, Sampling, load_model, sample_seed, to_best_device
-from selfdistill.runtime import Printable, say_note
+from selfdistill.runtime import Printable, say_note, unobeyed
 
 QUESTION = "question"
 """Source of the row that a question is, in messages."""
@@ -66,26 +66,27 @@ class AskResult(Printable):
         return found | {"episode": self.episode, "base_episode": self.base_episode}
 
     def print(self, console: Console) -> None:
-        """Print the replies, or the transcripts of the episodes, side by side."""
+        """Print the reply, or the transcript of the episode, as it is; with a base, both side by side."""
+        reply = _shown(self.reply, self.episode)
+        if self.base_reply is None:
+            console.print(reply, markup=False, highlight=False, soft_wrap=True)
+            return
         table = Table(title=None, expand=False)
-        sides = {"model": _shown(self.reply, self.episode)}
-        if self.base_reply is not None:
-            sides = {"base": _shown(self.base_reply, self.base_episode), **sides}
-        for name in sides:
+        for name in ("base", "model"):
             table.add_column(name, overflow="fold", max_width=60)
-        table.add_row(*map(Text, sides.values()))  # text, not rich's markup
+        table.add_row(Text(_shown(self.base_reply, self.base_episode)), Text(reply))  # text, not rich's markup
         console.print(table)
 
 
 def _shown(reply: str, episode: dict[str, Any] | None) -> str:
     """A reply, or the transcript of an episode and how it ended."""
     if episode is None:
-        return reply if reply.strip() else "(empty reply)"
+        return unobeyed(reply) if reply.strip() else "(empty reply)"
     end = episode["feedback"]
     if not episode["truncated"] and episode["reward"] is not None:
         end = f"reward {episode['reward']:.2f}, of a row without an answer" + (f": {end}" if end else "")
     end = ": ".join(filter(None, [number_of(episode["turns"], "turn"), end]))
-    return f"{as_transcript(episode['messages'])}\n({end})"
+    return unobeyed(f"{as_transcript(episode['messages'])}\n({end})")
 
 
 def ask(config: AskConfig, conversation: Sequence[Message] | None = None) -> AskResult:

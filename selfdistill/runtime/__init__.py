@@ -11,6 +11,7 @@ from selfdistill.runtime.console import (
     result_table,
     say,
     say_note,
+    unobeyed,
 )
 from selfdistill.runtime.distributed import (
     RaisedOnAllRanks,
@@ -32,6 +33,7 @@ from selfdistill.runtime.files import (
     check_writable,
     corruption,
     drop_partial_line,
+    finite,
     folder_lock,
     fsync,
     refuse_edited,
@@ -92,6 +94,7 @@ __all__ = [
     "clock",
     "corruption",
     "drop_partial_line",
+    "finite",
     "folder_lock",
     "free_bytes",
     "free_memory",
@@ -123,6 +126,7 @@ __all__ = [
     "sha256",
     "unfinished",
     "unlisted_files",
+    "unobeyed",
     "world_size",
     "write_atomically",
     "write_json",

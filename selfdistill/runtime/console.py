@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from selfdistill.runtime.distributed import is_rank0
@@ -28,6 +29,8 @@ from selfdistill.runtime.distributed import is_rank0
 _logger = logging.getLogger("selfdistill")
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
 _noted: ContextVar[set[str] | None] = ContextVar("noted", default=None)
+_bars: ContextVar[Progress | None] = ContextVar("bars", default=None)
+"""The bars that the terminal shows now."""
 
 
 def result_console() -> Console:
@@ -47,6 +50,11 @@ def result_table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
+def unobeyed(text: str) -> str:
+    r"""The text with what a terminal would obey written as ``\u001b``: control characters, except tab and newline."""
+    return "".join(f"\\u{ord(c):04x}" if unicodedata.category(c) == "Cc" and c not in "\t\n" else c for c in text)
+
+
 class _ProgressConsole(Console):
     """Console that falls silent when its reader ends; rich itself would exit."""
 
@@ -58,10 +66,36 @@ SECONDS_BETWEEN_LINES = 10
 """Interval of progress lines without a terminal."""
 
 
+def _new_bars() -> Progress | None:
+    """What shows bars on a terminal; None without one, or where lines cannot be drawn again.
+
+    The note is last, and takes the room that the rest leaves.
+    """
+    console = _ProgressConsole(stderr=True, highlight=False, emoji=False)
+    if not (console.is_interactive and sys.stderr.isatty()):  # rich takes FORCE_COLOR for a terminal
+        return None
+    cut: dict[str, Any] = {"no_wrap": True, "overflow": "ellipsis"}
+    others = 50  # columns of a terminal that the rest takes
+    what = Column(max_width=max(console.width - others, others // 5), **cut)
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=what),
+        BarColumn(10),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, **cut)),
+        console=console,
+        expand=True,
+        redirect_stdout=sys.stdout.isatty(),  # else what others print there would go to standard error
+    )
+
+
 class ProgressBar:
     """Progress of a long task: a bar with the remaining time on a terminal, occasional lines elsewhere.
 
-    Writes to standard error; standard output is for results.
+    Writes to standard error; standard output is for results. A bar within another is shown below it, and removed at its
+    end.
 
     Args:
         what: name of the task.
@@ -72,38 +106,36 @@ class ProgressBar:
     """
 
     def __init__(self, what: str, total: int, *, start: int = 0, every: int | None = None, quiet: bool = False) -> None:
-        self.console = _ProgressConsole(stderr=True, highlight=False, emoji=False)
         what = what.encode("utf-8", "backslashreplace").decode()  # a file's name in it may not be UTF-8
         self._every, self._what, self._total, self._start = every, what, total, start
-        self._quiet = quiet = quiet or _silent.get() or not is_rank0()
+        self._quiet = quiet or _silent.get() or not is_rank0()
         self._began = self._said = time.monotonic()
-        self._progress: Progress | None = None
-        if self.console.is_terminal and not quiet:
-            columns = [
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-            ]
-            self._progress = Progress(
-                *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console
-            )
-            self._task = self._progress.add_task(what, total=total, completed=start, note="")
 
     def __enter__(self) -> ProgressBar:
-        if self._progress is not None:
-            self._progress.start()
+        shown = _bars.get()
+        self._outermost = shown is None
+        self._bars = None if self._quiet else shown or _new_bars()
+        if self._bars is not None:
+            self._task = self._bars.add_task(self._what, total=self._total, completed=self._start, note="")
+            if self._outermost:
+                self._bars.start()
+                _bars.set(self._bars)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            with suppress(OSError):  # the terminal is closed
-                self._progress.stop()
+        if self._bars is None:
+            return
+        with suppress(OSError):  # the terminal is closed
+            if self._outermost:
+                _bars.set(None)
+                self._bars.stop()
+            else:
+                self._bars.remove_task(self._task)
 
     def advance(self, done: int, note: str = "") -> None:
         """Report that ``done`` parts in total are done."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, note=note)
+        if self._bars is not None:
+            self._bars.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
         due = done % self._every == 0 if self._every else now - self._said >= SECONDS_BETWEEN_LINES

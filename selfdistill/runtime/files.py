@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,15 @@ def write_atomically(file: Path, text: str) -> None:
 def write_json(file: Path, value: Any) -> None:
     """Write a value as JSON with :func:`write_atomically`."""
     write_atomically(file, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with None in place of numbers that JSON lacks: NaN, and the infinite ones."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 WRITTEN = "written.json"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from selfdistill.config import Settings
+from selfdistill.data import is_data_file
 from selfdistill.errors import UserError, one_line
 from selfdistill.runtime.console import say_note
 from selfdistill.runtime.distributed import is_rank0
@@ -135,11 +136,11 @@ class MetricsFile(StepsFile):
 
 
 def public_name(name: str) -> str:
-    """A model or data set name safe to publish: the hub id, or a path's last part.
+    """A model or data set name safe to publish: the hub id, or a path's last part; a file's name is a path.
 
     Of ``run/final`` it is the run, and of a state's ``0001-skill/model`` the skill.
     """
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or os.path.exists(name):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or is_data_file(name) or os.path.exists(name):
         path = Path(os.path.abspath(name))
         of_skill = path.name == "model" and re.match(r"\d{4}-", path.parent.name)
         name = path.parent.name if path.name == "final" or of_skill else path.name
@@ -175,6 +176,19 @@ def _public_text(value: str) -> str:
     if "/" in head:  # a path with "=" in it
         return public_name(value)
     return head + equals + public_name(tail) if "/" in tail else value
+
+
+_ONLY_WHAT_IS_SENT = {
+    "console": "off",
+    "disable_code": True,
+    "disable_git": True,
+    "program": "selfdistill",
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_save_requirements": False,
+}
+"""Settings with which wandb does not collect by itself: command line, names of host and user, paths, git's remote,
+installed packages and what is printed. A release of wandb without one of them refuses to start."""
 
 
 def check_tracker(name: str) -> None:
@@ -221,7 +235,7 @@ class Tracker:
             identity, run = file.read_text(encoding="utf-8").strip(), public_name(str(output_dir))
             options = {"name": f"{run}-{identity}", "resume": "allow"}
             if name == "wandb":
-                options |= {"id": identity, "dir": str(output_dir)}
+                options |= {"id": identity, "dir": str(output_dir), "settings": _ONLY_WHAT_IS_SENT}
         try:
             with redirect_stdout(sys.stderr):  # trackio prints
                 accelerator.init_trackers(project, config=public_settings(config), init_kwargs={name: options})

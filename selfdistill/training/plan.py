@@ -24,6 +24,7 @@ from selfdistill.runtime import (
     check_tracker,
     own_memory,
     peak_memory,
+    unobeyed,
     world_size,
 )
 from selfdistill.training.first_lines import first_lines
@@ -81,7 +82,7 @@ class Plan(Printable):
             f"{number_of(self.config.max_steps, 'step')}, peak memory {self.peak_gib:.1f} GiB; nothing was written",
         ]
         for part in parts:
-            console.print(part, markup=False, highlight=False, soft_wrap=True)
+            console.print(unobeyed(part), markup=False, highlight=False, soft_wrap=True)
         if self.memory is not None:
             self.memory.print(console)
 

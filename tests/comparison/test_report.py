@@ -251,6 +251,28 @@ def test_a_run_is_shown_whole(here: Path) -> None:
     assert tokens[1]["aria-label"] == " 17: reward +2.18; teacher prefers  17 98%, ↵ <1%,  box <1%"
 
 
+def test_long_completions_and_small_distances_keep_their_digits(here: Path) -> None:
+    long = [evaluation(4, 0.8, 0.0042, step=step) | {"completion/length": 1024.4} for step in (0, STEPS)]
+    jsonl(Path("skill/evaluations.jsonl"), long)
+    comparison = json.loads(Path("both/comparison.json").read_text(encoding="utf-8"))
+    for row in comparison["table"]:
+        row["kl_base"] = [0.0042, 0.0031, 0.0053]
+    Path("both/comparison.json").write_text(json.dumps(comparison), encoding="utf-8")
+    page = report("skill both")
+    assert {"1024", "0.0042", "0.004 [0.003, 0.005]"} <= set(page.cells)
+    assert page.cells.count("KL(base||model), nats per token") == 3
+    assert "(0, 1024) to (1200, 2048)" in over([Curve("c", [(0, 1024.4), (1200, 2048.1)])], "step", "tokens")
+
+
+def test_only_the_start_of_a_long_rollout_is_coloured(here: Path) -> None:
+    words = [f"w{number}" for number in range(1000)]
+    jsonl(Path("skill/token_views.jsonl"), [view(STEPS, 1, words)])
+    page = report("skill")
+    assert "".join(words[600:]) in page.text
+    assert len([span for span in page.attributes("span") if span.get("class", "").startswith("token ")]) == 600
+    assert f"Step {STEPS}, the last 400 tokens not coloured" in page.text
+
+
 def test_what_the_teacher_sees_is_shown_with_each_reply(here: Path) -> None:
     text = report("skill").text
     for step in (0, STEPS):

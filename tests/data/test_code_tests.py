@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from selfdistill.data.code_tests import LIMITS, CodeResult, code_in, run_tests
+from selfdistill.errors import UserError
 
 TESTS = ["assert f('ab') == 'AB'", "assert f('') == ''"]
 RIGHT = "def f(s):\n    return s.upper()"
@@ -263,6 +264,22 @@ def test_nothing_of_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     assert result("import os", ["assert not {'HF_TOKEN', 'PATH', 'HOME'} & set(os.environ)"]).passed
     assert result("import os", ["assert os.listdir() == []"]).passed
     assert result("import sys", ["assert not any('site-packages' in path for path in sys.path)"]).passed
+
+
+def test_what_python_needs_to_start_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/python/lib")
+    assert result("import os", ["assert os.environ['LD_LIBRARY_PATH'] == '/opt/python/lib'"]).passed
+
+
+def test_a_python_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho a warning >&2\necho 'python: cannot open libpython3.so' >&2\nexit 127\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(UserError) as caught:
+        result("def f(s): return s")
+    message = "scorer 'code': the process of a reply ended with status 127 before it began: "
+    assert str(caught.value) == message + "python: cannot open libpython3.so"
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ import selfdistill as sd
 from selfdistill.cli import main
 from selfdistill.config.commands import EvalConfig
 from selfdistill.config.train import TrainConfig
-from selfdistill.evaluation import evaluate
+from selfdistill.evaluation import AskResult, evaluate
 from selfdistill.model import LoadedModel, Rollout
+from selfdistill.runtime import result_console
 from selfdistill.training.train import train
 
 WARD = {"role": "system", "content": "You keep the list of the ward."}
@@ -192,6 +193,19 @@ def test_a_question_begins_the_episode_that_eval_plays_of_its_prompt(
     assert answered.episode != answered.base_episode
     seeded = [sd.ask(model, "Where?", temperature=1.0, seed=seed, **own).episode for seed in (1, 1, 2)]
     assert seeded[0] == seeded[1] != seeded[2]
+
+
+def test_a_single_reply_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    reply = f"def f(items):\n    return {' + '.join(['[b]'] * 60)}\n"
+    AskResult("Write f.", reply, None).print(result_console())
+    assert capsys.readouterr().out == f"{reply}\n"
+
+
+@pytest.mark.parametrize("base", [None, "\x1b[2J"])
+def test_no_reply_controls_the_terminal(base: str | None) -> None:
+    said = repr(AskResult("q", "\x1b]52;c;aGk=\x07", base))
+    assert "\x1b" not in said
+    assert r"\u001b]52;c;aGk=\u0007" in said
 
 
 class Shopper:

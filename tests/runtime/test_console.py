@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import re
 import sys
+import time
 import warnings
 from io import StringIO
 
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from selfdistill.runtime.console import Printable, ProgressBar, library_warnings, result_table, say
+from selfdistill.runtime.console import Printable, ProgressBar, library_warnings, result_table, say, unobeyed
 
 LOGGER = logging.getLogger("transformers.modeling_utils")
 
@@ -71,39 +73,118 @@ class Shown(Printable):
         console.print("[three]", markup=False)
 
 
-def test_the_name_of_a_task_is_no_markup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
-    with ProgressBar("[/x] [ema]", 2) as bar:
-        bar.advance(2, "[live]")
-    said = capfd.readouterr().err
-    assert "[/x] [ema]" in said
-    assert "[live]" in said
-
-
-class Unread(io.StringIO):
-    """A file that refuses to be written while ``error`` is set."""
+class Screen(io.StringIO):
+    """A terminal, or a file; refuses to be written while ``error`` is set."""
 
     error: OSError | None = None
+    is_terminal = True
+
+    def isatty(self) -> bool:
+        return self.is_terminal
 
     def write(self, text: str) -> int:
         if self.error is not None:
             raise self.error
         return super().write(text)
 
+    @property
+    def last(self) -> list[str]:
+        """The lines drawn last, without control sequences."""
+        drawn = self.getvalue().rpartition("\x1b[2K")[2]
+        return re.sub(r"\x1b\[[?\d;]*\w", "", drawn).strip().split("\n")
+
+
+def screen_of(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    """A terminal of 80 columns as standard error."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    file = Screen()
+    monkeypatch.setattr(sys, "stderr", file)
+    return file
+
+
+def test_the_name_of_a_task_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = screen_of(monkeypatch)
+    with ProgressBar("[/x] [ema]", 2) as bar:
+        bar.advance(2, "[live]")
+    assert "[/x] [ema]" in screen.getvalue()
+    assert "[live]" in screen.getvalue()
+
+
+LONG = "loss 0.4321  KL(teacher||student) 0.432  120 tokens per completion, 0% truncated  3.2 s/step"
+
+
+@pytest.mark.parametrize("what", ["step", "model after step 20 on /a/folder/with/a/long/name/test.jsonl, batch"])
+def test_a_long_note_squeezes_nothing_else(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    screen = screen_of(monkeypatch)
+    with ProgressBar(what, 12000, start=3) as bar:
+        bar.advance(345, LONG)
+    (line,) = screen.last
+    assert line.startswith(what[:29])
+    assert re.search(r" [━╸╺]+ +345/12000 0:00:0\d left [-\d]+:", line)
+    assert len(line) == 80
+    assert line.endswith("…")
+    assert ("loss 0.4321" in line) == (what == "step")
+
+
+def test_a_bar_within_another_has_a_line_of_its_own_until_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = screen_of(monkeypatch)
+    with ProgressBar("step", 9) as outer:
+        outer.advance(4)
+        with ProgressBar("batch", 3) as inner:
+            inner.advance(2)
+            both, until = re.compile(r"step .*4/9.*\n.*batch.*2/3"), time.monotonic() + 10
+            while not both.search(screen.getvalue()) and time.monotonic() < until:  # drawn ten times a second
+                time.sleep(0.02)
+        outer.advance(5)
+    drawn = screen.getvalue()
+    assert both.search(drawn)
+    assert drawn.count("\x1b[?25l") == 1  # the cursor is hidden once: one display
+    assert "5/9" in screen.last[0]
+    assert len(screen.last) == 1
+
+
+@pytest.mark.parametrize("given", [{"FORCE_COLOR": "1"}, {"TERM": "dumb"}, {"TTY_INTERACTIVE": "0"}])
+def test_what_cannot_draw_a_line_again_gets_lines(monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> None:
+    screen = screen_of(monkeypatch)
+    screen.is_terminal = "FORCE_COLOR" not in given
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with ProgressBar("step", 4, every=2) as bar:
+        for step in range(1, 5):
+            bar.advance(step, "loss 1")
+    assert re.fullmatch(r"step 2/4  loss 1 .*left\nstep 4/4  loss 1 .*left\n", screen.getvalue())
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_others_print_stays_on_standard_output_unless_it_is_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    screen = screen_of(monkeypatch)
+    output = Screen()
+    output.is_terminal = terminal
+    monkeypatch.setattr(sys, "stdout", output)
+    with ProgressBar("step", 2) as bar:
+        bar.advance(1)
+        print("from on_step")
+    assert output.getvalue() == ("" if terminal else "from on_step\n")
+    assert ("from on_step" in screen.getvalue()) == terminal
+
 
 @pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "I/O error")])
-@pytest.mark.parametrize("colour", ["", "1"])
-def test_output_that_nobody_reads_ends_nothing(monkeypatch: pytest.MonkeyPatch, error: OSError, colour: str) -> None:
-    monkeypatch.setenv("FORCE_COLOR", colour)
-    file = Unread()
-    monkeypatch.setattr(sys, "stderr", file)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_output_that_nobody_reads_ends_nothing(monkeypatch: pytest.MonkeyPatch, error: OSError, terminal: bool) -> None:
+    screen = screen_of(monkeypatch)
+    screen.is_terminal = terminal
     with ProgressBar("step", 2, every=1) as bar:
         bar.advance(1)
-        file.error = error
+        screen.error = error
         bar.advance(2)
         say("a line")
     say("another")
-    assert sys.stderr is file
+    assert sys.stderr is screen
 
 
 @pytest.fixture
@@ -129,6 +210,10 @@ def test_a_notebook_shows_tables_as_tables() -> None:
         "<table>\n<caption>a &lt; b</caption>\n<tr><th>layout</th><th>right</th></tr>\n"
         "<tr><td>turns</td><td>[x]<br>y</td></tr>\n</table>\n<pre>one &amp; two\n[three]</pre>\n"
     )
+
+
+def test_a_terminal_obeys_nothing_in_a_text() -> None:
+    assert unobeyed("é\t\n\x1b]52;c;aGk=\x07\x9b2J\r") == "é\t\n\\u001b]52;c;aGk=\\u0007\\u009b2J\\u000d"
 
 
 def test_a_table_that_is_too_wide_loses_no_character() -> None:

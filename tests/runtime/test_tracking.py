@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from selfdistill.cli import main
@@ -179,6 +181,30 @@ def test_what_the_others_are_told(settings: Callable[..., TrainConfig], tmp_path
     assert first.get("dir") == (str(tmp_path / "run") if name == "wandb" else None)
 
 
+def test_wandb_collects_nothing_by_itself(
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real accelerate and a module in wandb's place."""
+    started: list[dict[str, Any]] = []
+    run = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    config = SimpleNamespace(update=lambda *_, **__: None)
+    fake = SimpleNamespace(init=lambda **options: started.append(options) or run, config=config)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    train(settings(report_to="wandb", max_steps=1))
+    (options,) = started
+    assert options["settings"] == {
+        "console": "off",
+        "disable_code": True,
+        "disable_git": True,
+        "program": "selfdistill",
+        "x_disable_machine_info": True,
+        "x_disable_meta": True,
+        "x_save_requirements": False,
+    }
+    assert str(tmp_path) not in repr({key: value for key, value in options.items() if key != "dir"})
+
+
 def test_a_tracker_that_does_not_start_is_one_line(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     class Refusing(Recorder):
         def init_trackers(self, *_: Any, **__: Any) -> None:
@@ -264,6 +290,8 @@ def test_public_settings_hold_no_folder_and_no_address(tmp_path: Path, monkeypat
         ("runs/skill/final", "skill"),
         ("state/skills/0002-skill/model", "0002-skill"),
         ("data/model", "data/model"),
+        ("data/tickets.jsonl", "tickets.jsonl"),  # which need not be there
+        ("data/tickets.csv.gz", "tickets.csv.gz"),
         ("./model", "model"),
         ("a\nb.jsonl", "a b.jsonl"),
         ("bad\udcff.jsonl", "bad?.jsonl"),
