@@ -6,7 +6,8 @@ Facts, routing and tools are learnt one after the other (`selfdistill learn` wit
 the base. Prints the retention matrix of each seed, each skill's last score as a share of its score when learnt alone
 by the same method without anchors (with the 95% interval over seeds), and writes DIR/sequence.json and
 DIR/sequence.svg: that share along the training. Finished work is not repeated; for a run listed in
-DIR/sequence.json no other file is needed.
+DIR/sequence.json no other file is needed. Newer runs have ``where`` and ``alone_where`` there: on what each skill was
+learnt, in the sequence and alone; if that was interrupted, on what it ended.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from statistics import mean
 from typing import Any
 
 from intervals import cell
+from machine import where
 
 from selfdistill.comparison.plots import Curve, over
 from selfdistill.config.commands import LearnConfig
@@ -70,6 +72,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 LOOKS = 2
 """Measurements along each skill."""
+WHERE = "where.json"
+"""In the folder of a skill: on what it was learnt."""
 
 
 def steps_of(skill: str, arm: str) -> int:
@@ -78,7 +82,7 @@ def steps_of(skill: str, arm: str) -> int:
 
 
 def learn(state: Path, arm: str, seed: int, skills: list[str], part: str) -> dict[str, Any]:
-    """Add the skills that are missing, and return what is left of each."""
+    """Add the skills that are missing; returns what is left of each and, as ``where``, on what each was learnt."""
     for skill in skills:
         done = [known.name for known in Ledger(str(state)).skills] if (state / START).is_dir() else []
         if skill in done:
@@ -88,9 +92,15 @@ def learn(state: Path, arm: str, seed: int, skills: list[str], part: str) -> dic
         own = {"max_steps": steps, "seed": seed, "name": skill, "state": str(state)}
         looks = {"eval_steps": steps // LOOKS} if len(skills) > 1 else {}
         files = {"data": packaged(f"{skill}.train.jsonl"), "test": packaged(f"{skill}.{part}.jsonl")}
-        result = add(LearnConfig(**COMMON | SKILLS[skill] | ARMS[arm] | own | base | looks | files))
+        config = LearnConfig(**COMMON | SKILLS[skill] | ARMS[arm] | own | base | looks | files)
+        result = add(config)
         assert result["accepted"], result["reasons"]
-    return retention_matrix(Ledger(str(state)))
+        here = json.dumps(where(config.mixed_precision))
+        (Ledger(str(state)).skills[-1].folder / WHERE).write_text(here, encoding="utf-8")
+    ledger = Ledger(str(state))
+    places = {skill.name: skill.folder / WHERE for skill in ledger.skills}
+    known = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in places.items() if file.exists()}
+    return retention_matrix(ledger) | {"where": known}
 
 
 def along(state: Path, arm: str) -> list[dict[str, Any]]:
@@ -147,15 +157,22 @@ def draw(found: dict[str, Any], arms: list[str], seeds: list[int], file: Path) -
 
 
 def alone(
-    folder: Path, found: dict[str, Any], method: str, seed: int, part: str, known: dict[str, float]
-) -> dict[str, float]:
-    """The score of each skill when it is learnt alone, by ``method`` without anchors; of some it is ``known``."""
+    folder: Path, found: dict[str, Any], method: str, seed: int, part: str, known: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Each skill alone, by ``method`` without anchors: its score (``alone``), on what (``alone_where``).
+
+    ``known`` has by skill what :func:`learn` has returned already.
+    """
     for arm, settings in ARMS.items():
         if settings["method"] == method and f"{arm}-{seed}" in found:
-            earlier: dict[str, float] = found[f"{arm}-{seed}"]["alone"]
-            return earlier
+            earlier = found[f"{arm}-{seed}"]
+            return {name: earlier[name] for name in ("alone", "alone_where") if name in earlier}
     states = {name: folder / f"{method}-{seed}-{name}" for name in SKILLS if name not in known}
-    return known | {name: learn(state, method, seed, [name], part)["matrix"][1][0] for name, state in states.items()}
+    runs = known | {name: learn(state, method, seed, [name], part) for name, state in states.items()}
+    return {
+        "alone": {name: run["matrix"][1][0] for name, run in runs.items()},
+        "alone_where": {name: run["where"][name] for name, run in runs.items() if name in run["where"]},
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -174,9 +191,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             state = folder / f"{arm}-{seed}"
             whole = learn(state, arm, seed, list(SKILLS), options.part)
-            first = {} if ARMS[arm]["anchors"] else {next(iter(SKILLS)): whole["matrix"][1][0]}
+            first = {} if ARMS[arm]["anchors"] else {next(iter(SKILLS)): whole}
             single = alone(folder, found, ARMS[arm]["method"], seed, options.part, first)
-            found[f"{arm}-{seed}"] = {**whole, "alone": single, "along": along(state, arm)}
+            found[f"{arm}-{seed}"] = {**whole, **single, "along": along(state, arm)}
             write_atomically(kept, json.dumps(found) + "\n")
     for arm in arms:
         print("\n".join(["", *table(arm, [found[f"{arm}-{seed}"] for seed in seeds])]))

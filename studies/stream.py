@@ -4,7 +4,8 @@
 
 The routing rows are learnt in chunks, each of them tested before it is learnt (`selfdistill learn stream` with open
 gates). Prints, and writes to DIR/stream.json, the share of each chunk that was right before it was learnt, and the last
-model's scores on the skill's test split and on the prior questions. Finished work is not repeated.
+model's scores on the skill's test split and on the prior questions. Newer runs have ``where`` there, too: where they
+ran. Finished work is not repeated.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import sequence
 from intervals import cell
+from machine import where
 from sequence import COMMON, MODEL
 
 from selfdistill.config import LearnConfig
@@ -42,11 +44,12 @@ STREAM: dict[str, Any] = {
 
 
 def learn(state: Path, arm: str, seed: int) -> dict[str, Any]:
-    """Learn the stream, and return what was right before, what is right after it, and the steps it took."""
+    """Learn the stream; returns what was right before it and after it, its steps, and where it ran."""
     files = {part: packaged(f"{SKILL}.{part}.jsonl") for part in ("train", "test")}
     own = {"seed": seed, "name": SKILL, "state": str(state), "model": MODEL, "prior": packaged("prior/test")}
     values = COMMON | ARMS[arm] | STREAM | own | {"data": files["train"], "test": files["test"]}
-    result = add(LearnConfig(**values))
+    config = LearnConfig(**values)
+    result = add(config)
     assert result["accepted"], result["reasons"]
     ledger = Ledger(str(state))
     chunks, after = read_lines(ledger.skills[0].folder / "stream.jsonl"), retention_matrix(ledger)
@@ -55,6 +58,7 @@ def learn(state: Path, arm: str, seed: int) -> dict[str, Any]:
         "steps": sum(line["steps"] for line in chunks),
         "new": after["matrix"][-1][0],
         "prior": after["prior"],
+        "where": where(config.mixed_precision),
     }
 
 

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import gc
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -31,11 +29,10 @@ from statistics import mean
 from typing import Any
 
 import torch
-import transformers
+from machine import device_name, where
 from study_file import After, Asked, chosen, read_studies, resolved, results_file, results_of
 from summary import draw, table
 
-import selfdistill
 from selfdistill.config import ModelSettings, TrainConfig
 from selfdistill.data import Demonstration, load_demonstrations, parse_context
 from selfdistill.errors import RunFailed, RunStopped, UserError
@@ -49,35 +46,11 @@ MEASURED = (*ModelSettings.model_fields, "max_completion_length", "test", "test_
 """Settings on which the measurement of a model depends."""
 
 
-def device_name() -> str:
-    """The GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
 def arithmetic_here() -> str | None:
     """What replaces ``mixed_precision`` of the study files on this machine."""
     if torch.cuda.is_available():
         return "bf16"
     return None if bfloat16_is_fast() else "no"
-
-
-def where(config: TrainConfig, rows: str) -> dict[str, Any]:
-    """What the numbers of a run may depend on besides its settings; ``rows`` is the fingerprint of its data."""
-    return {
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "precision": {"bf16": "bfloat16", "no": "float32"}[config.mixed_precision],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "selfdistill": selfdistill.__version__,
-        "rows": rows,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
 
 
 @dataclass
@@ -236,7 +209,7 @@ def one(asked: Asked, config: TrainConfig, start: Start) -> dict[str, Any]:
         "settings": asked.settings,
         **found,
         "peak_gib": peak_memory(device) / 2**30,
-        "where": where(config, rows[:8] + rows[64:72]),
+        "where": where(config.mixed_precision) | {"rows": rows[:8] + rows[64:72]},  # fingerprint of its data
     }
 
 

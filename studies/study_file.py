@@ -2,9 +2,9 @@
 
 A study file (YAML) has ``name``, ``settings`` (of all runs, as for ``selfdistill train``), ``arms`` (by name: the
 settings in which it differs) and ``seeds``. It may have ``after`` (measurements of each final model when it is shown
-the demonstration), ``covered`` (the prior files of kinds that the anchors cover) and ``partway`` (shares of the way
-from the base to the final model: the models there are measured, too, as in WiSE-FT, arXiv 2109.01903). A value
-``bundled:NAME`` is a file or folder of the package; ``kinds:A+B`` is ``package:A+B``.
+the demonstration), ``covered`` (if some arms have narrow anchors: the prior files of kinds that these cover) and
+``partway`` (shares of the way from the base to the final model: the models there are measured, too, as in WiSE-FT,
+arXiv 2109.01903). A value ``bundled:NAME`` is a file or folder of the package; ``kinds:A+B`` is ``package:A+B``.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from results_pages import results_text
 
 from selfdistill.continual.learn import retention_matrix
@@ -87,10 +88,17 @@ def test_three_skills_in_a_row(
     assert [line["step"] for line in kept["sdft-0"]["along"]] == [0, 2, 2, 4, 4, 6]
     assert [line["step"] for line in kept["sdft+anchors-0"]["along"]] == [0, 5, 5, 10, 10, 15]
     assert kept["sdft+anchors-0"]["alone"] == kept["sdft-0"]["alone"]
+    assert kept["sdft+anchors-0"]["alone_where"] == kept["sdft-0"]["alone_where"]
+    for at in (kept["sdft-0"]["where"], kept["sdft+anchors-0"]["where"], kept["sdft-0"]["alone_where"]):
+        assert list(at) == list(sequence.SKILLS)
+        assert all(one["device"] and one["threads"] == torch.get_num_threads() for one in at.values())
+        assert {(one["precision"], one["torch"]) for one in at.values()} == {("float32", torch.__version__)}
     last = Ledger(str(tmp_path / "made" / "sdft+anchors-0")).skills[-1]
     assert (last.folder / "memory.jsonl").is_file()
     assert (tmp_path / "made" / "sequence.svg").is_file()
 
+    for run in kept.values():  # older ones do not say where
+        del run["where"], run["alone_where"]
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "sequence.json").write_text(json.dumps(kept))
     sequence.main([str(tmp_path / "again"), "--seed", "0"])
@@ -115,6 +123,10 @@ def test_a_skill_as_a_stream(
     assert list(kept) == ["sdft-1", "sdft+anchors-1"]
     assert len(kept["sdft-1"]["before"]) == 3
     assert kept["sdft-1"]["steps"] == 6
+    at = kept["sdft-1"]["where"]
+    assert (at["threads"], at["precision"]) == (torch.get_num_threads(), "float32")
+    del kept["sdft-1"]["where"]  # as in older runs
+    (tmp_path / "made" / "stream.json").write_text(json.dumps(kept))
 
     stream.main([str(tmp_path / "made"), "--arm", "sdft", "--arm", "sdft+anchors", "--seed", "1"])
     assert capsys.readouterr().out.splitlines() == table

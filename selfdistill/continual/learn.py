@@ -14,7 +14,7 @@ from rich.table import Table
 from selfdistill.config import ExportConfig, LearnConfig
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger, settings_of
-from selfdistill.continual.rehearsal import remembered
+from selfdistill.continual.rehearsal import remembered, sum_if_known
 from selfdistill.continual.retention import transfer
 from selfdistill.continual.stream import OF_CHUNKS
 from selfdistill.data import Rows
@@ -216,14 +216,18 @@ def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
     console.print(f"Current model: {found['model']}", highlight=False, markup=False)
 
 
-_COSTS: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
+_COSTS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
     "earlier prompts rehearsed": ("d", lambda cost: cost["rehearsed"]),
     "share rehearsed": (".1%", lambda cost: cost["memory"]["share"]),
     "share of general anchors": (".1%", lambda cost: cost["anchors"]["share"]),
     "seconds": (".0f", lambda cost: cost["seconds"]),
-    "of which on anchors": (".0f", lambda cost: cost["memory"]["seconds"] + cost["anchors"]["seconds"]),
+    "of which on anchors": (
+        ".0f",
+        lambda cost: sum_if_known([cost[what].get("estimated_seconds") for what in ("memory", "anchors")]),
+    ),
 }
-"""Columns of the cost table: by title, the number's format and how to compute it."""
+"""Columns of the cost table: by title, the number's format and how to compute it; None: an older release learnt the
+skill."""
 
 
 def _print_memory(memory: list[dict[str, Any]], console: Console) -> None:
@@ -240,7 +244,7 @@ def _print_memory(memory: list[dict[str, Any]], console: Console) -> None:
         table.add_row(escape(line["skill"]), *cells)
     console.print(table)
     if len(columns) > 2:
-        console.print("Shares are of all examples; the seconds on anchors are estimated from them.", highlight=False)
+        console.print("Shares are of all examples; seconds on anchors are an estimate.", highlight=False)
 
 
 def _history(config: LearnConfig) -> dict[str, Any]:

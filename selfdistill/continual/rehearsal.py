@@ -159,7 +159,8 @@ def cost_of(run: TrainConfig, own: int) -> dict[str, Any]:
 
     Returns:
         ``steps``, ``seconds`` of these steps, and for ``anchors`` (the addition's own) and ``memory`` (earlier skills'
-        prompts) the ``share`` of all examples and the ``seconds``: each step's time, times their share of its examples.
+        prompts) the ``share`` of all examples and the ``estimated_seconds``, None if an older release did not write
+        them: ``time/of/PART_s`` of :data:`selfdistill.runtime.tracking.METRICS`.
     """
     lines = read_lines(Path(run.output_dir) / "metrics.jsonl")
     names = [part.name for part in anchors(run)]
@@ -168,22 +169,28 @@ def cost_of(run: TrainConfig, own: int) -> dict[str, Any]:
 
 
 def _step_cost(line: dict[str, Any], parts: dict[str, list[str]]) -> dict[str, Any]:
-    seconds = line["time/step_s"]
-    shares = {what: sum(line.get(f"share/{name}", 0.0) for name in names) for what, names in parts.items()}
-    return {
-        "steps": 1,
-        "seconds": seconds,
-        **{what: {"share": share, "seconds": share * seconds} for what, share in shares.items()},
-    }
+    costs = {}
+    for what, names in parts.items():
+        own = [name for name in names if f"share/{name}" in line]  # a step may have no examples of a part
+        seconds = [line.get(f"time/of/{name}_s") for name in own]
+        costs[what] = {"share": sum(line[f"share/{name}"] for name in own), "estimated_seconds": sum_if_known(seconds)}
+    return {"steps": 1, "seconds": line["time/step_s"], **costs}
+
+
+def sum_if_known(values: Sequence[float | None]) -> float | None:
+    """The sum; None if a value is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def total(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The total cost of several runs or steps; see :func:`cost_of`."""
     steps = sum(cost["steps"] for cost in costs)
 
-    def of(what: str) -> dict[str, float]:
+    def of(what: str) -> dict[str, float | None]:
         shares = sum(cost[what]["share"] * cost["steps"] for cost in costs)
-        return {"share": shares / max(1, steps), "seconds": sum(cost[what]["seconds"] for cost in costs)}
+        seconds = sum_if_known([cost[what].get("estimated_seconds") for cost in costs])  # older chunks have none
+        return {"share": shares / max(1, steps), "estimated_seconds": seconds}
 
     seconds = sum(cost["seconds"] for cost in costs)
     return {"steps": steps, "seconds": seconds, "anchors": of("anchors"), "memory": of("memory")}

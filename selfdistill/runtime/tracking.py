@@ -69,6 +69,8 @@ METRICS = {
     "time/student_s": "the student's forward and backward pass, seconds",
     "time/update_s": "clipping, optimizer step and teacher update, seconds",
     "time/drift_s": "measuring both drifts, seconds; close to 0 at steps without a measurement",
+    "time/of/PART_s": "a part's share of ``time/step_s``, an estimate; only if steps have several parts. Its passes "
+    "are measured. Sampling with other parts is divided by tokens, and so is what is no part's, such as the update",
     "time/step_s": "the whole step, seconds",
 }
 """Every key of a line in metrics.jsonl, with its meaning and unit."""
@@ -130,6 +132,7 @@ class MetricsFile(StepsFile):
     def write(self, values: dict[str, Any]) -> None:
         """Append one step."""
         named = {re.sub("^(loss|share)/.+", r"\1/PART", key) for key in values}
+        named = {re.sub("^time/of/.+_s", "time/of/PART_s", key) for key in named}
         unknown = {re.sub(r"^turn_loss/\d+", "turn_loss/NUMBER", key) for key in named} - METRICS.keys()
         assert not unknown, f"metrics missing from the table: {sorted(unknown)}"
         super().write(values)

@@ -186,7 +186,8 @@ class BatchGradient:
         advantage, count in these weights and take no passes. A part that selects no completion adds nothing; if no part
         has a gradient, there is none.
         """
-        with stopwatch("rollout"):
+        checked = [part.name for part in parts if part.method.checker or part.method.select]
+        with stopwatch("rollout"), stopwatch.of(checked):
             selected = self.selector(parts)
         unit = batch_unit(self.config)
         padded = [math.ceil(len(found.completions) / unit) * unit for found in selected]
@@ -194,11 +195,12 @@ class BatchGradient:
         size = max(1, math.ceil(own / self.config.micro_batches))
         results = []
         for found in selected:
-            weighed = weigh(found, self.config.loss_normalisation)
-            passed = weighed.with_gradient()
-            batches = micro_batches(passed, size, unit, equal=is_sharded(self.loaded.model))
-            kept = float(passed.weights_bT.sum() / weighed.weights_bT.sum())
-            results.append((found, self._run(found.part, batches, stopwatch), kept))
+            with stopwatch.of([found.part.name]):
+                weighed = weigh(found, self.config.loss_normalisation)
+                passed = weighed.with_gradient()
+                batches = micro_batches(passed, size, unit, equal=is_sharded(self.loaded.model))
+                kept = float(passed.weights_bT.sum() / weighed.weights_bT.sum())
+                results.append((found, self._run(found.part, batches, stopwatch), kept))
         with stopwatch("student"):
             if not is_sharded(self.loaded.model):
                 all_reduce_gradients(trained_parameters(self.loaded.model).values())

@@ -8,6 +8,7 @@ from typing import Any
 
 from selfdistill.model import RolloutCount
 from selfdistill.training.batch_gradient import PartResult, SamplerGap
+from selfdistill.training.stopwatch import Stopwatch
 
 _STATISTICS = {"entropy": "entropy", "kl/forward": "forward_kl", "kl/reverse": "reverse_kl"}
 """Statistics of the task's tokens, by the names of their metrics; a step that learns nothing of it has none."""
@@ -21,7 +22,7 @@ def step_metrics(
     learning_rate: float,
     grad_norm: float,
     drift: dict[str, float],
-    seconds: dict[str, float],
+    stopwatch: Stopwatch,
     rollout_count: RolloutCount,
     by_part: bool,
     control: float | None,
@@ -35,9 +36,9 @@ def step_metrics(
         learning_rate: of this step.
         grad_norm: global gradient norm before clipping.
         drift: distances from the base, if measured.
-        seconds: duration of each part of the step; with ``sync`` if an engine samples.
+        stopwatch: where the time of the step went; with ``sync`` if an engine samples.
         rollout_count: what was sampled from the student in this step.
-        by_part: whether to tell how the loss divides between the parts.
+        by_part: whether to tell how loss and time divide between the parts.
         control: the number of the method's controller, if it has one.
 
     Returns:
@@ -45,6 +46,7 @@ def step_metrics(
     """
     task = results[0]
     completions, method = task.part.completions, task.part.method
+    seconds = {"teacher": 0.0} | stopwatch.seconds()
     metrics: dict[str, Any] = {
         "step": step,
         "epoch": epoch,
@@ -82,7 +84,10 @@ def step_metrics(
         metrics |= _engine_gap(results)
     if rollout_count.tokens:
         metrics["rollout/tokens_per_second"] = rollout_count.tokens / (rollout_count.seconds - seconds.get("sync", 0.0))
-    seconds = {"teacher": 0.0} | seconds
+    if by_part:
+        tokens = {result.part.name: sum(sum(c.is_own) for c in result.part.completions) for result in results}
+        of_parts = stopwatch.by_part(seconds["step"], tokens)
+        metrics |= {f"time/of/{part}_s": own for part, own in of_parts.items()}
     for part in ("rollout", "sync", "teacher", "student", "update", "drift", "step"):
         if part in seconds:
             metrics[f"time/{part}_s"] = seconds[part]

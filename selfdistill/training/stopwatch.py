@@ -1,9 +1,9 @@
-"""Time spent on each part of a step."""
+"""Where the time of a step goes: by what is done, and by the parts that the step sums up."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,7 @@ class Stopwatch:
         self._device = device
         self._began = clock(device)
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._of: defaultdict[tuple[str, ...], float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -33,3 +34,22 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         """Seconds by name, plus ``step``: since the stopwatch was created."""
         return {**self._seconds, "step": clock(self._device) - self._began}
+
+    @contextmanager
+    def of(self, parts: Iterable[str]) -> Iterator[None]:
+        """Count the time spent inside the context as these parts'; not to be nested."""
+        began = clock(self._device)
+        yield
+        self._of[tuple(parts)] += clock(self._device) - began
+
+    def by_part(self, step: float, tokens: Mapping[str, int]) -> dict[str, float]:
+        """An estimate of each part's seconds of the ``step`` seconds, which it divides whole.
+
+        What several parts took together is divided by their ``tokens``. What is no part's is divided by those of all.
+        """
+        found = dict.fromkeys(tokens, 0.0)
+        for parts, seconds in [*self._of.items(), ((), step - sum(self._of.values()))]:
+            own = {part: tokens[part] for part in parts if part in tokens} or tokens
+            for part, count in own.items():
+                found[part] += seconds * count / (sum(own.values()) or 1)
+        return found

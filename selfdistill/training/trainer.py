@@ -290,7 +290,7 @@ class Trainer:
             learning_rate=rate,
             grad_norm=norm,
             drift=drift,
-            seconds=stopwatch.seconds(),
+            stopwatch=stopwatch,
             rollout_count=self.loaded.rollout_count - counted_before,
             by_part=len(stage.parts) > 1,
             control=control,
@@ -321,24 +321,19 @@ class Trainer:
     def _rolled_out(
         self, stage: Stage, positions: Sequence[range], step: int, control: float | None, stopwatch: Stopwatch
     ) -> list[BatchPart]:
-        """The parts of the step with their completions; an engine then frees its memory for the gradient."""
+        """The parts of the step that have examples, with their completions; an engine then frees its memory."""
         engine = self.engine()
         synced_s = engine.sync_s if engine else 0.0
-        with stopwatch("rollout"), self.accelerator.autocast():
-            parts = self._batch(stage, positions, step, control)
-            if engine:
-                engine.rest()
-        if engine:
-            stopwatch.add("sync", engine.sync_s - synced_s)
-        return parts
-
-    def _batch(self, stage: Stage, positions: Sequence[range], step: int, control: float | None) -> list[BatchPart]:
-        """The parts of the step that have examples, with their completions."""
         examples = {
             part.name: examples_at(part.examples, places, self.config.seed)
             for part, places in zip(stage.own_samples, positions, strict=True)
         }
-        completions = self._completions(stage.own_samples, examples, step)
+        with stopwatch("rollout"), self.accelerator.autocast():
+            completions = self._completions(stage.own_samples, examples, step, stopwatch)
+            if engine:
+                engine.rest()
+        if engine:
+            stopwatch.add("sync", engine.sync_s - synced_s)
         batch_parts = []
         for part in stage.parts:
             source = stage.task.name if part.same_samples else part.name
@@ -349,7 +344,11 @@ class Trainer:
         return batch_parts
 
     def _completions(
-        self, parts: Sequence[EncodedPart], examples: Mapping[str, Sequence[Example]], step: int
+        self,
+        parts: Sequence[EncodedPart],
+        examples: Mapping[str, Sequence[Example]],
+        step: int,
+        stopwatch: Stopwatch,
     ) -> dict[str, list[Completion]]:
         """The completions of each part's examples, by name; parts that sample alike sample together."""
         completions: dict[str, list[Completion]] = {part.name: [] for part in parts}
@@ -357,7 +356,8 @@ class Trainer:
             asked = [example for part in alike for example in examples[part.name]]
             if not asked:
                 continue
-            made = alike[0].method.sequence(self.loaded, asked, step)
+            with stopwatch.of(part.name for part in alike):
+                made = alike[0].method.sequence(self.loaded, asked, step)
             per_example, start = len(made) // len(asked), 0
             for part in alike:
                 stop = start + len(examples[part.name]) * per_example

@@ -28,7 +28,7 @@ from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import learn
 from selfdistill.continual.ledger import Ledger
 from selfdistill.continual.pending import begin
-from selfdistill.continual.rehearsal import check_room, cost_of, run_config
+from selfdistill.continual.rehearsal import check_room, cost_of, run_config, total
 from selfdistill.data import Demonstration, anchor_prompts, is_packaged, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.methods import Method, Part
@@ -288,26 +288,46 @@ def test_status_and_result_say_what_was_rehearsed_and_what_it_cost(
     assert (found["skill"], found["remembered"], training["rehearsed"], training["steps"]) == ("second", 8, 8, 8)
     assert training["seconds"] == pytest.approx(sum(line["time/step_s"] for line in lines))
     for what, part in (("anchors", "anchors:package"), ("memory", "anchors:memory")):
-        shares = [line.get(f"share/{part}", 0.0) for line in lines]
-        seconds = sum(share * line["time/step_s"] for share, line in zip(shares, lines, strict=True))
-        assert training[what] == pytest.approx({"share": sum(shares) / 8, "seconds": seconds})
+        shares, seconds = ([line.get(key, 0.0) for line in lines] for key in (f"share/{part}", f"time/of/{part}_s"))
+        assert training[what] == pytest.approx({"share": sum(shares) / 8, "estimated_seconds": sum(seconds)})
         assert training[what]["share"] == pytest.approx(1 / 8)
+    on_anchors = sum(training[what]["estimated_seconds"] for what in ("anchors", "memory"))
+    assert on_anchors > training["seconds"] / 2  # a quarter of the examples, but only these are sampled
     said = capsys.readouterr().out
     assert said.count("12.5%") == 2
     columns = ["earlier prompts rehearsed", "share rehearsed", "share of general anchors", "seconds", "of which on"]
     assert all(word in said for column in columns for word in column.split())
+    assert "seconds on anchors are an estimate" in said
+
+
+def test_the_time_on_anchors_of_a_skill_learnt_with_an_older_release_is_unknown(make: Settings, tmp_path: Path) -> None:
+    add(make())
+    add(make("second"))
+    folders = sorted((tmp_path / "state/skills").iterdir())
+    result = json.loads((folders[0] / "result.json").read_text(encoding="utf-8"))
+    for what in ("anchors", "memory"):
+        result["training"][what]["seconds"] = result["training"][what].pop("estimated_seconds")
+    (folders[0] / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    said = repr(learn(make(action="status", data="")))
+    cells = {line.split("│")[1].strip(): line.split("│")[-2].strip() for line in said.splitlines() if "│" in line}
+    assert (cells["first"], cells["second"].isdigit()) == ("", True)
+    chunk = {"steps": 1, "seconds": 2.0, **{what: {"share": 0.5, "seconds": 1.0} for what in ("anchors", "memory")}}
+    assert total([chunk, chunk])["anchors"] == {"share": 0.5, "estimated_seconds": None}
 
 
 def test_parts_that_learn_from_the_skills_own_samples_are_no_anchors(make: Settings, tmp_path: Path) -> None:
     method: dict[str, Any] = {"method": "sort", "num_generations": 2, "method_settings": {"plan": 0}}
     run = run_config(make(**method), "m", "turns", tmp_path, rehearses=True)
-    line = {"time/step_s": 8.0, "share/task": 0.5, "share/references": 0.5}
+    line = {"time/step_s": 8.0, "share/task": 0.5, "share/references": 0.5, "time/of/references_s": 0.5}
     (tmp_path / "run").mkdir()
     shares = {"share/anchors:package": 0.125, "share/anchors:memory": 0.375}
-    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 1, **line, **shares}) + "\n", encoding="utf-8")
-    cost = cost_of(run, own=1)
-    assert cost["anchors"] == {"share": 0.125, "seconds": 1.0}
-    assert cost["memory"] == {"share": 0.375, "seconds": 3.0}
+    seconds = {"time/of/anchors:package_s": 2.0, "time/of/anchors:memory_s": 4.0}
+    for known in (seconds, {}):  # an older release wrote no seconds of parts
+        written = json.dumps({"step": 1, **line, **shares, **known})
+        (tmp_path / "run" / "metrics.jsonl").write_text(written + "\n", encoding="utf-8")
+        cost = cost_of(run, own=1)
+        assert cost["anchors"] == {"share": 0.125, "estimated_seconds": 2.0 if known else None}
+        assert cost["memory"] == {"share": 0.375, "estimated_seconds": 4.0 if known else None}
     with pytest.raises(UserError, match=r"The parts are the skill, anchors:package and anchors:memory;"):
         check_room(run.model_copy(update={"batch_size": 2}))
 

@@ -33,7 +33,7 @@ from torch import Tensor
 import selfdistill as sd
 from selfdistill.cli import main
 from selfdistill.config.train import TrainConfig
-from selfdistill.data import anchor_prompts
+from selfdistill.data import Verdict, anchor_prompts
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import METHODS, Method, Part, sequences, stages_of
@@ -44,6 +44,7 @@ from selfdistill.methods.samples_file import SAMPLES_FILE
 from selfdistill.methods.sdft import sdft
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.methods.sft import sft
+from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import load_model
 from selfdistill.training.schedule import check_shares, positions_of
 from selfdistill.training.selection import BatchPart
@@ -242,10 +243,58 @@ def test_metrics_tell_of_parts_in_a_step_that_has_only_one(anchored: Settings, t
     assert [line["loss/task"] == line["loss"] for line in lines] == [line["share/task"] == 1 for line in lines]
 
 
+@pytest.mark.parametrize("method", ["sft", "sdft"])
+def test_the_time_of_a_step_divides_by_what_each_part_does(
+    anchored: Settings, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    """On a clock that runs only in sampling (a second a token), checks, passes (a second a row) and the update."""
+    run = Trainer(anchored(method=method, teacher="frozen"))
+    now, sampled = 0.0, [0, 0, 0]
+
+    def taking(real: Any, seconds: Callable[..., float]) -> Any:
+        def slow(*args: Any, **options: Any) -> Any:
+            nonlocal now
+            found = real(*args, **options)
+            now += seconds(found, *args)
+            return found
+
+        return slow
+
+    def of_samples(found: Any, *_: Any) -> float:
+        counts = [4, 2, 2] if method == "sdft" else [0, 2, 2]
+        lengths = iter([len(rollout.ids) for rollout in found])
+        sampled[:] = [sum(next(lengths) for _ in range(count)) for count in counts]
+        return sum(sampled)
+
+    def checked(samples: Any, _: Any) -> list[Verdict]:
+        nonlocal now
+        now += 50
+        return [Verdict(1.0) for _ in samples]
+
+    task = run.stage.task
+    task.method = replace(task.method, checker=checked)
+    monkeypatch.setattr("selfdistill.training.stopwatch.clock", lambda _: now)
+    monkeypatch.setattr(sequences, "sample", taking(sequences.sample, of_samples))
+    monkeypatch.setattr(
+        ForwardPass, "__call__", taking(ForwardPass.__call__, lambda _, __, model, rows, *___: len(rows))
+    )
+    monkeypatch.setattr(run.optimizer, "step", taking(run.optimizer.step, lambda _: 100.0))
+    line = run.step(0)
+
+    own = round(4 * line["completion/length"])
+    tokens = [own, *sampled[1:]]
+    passes = [50 + (8 if method == "sdft" else 4), 4, 4]  # of student and teacher over each row, with the checks
+    expected = [a + b + 100 * c / sum(tokens) for a, b, c in zip(passes, sampled, tokens, strict=True)]
+    found = [line[f"time/of/{part.name}_s"] for part in run.stage.parts]
+    assert found == pytest.approx(expected)
+    assert sum(found) == pytest.approx(line["time/step_s"]) == pytest.approx(now)
+
+
 def test_without_anchors_nothing_is_said_of_parts(settings: Settings) -> None:
     config = settings(max_steps=1)
     train(config)
-    assert not [name for name in metrics_of(config)[0] if name.startswith(("loss/", "share/"))]
+    found = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
+    assert not [name for name in json.loads(found) if name.startswith(("loss/", "share/", "time/of/"))]
 
 
 # --- anchors ---

@@ -1251,6 +1251,7 @@ def test_every_step_reports_every_metric(settings: Callable[..., TrainConfig], m
         "skipped",
         "loss/PART",
         "share/PART",
+        "time/of/PART_s",
     }
     of_others |= {"engine/gap", "engine/gap_max", "time/sync_s", "turn_loss/NUMBER"}
     of_others |= {f"episode/{name}" for name in ("turns", "invalid_calls", "cut", "reward", "success")}
