@@ -85,9 +85,7 @@ def step_metrics(
     if rollout_count.tokens:
         metrics["rollout/tokens_per_second"] = rollout_count.tokens / (rollout_count.seconds - seconds.get("sync", 0.0))
     if by_part:
-        tokens = {result.part.name: sum(sum(c.is_own) for c in result.part.completions) for result in results}
-        of_parts = stopwatch.by_part(seconds["step"], tokens)
-        metrics |= {f"time/of/{part}_s": own for part, own in of_parts.items()}
+        metrics |= _times_of_parts(results, stopwatch, seconds["step"])
     for part in ("rollout", "sync", "teacher", "student", "update", "drift", "step"):
         if part in seconds:
             metrics[f"time/{part}_s"] = seconds[part]
@@ -95,6 +93,11 @@ def step_metrics(
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
         return finite | {"skipped": _why(results, grad_norm)}
     return metrics
+
+
+def _times_of_parts(results: Sequence[PartResult], stopwatch: Stopwatch, step: float) -> dict[str, float]:
+    tokens = {result.part.name: sum(sum(c.is_own) for c in result.part.completions) for result in results}
+    return {f"time/of/{part}_s": seconds for part, seconds in stopwatch.by_part(step, tokens).items()}
 
 
 def _of_episodes(task: PartResult) -> dict[str, float]:
