@@ -317,12 +317,17 @@ class Pair:
         self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, base_logits_NV: Tensor | None = None
     ) -> None:
         self.log_p_NV = log_softmax(student_logits_NV.detach())
+        """log p, of the student"""
         self.p_NV = self.log_p_NV.exp()
+        """p"""
         self.log_q_NV: Tensor | None = None
+        """log q, of the teacher; None without a teacher, as are the next two"""
         self.q_NV: Tensor | None = None
+        """q"""
         self.gap_NV: Tensor | None = None
         """log p - log q"""
         self.log_base_NV = None if base_logits_NV is None else log_softmax(base_logits_NV.detach())
+        """log p_0, of the model before training; None if the method does not need it"""
         if teacher_logits_NV is not None:
             self.log_q_NV = log_softmax(teacher_logits_NV.detach())
             self.q_NV = self.log_q_NV.exp()
