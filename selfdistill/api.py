@@ -108,11 +108,9 @@ def train(
         tokenizer: of a loaded model.
         resume: resume the run in ``output_dir`` with the settings saved there. Reload a model that was trained in
             place, or leave ``model`` and ``tokenizer`` out: the run then loads it by its name.
-        on_step: called as ``on_step(step, model, metrics)`` after every step and its evaluation, if it has one. The
-            model is the transformers model (with ``lora_rank`` a ``PeftModel``), which :func:`evaluate` takes.
-            ``metrics`` is the step's line of ``metrics.jsonl``; an evaluation adds ``eval/accuracy`` and other scores.
-            Returning True ends the run. If it raises an exception, the run stops there with its progress saved. Every
-            process calls it, and True in one of them ends the run.
+        on_step: called as ``on_step(step, model, metrics)`` after every step, with the transformers model (with
+            ``lora_rank`` a ``PeftModel``), which :func:`evaluate` takes; see :data:`OnStep`. If it raises an exception,
+            the run stops there with its progress saved.
         progress: show bars and notes.
         settings: fields of :class:`TrainConfig`. ``anchors`` may also be rows in memory, saved as ``anchors.jsonl``.
 

@@ -42,9 +42,9 @@ from selfdistill.training.token_views import token_views
 from selfdistill.training.trainer import Trainer
 
 OnStep = Callable[[int, LoadedModel, dict[str, Any]], object]
-"""Called in every process after every step and its evaluation, if it has one, with the step's number, the model and the
-step's metrics, to which an evaluation adds ``eval/accuracy`` and other scores. Returning True in any process ends
-training in all."""
+"""Called in every process after every step, and after its evaluation if it has one, with the step's number, the model
+and the step's line of ``metrics.jsonl``, to which an evaluation adds ``eval/accuracy`` and other scores. Returning True
+in any process ends training in all."""
 
 
 TRACKED = ("accuracy", "prior_accuracy", "kl_base", "episode/reward", "episode/turns", "episode/invalid_calls")
