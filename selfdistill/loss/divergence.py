@@ -1,6 +1,6 @@
 """Per-token divergence between the student's and the teacher's next-token distributions.
 
-Legend: B batch, T completion tokens, N flattened tokens, V vocabulary, K top-k.
+Legend: B batch, T completion tokens, N flattened tokens, n those of one chunk, V vocabulary, K top-k.
 
 p is the student, q the teacher; ``log_p`` is in nats. All computation is in float32 (float64 for float64 logits),
 whatever the model's dtype.
