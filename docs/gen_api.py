@@ -10,7 +10,11 @@ import griffe
 from selfdistill import __all__ as public
 
 _ROLE = re.compile(r":(?:class|func|data|mod|meth):`~?(?P<path>[\w.]+)`")
-_TYPES = {"Model": "selfdistill.api_inputs.Model", "Rows": "selfdistill.data.demonstrations.Rows"}
+_TYPES = {
+    "Model": "selfdistill.api_inputs.Model",
+    "Rows": "selfdistill.data.demonstrations.Rows",
+    "OnStep": "selfdistill.training.loop.OnStep",
+}
 _COMMANDS = ("Ask", "Check", "Compare", "Eval", "Learn", "Questions")
 
 

@@ -109,8 +109,8 @@ def train(
         resume: resume the run in ``output_dir`` with the settings saved there. Reload a model that was trained in
             place, or leave ``model`` and ``tokenizer`` out: the run then loads it by its name.
         on_step: called as ``on_step(step, model, metrics)`` after every step, with the transformers model (with
-            ``lora_rank`` a ``PeftModel``), which :func:`evaluate` takes; ends the run when it returns True. If it
-            raises an exception, the run stops there with its progress saved.
+            ``lora_rank`` a ``PeftModel``), which :func:`evaluate` takes; see :data:`OnStep`. If it raises an exception,
+            the run stops there with its progress saved.
         progress: show bars and notes.
         settings: fields of :class:`TrainConfig`. ``anchors`` may also be rows in memory, saved as ``anchors.jsonl``.
 

@@ -24,7 +24,7 @@ from selfdistill.errors import UserError, closest
 from selfdistill.evaluation import check_inputs
 from selfdistill.methods import lacks_of, own_names, stages_of, whose
 from selfdistill.model import LoadedModel, adopt, check_base, to_best_device, with_own_dtype
-from selfdistill.runtime import check_tracker, is_rank0, progress_shown, quiet_libraries, say, say_note, world_size
+from selfdistill.runtime import check_tracker, is_rank0, progress_shown, quiet_libraries, say_note, world_size
 from selfdistill.training import OnStep, accelerator_state_kept, check_output_dir, check_parts
 
 Model = str | os.PathLike[str] | Any
@@ -139,10 +139,7 @@ def callback_of(on_step: Callable[[int, Any, dict[str, Any]], object] | None) ->
 
     def after(step: int, loaded: LoadedModel, metrics: dict[str, Any]) -> bool:
         found: Any = on_step(step, loaded.model, metrics) if step > 0 else None
-        enough = (found.item() if getattr(found, "ndim", None) == 0 else found) is True
-        if enough:
-            say(f"on_step ended the run after step {step}")
-        return enough
+        return (found.item() if getattr(found, "ndim", None) == 0 else found) is True
 
     return after
 

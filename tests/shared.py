@@ -32,6 +32,8 @@ from selfdistill.config.method import MethodName
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluation import endpoint
+from selfdistill.loss import CrossEntropy, Divergence
+from selfdistill.loss.log_probs import log_softmax
 from selfdistill.methods import stages_of
 from selfdistill.methods.sequences import Completion
 from selfdistill.methods.slots import Method
@@ -345,6 +347,12 @@ def row_log_probs(model: Any, context: list[int], completion: list[int]) -> Tens
     logits_LV = torch.func.functional_call(model, weights, kwargs=ids).logits[0]
     assert logits_LV.dtype == torch.float64
     return logits_LV[len(context) - 1 : -1].log_softmax(-1)
+
+
+def per_token(loss: Divergence | CrossEntropy, student: Tensor, teacher: Tensor | None, tokens: Tensor) -> Tensor:
+    """The loss of logits, without a target and a pull."""
+    log_q = None if teacher is None else log_softmax(teacher.detach())
+    return loss.from_log_probs(log_softmax(student), log_q, tokens)
 
 
 def add_gradient(run: Trainer, completions: Sequence[Completion], method: Method | None = None) -> PartResult:

@@ -239,6 +239,23 @@ def test_a_callback_sees_every_step_and_its_metrics(model: str) -> None:
     assert [metrics["loss"] for _, metrics in seen] == [line["loss"] for line in run.metrics]
 
 
+def test_a_callback_sees_the_scores_of_an_evaluation_and_may_end_the_run_with_them(model: str) -> None:
+    seen: list[dict[str, float]] = []
+
+    def watch(step: int, _model: Any, metrics: dict[str, Any]) -> bool:
+        seen.append({name: value for name, value in metrics.items() if name.startswith("eval/")})
+        return step >= 3 and "eval/accuracy" in metrics
+
+    options = RUN | {"context": "turns", "max_steps": 6, "eval_steps": 2}
+    run = sd.train(model, ROWS, test=ROWS, output_dir="run", on_step=watch, **options)
+    assert [line["step"] for line in run.evaluations] == [0, 2, 4]
+    names = ("accuracy", "kl_base")
+    scores = [{f"eval/{name}": line[name] for name in names} for line in run.evaluations]
+    assert seen == [{}, scores[1], {}, scores[2]]
+    assert len(run.metrics) == 4
+    assert not any("eval/accuracy" in line for line in run.metrics)
+
+
 @pytest.mark.parametrize("true", [True, np.float64(1) > 0, torch.tensor(True)])
 def test_a_callback_ends_the_run_where_it_returns_true_and_a_line_says_so(
     model: str, capsys: pytest.CaptureFixture[str], true: Any
@@ -247,7 +264,7 @@ def test_a_callback_ends_the_run_where_it_returns_true_and_a_line_says_so(
     options = RUN | {"context": "turns", "max_steps": 6}
     run = sd.train(model, ROWS, output_dir="run", on_step=lambda step, *_: returned[step - 1], **options)
     assert len(run.metrics) == 4
-    assert capsys.readouterr().err.count("on_step ended the run after step 4\n") == 1
+    assert capsys.readouterr().err.count("the run ends early, after step 4 of 6\n") == 1
 
 
 def test_a_callback_that_fails_loses_no_step(model: str) -> None:
@@ -535,7 +552,7 @@ def test_a_run_with_a_function_as_scorer_resumes_where_it_is_given_again(model: 
     )
 
     def theirs(reply: str, row: dict[str, Any]) -> bool:
-        return row["answer"] is None
+        return row["answer"] == row["completion"]
 
     assert sd.train(output_dir="begun", resume=True, scorer=theirs).metrics[-1]["reward"] == 1
 

@@ -29,7 +29,7 @@ from pydantic_core import PydanticKnownError
 
 from selfdistill.config.trl_names import trl_hint
 from selfdistill.data import CODE, JUDGE, SCORER_NAMES, LearntTurns, by_name, known_or_own
-from selfdistill.environments import name_of_functions
+from selfdistill.environments import name_of_given
 from selfdistill.errors import UserError, closest, found_value
 
 
@@ -162,8 +162,6 @@ def _wanted(detail: Any, field: FieldInfo) -> str:
     if not re.search("_(type|parsing|from_float)", kind):
         return str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     want, help_text = _TYPES[kind.partition("_")[0]], field.description or ""
-    if callable(value) and "python:" in help_text:
-        return "its name, as in 'python:module.function'"
     if want == "text" and hasattr(value, "save_pretrained"):
         return "a folder or a name; write the model with save_pretrained and give its folder"
     if want == "text" and isinstance(value, Iterable) and isinstance(next(iter(value), None), dict):
@@ -329,9 +327,9 @@ class EpisodeSettings(Settings):
 
     environment: str = "none"
     """Environment that answers the model until the episode ends, e.g. ``bundled:shop`` or
-    ``python:package.module.Class``; in Python also a list of functions. The model sees its tools. Methods that learn
-    from the student's own samples learn the whole episode, evaluations play one per row, and ``ask`` one that begins
-    with the question (docs/agents.md)."""
+    ``python:package.module.Class``; in Python also a class or a list of functions. The model sees its tools. Methods
+    that learn from the student's own samples learn the whole episode, evaluations play one per row, and ``ask`` one
+    that begins with the question (docs/agents.md)."""
     max_turns: int = Field(default=8, ge=1)
     """Maximum number of replies per episode; then it is cut."""
     max_completion_length: int = Field(default=256, ge=1)
@@ -345,14 +343,16 @@ class EpisodeSettings(Settings):
     @classmethod
     def _environment(cls, value: Any) -> Any:
         """None is ``none``."""
+        if callable(value):
+            raise ValueError("a class, a list of functions, or a name as python:package.module.Class")
         return "none" if value is None else value
 
     @model_validator(mode="before")
     @classmethod
-    def _functions_by_name(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Functions are an environment with their names."""
+    def _given_by_name(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A class, or functions, are an environment with their names."""
         given = values.get("environment")
-        return {**values, "environment": name_of_functions(given)} if isinstance(given, list | tuple) else values
+        return {**values, "environment": name_of_given(given)} if isinstance(given, list | tuple | type) else values
 
     @property
     def longest_completion(self) -> int:

@@ -311,8 +311,8 @@ class LearnConfig(TrainingSettings, OneRun):
             raise UserError("setting 'stop_on_collapse' is for train and compare; learn has gates instead")
         if self.environment.startswith(IN_PYTHON):
             raise UserError(
-                "setting 'environment': found functions given in Python, which end with this process, but learn plays "
-                "it again whenever another skill is added; put the list into a module and give python:module.NAME"
+                "setting 'environment': learn plays it again whenever another skill is added, found one given in "
+                "Python, which ends with this process; put it into a module and give python:module.NAME"
             )
         if self.scorer is not None and self.scorer.startswith(GIVEN):
             raise UserError(

@@ -45,8 +45,8 @@ def verdict(name: str, reply: str, demonstration: Demonstration) -> Verdict:
     """The verdict of a scorer on ``reply``.
 
     A user-defined scorer is called as ``function(reply, row)``; ``row`` is a dict with ``prompt`` (chat messages),
-    ``completion`` (without thoughts), ``answer`` and ``document``. It returns a bool, a reward from 0 to 1, or a pair
-    of one of these and a feedback text.
+    ``completion`` (without thoughts), ``answer`` (by default the completion) and ``document``. It returns a bool, a
+    reward from 0 to 1, or a pair of one of these and a feedback text.
 
     Args:
         name: one of ``SCORER_NAMES``, ``CODE``, a name that matches ``FUNCTION``, or one that a given function got.
@@ -178,6 +178,8 @@ def _by_function(name: str, reply: str, demonstration: Demonstration) -> Verdict
     columns = ("prompt", "completion", "answer", "document")
     row = copy.deepcopy({column: getattr(demonstration, column) for column in columns})
     row |= {"prompt": list(row["prompt"]), "completion": said(demonstration)}
+    if row["answer"] is None:
+        row["answer"] = row["completion"]
     function = _function(name)
     try:
         returned = function(reply, row)

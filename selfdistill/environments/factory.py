@@ -17,10 +17,10 @@ from selfdistill.errors import UserError, found_value
 
 _BUNDLED: dict[str, type] = {"bundled:shop": Shop}
 """Environments that ship with the package."""
-_GIVEN: dict[str, tuple[tuple[Callable[..., Any], ...], EnvironmentFactory]] = {}
-"""Functions that a caller in this process gave as an environment, by its name."""
-IN_PYTHON = "functions:"
-"""Beginning of such a name."""
+_GIVEN: dict[str, tuple[Any, EnvironmentFactory]] = {}
+"""The classes, and tuples of functions, that a caller in this process gave as an environment, by its name."""
+IN_PYTHON = _FUNCTIONS, _CLASS = ("functions:", "class:")
+"""Beginnings of such a name."""
 
 
 def make_environment(name: str) -> EnvironmentFactory:
@@ -33,7 +33,7 @@ def make_environment(name: str) -> EnvironmentFactory:
             installed packages. The class, or a function that returns an object, takes no arguments. The object
             implements the protocol :class:`Environment` or has another form of :mod:`selfdistill.environments.forms`,
             or is an environment of ``verifiers``. In place of a class, a list or tuple of functions, which are the
-            tools. Or a name that :func:`name_of_functions` returned.
+            tools. Or a name that :func:`name_of_given` returned.
 
     Raises:
         UserError: there is no such environment, it cannot be created, it has no known form, or a tool has no schema.
@@ -42,8 +42,8 @@ def make_environment(name: str) -> EnvironmentFactory:
         return _GIVEN[name][1]
     if name.startswith(IN_PYTHON):
         raise UserError(
-            f"environment {name!r}: its functions were given in Python, in another process; give them again as "
-            "environment=[...], or put the list into a module and name it python:package.module.name"
+            f"environment {name!r}: it was given in Python, in another process; give it again as environment=..., "
+            "or put it into a module and name it python:package.module.name"
         )
     if name in _BUNDLED:
         return EnvironmentFactory(functools.partial(_made, name, _BUNDLED[name], ToolClass))
@@ -53,6 +53,38 @@ def make_environment(name: str) -> EnvironmentFactory:
     make = named(name, "environment", "class", lists=True)
     if isinstance(make, list | tuple):
         return _of_functions(f"environment {name!r}", make)
+    return _of_class(name, make)
+
+
+def name_of_given(given: type | Sequence[Callable[..., Any]]) -> str:
+    """The name of an environment that is this class, or has these functions as its tools, in this process.
+
+    :func:`make_environment` takes it. Equal names of classes or functions give an equal name, which then means what was
+    given last.
+
+    Raises:
+        UserError: the class cannot be used; there are no functions, an item is none or has no schema, or two have the
+            same name.
+    """
+    if isinstance(given, type):
+        name = _CLASS + given.__name__
+        if name not in _GIVEN or _GIVEN[name][0] != given:
+            _GIVEN[name] = given, _of_class(name, given)
+        return name
+    functions = tuple(given)
+    factory = _of_functions("setting 'environment'", functions)
+    name = _FUNCTIONS + ",".join(tool["function"]["name"] for tool in factory().tools)
+    if name not in _GIVEN or _GIVEN[name][0] != functions:
+        _GIVEN[name] = functions, factory
+    return name
+
+
+def _of_class(name: str, make: Callable[[], Any]) -> EnvironmentFactory:
+    """Creates objects of a class, or what a function returns, once it has created one that can be used.
+
+    Raises:
+        UserError: it cannot be created, it has no known form, or a tool has no schema.
+    """
     shared = loaded(name, make)
     if shared is not None:
         VerifiersEpisode(Hosted(name, lambda: shared)).close()
@@ -65,22 +97,6 @@ def make_environment(name: str) -> EnvironmentFactory:
     finally:
         first.close()
     return EnvironmentFactory(functools.partial(_made, name, make, form), judges)
-
-
-def name_of_functions(functions: Sequence[Callable[..., Any]]) -> str:
-    """The name of an environment whose tools are these functions, for :func:`make_environment` in this process.
-
-    Equal names of functions give an equal name, which then means the functions given last.
-
-    Raises:
-        UserError: there are none, an item is no function or has no schema, or two have the same name.
-    """
-    given = tuple(functions)
-    factory = _of_functions("setting 'environment'", given)
-    name = IN_PYTHON + ",".join(tool["function"]["name"] for tool in factory().tools)
-    if name not in _GIVEN or _GIVEN[name][0] != given:
-        _GIVEN[name] = given, factory
-    return name
 
 
 def _of_functions(where: str, functions: Sequence[Any]) -> EnvironmentFactory:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from selfdistill.errors import UserError
-from selfdistill.loss.divergence import CrossEntropy, Divergence, Pair
+from selfdistill.loss.divergence import CrossEntropy, Divergence, Pair, one_per_token
 
 Head = Callable[[Tensor], Tensor]
 Weighting = Callable[[Pair, Tensor], Tensor]
@@ -66,7 +66,7 @@ def chunked_loss(
         and ``factor`` with a ``weighting``.
 
     Raises:
-        UserError: ``chunk_size`` is below 1, or ``weighting`` returns another shape.
+        UserError: ``chunk_size`` is below 1, or a user's ``loss`` or ``weighting`` returns another shape.
     """
     chunks = _Chunks(loss, (student_hidden_ND, student_head), head_parameters, tokens_N, weights_N, teacher)
     statistics = chunks.run(_chunk_size(student_hidden_ND, student_head, chunk_size), base, weighting)
@@ -155,7 +155,9 @@ class _Chunks:
             if weight_VD is not None:
                 del logits_nV
             statistics, scale_n = pair.statistics(tokens_n), self.scaled_N[rows]
-            factor_n = None if weighting is None else _factors(weighting, pair, tokens_n)
+            factor_n = None
+            if weighting is not None:  # before the loss, which overwrites the pair
+                factor_n = one_per_token(weighting(pair, tokens_n), tokens_n, "weighting", "factor")
             statistics["loss"], slope_nV = loss.value_and_slope(pair, statistics, tokens_n)
             if factor_n is not None:
                 statistics["factor"] = factor_n
@@ -193,15 +195,6 @@ def _rounded_factors(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _factors(weighting: Weighting, pair: Pair, tokens_n: Tensor) -> Tensor:
-    """The factors of some tokens, (n,); computed before the loss, which overwrites the pair."""
-    factor_n = weighting(pair, tokens_n)
-    if (shape := getattr(factor_n, "shape", None)) != tokens_n.shape:
-        found = repr(factor_n)[:60] if shape is None else f"shape {tuple(shape)}"
-        raise UserError(f"slot 'weighting': returned {found}, expected one factor per token, shape (n,)")
-    return factor_n
 
 
 def plain_weight(head: Head, teacher_head: Head | None = None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Per-token divergence between the student's and the teacher's next-token distributions.
 
-Legend: B batch, T completion tokens, N flattened tokens, V vocabulary, K top-k.
+Legend: B batch, T completion tokens, N flattened tokens, n those of one chunk, V vocabulary, K top-k.
 
 p is the student, q the teacher; ``log_p`` is in nats. All computation is in float32 (float64 for float64 logits),
 whatever the model's dtype.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -210,21 +210,16 @@ class Divergence:
         """Whether the loss includes p_0, the model before training."""
         return self.pull > 0 or (self.target is not None and self.target.base > 0)
 
-    def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
+    def from_log_probs(self, log_p_NV: Tensor, log_q_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
         """Per-token loss, shape (N,), in nats, with q itself as the target, and without a pull.
 
-        Training does not call it, but :meth:`value_and_slope`.
+        A subclass that overrides it is a new loss. Training then takes its gradient by autograd.
 
         Args:
-            student_logits_NV: any leading dimensions, any float dtype; carries the gradient.
-            teacher_logits_NV: same shape; detached here.
+            log_p_NV: log-probabilities of the student, any leading dimensions; carries the gradient.
+            log_q_NV: those of the teacher or the target, detached.
             tokens_N: ids of the completion tokens; used by ``sampled`` only.
         """
-        log_q_NV = None if teacher_logits_NV is None else log_softmax(teacher_logits_NV.detach())
-        return self.from_log_probs(log_softmax(student_logits_NV), log_q_NV, tokens_N)
-
-    def from_log_probs(self, log_p_NV: Tensor, log_q_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
-        """:meth:`per_token` on normalised log-probabilities; the teacher's must be detached."""
         if log_q_NV is None:
             raise ValueError("a divergence needs the teacher's logits")
         if self.support == "sampled":
@@ -263,7 +258,8 @@ class Divergence:
         Over the full vocabulary the gradient has a closed form: p - q for forward KL; p (r - sum_v p r) with
         r = log p - log q for reverse KL; for JSD, (1-b) times the same with r = log p - log m, up to a constant in r.
         """
-        plain = self.support == "full" and self.clip is None
+        own = type(self).from_log_probs is not Divergence.from_log_probs
+        plain = self.support == "full" and self.clip is None and not own
         if not plain or pair.gap_NV is None or pair.q_NV is None or pair.log_q_NV is None:
             return _by_autograd(self, pair, tokens_N)
         if self.kind == "forward_kl":
@@ -299,12 +295,14 @@ class Divergence:
 class CrossEntropy:
     """Negative log-likelihood, -log p(token): the loss of supervised fine-tuning. Needs no teacher."""
 
-    def per_token(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
-        """Per-token loss, shape (N,), in nats, as of :meth:`Divergence.per_token`; ``teacher_logits_NV`` is ignored."""
-        return -pick(log_softmax(student_logits_NV), tokens_N)
+    def from_log_probs(self, log_p_NV: Tensor, log_q_NV: Tensor | None, tokens_N: Tensor) -> Tensor:
+        """Per-token loss, shape (N,), in nats, as of :meth:`Divergence.from_log_probs`; ``log_q_NV`` is ignored."""
+        return -pick(log_p_NV, tokens_N)
 
     def value_and_slope(self, pair: Pair, statistics: dict[str, Tensor], tokens_N: Tensor) -> tuple[Tensor, Tensor]:
         """Per-token loss (N,) and its gradient with respect to the student's logits (N, V): p - onehot(token)."""
+        if type(self).from_log_probs is not CrossEntropy.from_log_probs:
+            return _by_autograd(self, pair, tokens_N)
         pair.p_NV[torch.arange(len(tokens_N), device=tokens_N.device), tokens_N] -= 1
         return -statistics["student_logp"], pair.p_NV
 
@@ -319,12 +317,17 @@ class Pair:
         self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, base_logits_NV: Tensor | None = None
     ) -> None:
         self.log_p_NV = log_softmax(student_logits_NV.detach())
+        """log p, of the student"""
         self.p_NV = self.log_p_NV.exp()
+        """p"""
         self.log_q_NV: Tensor | None = None
+        """log q, of the teacher; None without a teacher, as are the next two"""
         self.q_NV: Tensor | None = None
+        """q"""
         self.gap_NV: Tensor | None = None
         """log p - log q"""
         self.log_base_NV = None if base_logits_NV is None else log_softmax(base_logits_NV.detach())
+        """log p_0, of the model before training; None if the method does not need it"""
         if teacher_logits_NV is not None:
             self.log_q_NV = log_softmax(teacher_logits_NV.detach())
             self.q_NV = self.log_q_NV.exp()
@@ -350,9 +353,25 @@ class Pair:
         return found
 
 
-def _by_autograd(loss: Divergence, pair: Pair, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+def _by_autograd(loss: Divergence | CrossEntropy, pair: Pair, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf_NV = pair.log_p_NV.requires_grad_()
-        value_N = loss.from_log_probs(leaf_NV, pair.log_q_NV, tokens_N)
+        value_N = one_per_token(loss.from_log_probs(leaf_NV, pair.log_q_NV, tokens_N), tokens_N, "loss", "value")
+        if not value_N.requires_grad:
+            raise UserError("slot 'loss': returned values without a gradient, expected ones that depend on log_p_NV")
         (slope_NV,) = torch.autograd.grad(value_N.sum(), leaf_NV)
     return value_N.detach(), _through_log_softmax(slope_NV, pair.p_NV)
+
+
+def one_per_token(found: Any, tokens_N: Tensor, slot: str, what: str) -> Tensor:
+    """What a user's function returned for some tokens, (N,).
+
+    Raises:
+        UserError: it has another shape, or is no tensor; names the ``slot``, and ``what`` was expected.
+    """
+    shape = getattr(found, "shape", None)
+    if shape != tokens_N.shape:
+        shown = repr(found)[:60] if shape is None else f"shape {tuple(shape)}"
+        raise UserError(f"slot {slot!r}: returned {shown}, expected one {what} per token, shape (n,)")
+    returned: Tensor = found
+    return returned

@@ -42,11 +42,13 @@ from selfdistill.training.token_views import token_views
 from selfdistill.training.trainer import Trainer
 
 OnStep = Callable[[int, LoadedModel, dict[str, Any]], object]
-"""Called after every step with its number, the model and the step's metrics; returning True ends training."""
+"""Called in every process after every step, and after its evaluation if it has one, with the step's number, the model
+and the step's line of ``metrics.jsonl``, to which an evaluation adds ``eval/accuracy`` and other scores. Returning True
+in any process ends training in all."""
 
 
 TRACKED = ("accuracy", "prior_accuracy", "kl_base", "episode/reward", "episode/turns", "episode/invalid_calls")
-"""Scores of an evaluation that go to the tracker."""
+"""Scores of an evaluation that go to the tracker and to ``on_step``."""
 LARGE_GAP = 0.1
 """Mean difference between the engine's and the student's log-probabilities, in nats, that is said."""
 
@@ -94,13 +96,19 @@ class Loop:
             for step in range(start + 1, self._max_steps + 1):
                 metrics = self._step(step)
                 with self._progress_kept():
+                    last = step == self._max_steps
+                    metrics |= self._watch.look(step, last=last)
                     enough = on_step is not None and on_step(step, self._trainer.loaded, metrics) is True
-                    last = enough or step == self._max_steps
-                    self._watch.look(step, last=last)
+                # A signal, or the True of ``on_step``, may reach any rank.
+                asked = all_gather([(stop.received or 0, enough)])
+                received = max(number for number, _ in asked)
+                if any(ends for _, ends in asked) and not last:
+                    last = True
+                    say(f"the run ends early, after step {step} of {self._max_steps}")
+                    with self._progress_kept():
+                        self._watch.look(step, last=True)
                 every = self._trainer.config.save_steps
                 due = bool(every) and (last or step % every == 0)
-                # A signal may reach any rank.
-                received = max(all_gather([stop.received or 0]))
                 if received or due or self._is_spared(step):
                     self._save()
                 if received and not last:
@@ -109,7 +117,7 @@ class Loop:
                         f"progress is saved, {RESUME}",
                         received,
                     )
-                if enough:
+                if last:
                     break
 
     def _step(self, step: int) -> dict[str, Any]:
@@ -284,8 +292,8 @@ class _Watch:
         """Steps after which the model was evaluated."""
         return self._evaluations.steps if self._evaluations else set()
 
-    def look(self, step: int, *, last: bool) -> None:
-        """Evaluate after optimizer step ``step``, if due; 0: before the first."""
+    def look(self, step: int, *, last: bool) -> dict[str, float]:
+        """Evaluate after optimizer step ``step``, if due; 0: before the first. Returns the scores of an evaluation."""
         trainer, config = self._trainer, self._trainer.config
         ends = last or step == 0
         if self._views and ends and step not in self._views.steps:
@@ -302,6 +310,8 @@ class _Watch:
             scores = {f"eval/{key}": found[key] for key in TRACKED if key in found}
             self._tracker.write({"step": step, **scores})
             say(f"step {step}: {summary(found)}")
+            return scores
+        return {}
 
     def _write_replies(self, evaluator: Evaluator, step: int) -> None:
         """Keep the replies of the base and, after step 0, of the model that was just measured."""

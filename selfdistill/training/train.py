@@ -89,8 +89,7 @@ def train(
         demonstrations: the training data, if already loaded.
         evaluator: evaluates the model on ``test``, if shared by several runs.
         loaded: the model, if already loaded; its weights are trained in place.
-        on_step: called with the step number, the model and the step's metrics: before the first step with 0 and no
-            metrics, then after every step. If it returns True after a step, training ends there.
+        on_step: called before the first step, with 0 and no metrics, and after every step; see :data:`OnStep`.
         own_files: names of files that may be in ``output_dir`` before the run, such as rows from memory.
 
     Returns:

@@ -1112,12 +1112,9 @@ def test_a_skill_is_named_after_its_file(make: Settings, tmp_path: Path, file: s
 
 
 @pytest.mark.parametrize("action", ["add", "stream"])
-def test_functions_that_end_with_this_process_are_refused(make: Settings, action: str) -> None:
-    for given in (tiny_worlds.FUNCTIONS, "functions:look_up,count"):
-        with pytest.raises(
-            UserError,
-            match=r"^setting 'environment': found functions .*, but learn plays it again .*; put the list into",
-        ):
+def test_what_ends_with_this_process_are_refused(make: Settings, action: str) -> None:
+    for given in (tiny_worlds.FUNCTIONS, "functions:look_up,count", tiny_worlds.Talk, "class:Talk"):
+        with pytest.raises(UserError, match=r"^setting 'environment': learn plays it again .*; put it into a module"):
             make(action=action, environment=given)
     with pytest.raises(UserError, match=r"^setting 'scorer': learn scores with it .*; put it into a module"):
         make(action=action, scorer=lambda *_: True)

@@ -498,6 +498,9 @@ def test_a_function_scores_with_the_whole_row(write_module: Callable[[str], str]
     (first, _) = sys.modules[module].seen  # one module for both: it is loaded once
     columns = {"prompt": [{"role": "user", "content": "changed"}], "completion": "shown", "document": "read this"}
     assert first == columns | {"answer": {"wanted": "yes"}}
+    other = write_module("def same(reply, row): return row['answer'] == reply")
+    same = f"python:{other}.same"
+    assert score(same, "yes", row(completion=THOUGHTS + "yes"))  # without an answer, it is the completion
     assert default_scorer(row(), name) == name
     half = [row({"wanted": "yes"}, THOUGHTS + "yes"), row({"wanted": "yes"}, "no")]
     assert doubt_about(half[:1], name) is None

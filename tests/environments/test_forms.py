@@ -199,7 +199,8 @@ def test_functions_in_python_have_a_name_in_this_process() -> None:
         ([], "setting 'environment': found an empty list, expected functions that the model may call"),
         (["bundled:shop"], "setting 'environment': item 0 is 'bundled:shop', expected a function that the model may"),
         ([len], "setting 'environment': tool len: "),
-        (tiny_worlds.count, "expected: its name, as in 'python:module.function'"),
+        (tiny_worlds.count, "expected: a class, a list of functions, or a name as python:package.module.Class"),
+        (dict, "environment 'class:dict': the class has no method reset; for the forms see docs/agents.md"),
         (3, "setting 'environment': found 3, expected: text"),
     ],
 )
@@ -210,13 +211,40 @@ def test_an_environment_in_python_that_is_none_is_one_line(given: Any, problem: 
     assert "\n" not in str(caught.value)
 
 
-def test_functions_of_another_process_have_to_be_given_again() -> None:
+@pytest.mark.parametrize("name", ["functions:gone", "class:Gone"])
+def test_what_another_process_was_given_has_to_be_given_again(name: str) -> None:
     with pytest.raises(UserError) as caught:
-        make_environment("functions:gone")
+        make_environment(name)
     assert str(caught.value) == (
-        "environment 'functions:gone': its functions were given in Python, in another process; give them again as "
-        "environment=[...], or put the list into a module and name it python:package.module.name"
+        f"environment {name!r}: it was given in Python, in another process; give it again as environment=..., or put "
+        "it into a module and name it python:package.module.name"
     )
+
+
+def test_a_class_in_python_has_a_name_in_this_process() -> None:
+    def made(reward: float) -> type:
+        class World:
+            def reset(self) -> None:
+                self.reward = reward
+
+            def wait(self) -> str:
+                """Wait."""
+                return "waited"
+
+        return World
+
+    World = made(0.5)
+    name = EpisodeSettings(environment=World).environment
+    assert name == EpisodeSettings(environment=name).environment == "class:World"
+    first = make_environment(name)
+    EpisodeSettings(environment=World)
+    assert make_environment(name) is first
+    for given, reward in ((World, 0.5), (made(1.0), 1.0)):  # the second an edited cell of a notebook
+        environment = make_environment(EpisodeSettings(environment=given).environment)()
+        environment.reset({"prompt": "Wait."})
+        assert environment.step(said("", ("wait", {}))).observations[0]["content"] == "waited"
+        assert environment.step(said("Done.")).reward == reward
+        environment.close()
 
 
 # --- the protocol itself ---

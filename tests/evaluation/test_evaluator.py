@@ -177,7 +177,7 @@ def test_a_run_keeps_the_bases_and_the_last_models_replies_to_some_test_rows(
         seen.append(sorted({line["step"] for line in lines(config, "test_replies.jsonl")}))
 
     train(config, on_step=on_step)
-    assert seen == [[0], [0], [0, 1], [0, 2]]
+    assert seen == [[0], [0, 1], [0, 2], [0, 3]]
     kept = lines(config, "test_replies.jsonl")
     assert [line["step"] for line in kept] == [0] * KEPT_ROWS + [3] * KEPT_ROWS
     for step, model in ((0, config.model), (3, config.output_dir)):

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import per_token
 from torch import Tensor
 
 from selfdistill.errors import UserError
@@ -137,9 +138,9 @@ def test_loss_and_gradient_of_a_target_and_a_pull(plain, target, pull, chunk_siz
         aim = (0.7 * log_q + 0.4 * log_p.detach() + 0.2 * log_base).log_softmax(-1)
     if isinstance(target, ProximalTarget):
         aim = by_bisection(log_p.detach(), log_q, 0.4)
-    per_token = plain.per_token(log_p, aim, tokens) + pull * kl(log_base, log_p)
-    expected = (per_token * weights).sum()
-    assert torch.allclose(found["loss"], per_token.detach(), atol=1e-7)
+    value_N = per_token(plain, log_p, aim, tokens) + pull * kl(log_base, log_p)
+    expected = (value_N * weights).sum()
+    assert torch.allclose(found["loss"], value_N.detach(), atol=1e-7)
     assert torch.allclose(found["forward_kl"], kl(log_q, log_p).detach(), atol=1e-12)  # of the teacher itself
     for mine, exact in zip(gradients, torch.autograd.grad(expected, [hidden, head.weight]), strict=True):
         assert torch.allclose(mine, exact, atol=1e-6)

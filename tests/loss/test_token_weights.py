@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import per_token
 from torch import Tensor
 
 from selfdistill.errors import UserError
@@ -76,7 +77,7 @@ def test_eight_batches_of_one_equal_one_batch_of_eight(normalisation, skip):
         )[0]
 
     # By hand: the mean that the name promises, of losses over full logits.
-    loss = Divergence().per_token(head(hidden), teacher_head(teacher_hidden), tokens)
+    loss = per_token(Divergence(), head(hidden), teacher_head(teacher_hidden), tokens)
     kept = [loss[b, skip:length] for b, length in enumerate(LENGTHS) if length > skip]
     mean = torch.cat(kept).mean() if normalisation == "token" else torch.stack([x.mean() for x in kept]).mean()
     expected = torch.autograd.grad(mean, list(head.parameters()))

@@ -18,6 +18,7 @@ from conftest import (
     add_gradient,
     gradients,
     largest_difference,
+    per_token,
     quick,
     row_log_probs,
     same,
@@ -259,7 +260,7 @@ def test_a_target_in_float64_against_autograd(kind: Any, support: Any) -> None:
     other_ND = hidden_ND.detach().clone().requires_grad_()
     log_p, log_q, log_b = (head(x).log_softmax(-1) for x in (other_ND, teacher_ND, base_ND))
     target = (0.5 * log_q + 0.3 * log_p + 0.4 * log_b).detach()
-    expected = (plain.per_token(head(other_ND), target, tokens_N) * weights_N).sum()
+    expected = (per_token(plain, head(other_ND), target, tokens_N) * weights_N).sum()
     expected.backward()
     assert float(value.detach()) == pytest.approx(float(expected.detach()), abs=1e-12)
     assert torch.allclose(hidden_ND.grad, other_ND.grad, atol=1e-12)

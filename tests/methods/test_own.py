@@ -486,6 +486,16 @@ class Selected(GroupAdvantages):
         return self.function(samples)  # type: ignore[attr-defined]
 
 
+class OwnLoss(CrossEntropy):
+    """What a function makes of the log-probabilities."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        object.__setattr__(self, "function", function)
+
+    def from_log_probs(self, log_p_NV: Any, log_q_NV: Any, tokens_N: Any) -> Any:
+        return self.function(log_p_NV)  # type: ignore[attr-defined]
+
+
 def rewarding(**slots: Any) -> Callable[..., Method]:
     def mine(config: sd.TrainConfig) -> Method:
         return replace(grpo(config)[0], **slots)
@@ -521,6 +531,14 @@ def rewarding(**slots: Any) -> Callable[..., Method]:
         (
             {"select": Selected(lambda samples: samples), "weighting": lambda pair, tokens: None},
             r"slot 'weighting': returned None, expected one factor per token, shape \(n,\)",
+        ),
+        (
+            {"select": Selected(lambda samples: samples), "loss": OwnLoss(lambda log_p: -log_p.mean())},
+            r"slot 'loss': returned shape \(\), expected one value per token, shape \(n,\)",
+        ),
+        (
+            {"select": Selected(lambda samples: samples), "loss": OwnLoss(lambda log_p: -log_p.detach()[:, 0])},
+            r"slot 'loss': returned values without a gradient, expected ones that depend on log_p_NV",
         ),
         (
             {"select": Selected(lambda samples: samples), "weighting": lambda pair, tokens: pair.p_VN},

@@ -31,7 +31,7 @@ from selfdistill.config.files import dump_yaml
 from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Evaluator
-from selfdistill.runtime import distributed
+from selfdistill.runtime import distributed, read_lines
 from selfdistill.runtime.distributed import all_reduce_gradients, barrier, broadcast_from_rank0, buckets
 from selfdistill.training.checkpoint import (
     Position,
@@ -269,6 +269,20 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
         assert "stopped after step 3 of 4; progress is saved, continue with resume=True" in child.log.read_text()
     train_together(stopped, tmp_path, resume=True)
     assert_same_run(whole_run(**COMMON | values), stopped)
+
+
+def test_a_callback_in_one_process_ends_the_run_in_both(
+    settings: Callable[..., TrainConfig], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = settings("run", **COMMON, test=str(write_rows()), eval_steps=2)
+
+    def second_has_enough(step: int, _loaded: Any, metrics: dict[str, Any]) -> bool:
+        assert ("eval/accuracy" in metrics) == (step == 2)  # in both
+        return step == 3 and os.environ["RANK"] == "1"
+
+    train_together(config, tmp_path, on_step=second_has_enough)
+    assert [line["step"] for line in metrics_of(config)] == [1, 2, 3]
+    assert [line["step"] for line in read_lines(Path(config.output_dir) / "evaluations.jsonl")] == [0, 2, 3]
 
 
 @pytest.mark.parametrize(
