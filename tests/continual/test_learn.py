@@ -109,10 +109,10 @@ def fixed(monkeypatch: pytest.MonkeyPatch, scores: dict[str, list[float]], prior
 
     def measured(_loaded: Any, folders: list[tuple[str, Path]], prior_folder: str | None, _config: Any) -> Any:
         skills = {}
-        for name, _ in folders:
+        for items, (name, _) in enumerate(folders, start=20):
             value = scores[name].pop(0)
             interval = [value - 0.1, value + 0.1]
-            skills[name] = {"accuracy": value, "accuracy_interval": interval, "items": 20, "correct": []}
+            skills[name] = {"accuracy": value, "accuracy_interval": interval, "items": items, "correct": []}
         return {"skills": skills, **({"prior_accuracy": prior.pop(0)} if prior_folder else {})}
 
     monkeypatch.setattr(add_skill, "measure_model", measured)
@@ -483,6 +483,34 @@ def test_the_gates(
 
 
 @pytest.mark.parametrize(
+def test_a_skill_is_compared_with_its_score_when_it_was_learnt_however_many_came_since(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {
+        "first": [0.1, 0.8, 0.75, 0.7, 0.7],
+        "second": [0.15, 0.3, 0.6, 0.65, 0.65],
+        "third": [0.2, 0.35, 0.9, 0.2, 0.35, 0.9],
+    }
+    fixed(monkeypatch, scores, [0.5, 0.49, 0.48, 0.47, 0.46])
+    short: dict[str, Any] = {"max_steps": 1, "max_skill_drop": 0.05}
+    assert add(make(**short))["accepted"]
+    assert add(make("second", **short))["accepted"]
+    (reason,) = add(make("third", **short))["reasons"]
+    assert reason.startswith("first: 0.800 when it was learnt, 0.700 now, but at least 0.750 is required")
+
+    assert add(make("third", **(short | {"max_skill_drop": 0.1})))["accepted"]
+    found = retention_matrix(Ledger(str(tmp_path / "state")))
+    assert found.pop("transfer") == pytest.approx(
+        {"average": 0.75, "backward": -0.025, "forward": 0.15, "forgetting": 0.025}
+    )
+    assert found == {
+        "skills": ["first", "second", "third"],
+        "matrix": [[0.1, 0.15, 0.2], [0.8, 0.3, None], [0.75, 0.6, 0.35], [0.7, 0.65, 0.9]],
+        "prior": [0.5, 0.49, 0.48, 0.46],
+        "items": [20, 21, 22],
+    }
+
+
     ("after", "values", "said"),
     [
         (0.6, {}, ["accepted: first is skill 1 of STATE; it counts as retained at 0.500 or more (20 test items)"]),
