@@ -227,6 +227,23 @@ def test_the_server_follows_the_student(load: Loader, fake: FakeVllm, tmp_path: 
     assert len(fake.models) == 1
 
 
+def test_large_weights_are_written_to_several_files(
+    load: Loader, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_files, "FILE_BYTES", 10_000)
+    loaded, files = load(fake), []
+
+    def count(path: str, body: Any) -> None:
+        if path == "/collective_rpc" and body["method"] == "selfdistill_load":
+            files.append(len(list(Path(body["kwargs"]["folder"]).glob("*.safetensors"))))
+
+    fake.instead = count
+    train(loaded, 1)
+    assert_as_our_loop(loaded)
+    assert files
+    assert min(files) > 2
+
+
 @pytest.mark.parametrize("rank", [4, 16], ids=["adapter", "merged"])
 def test_the_scale_of_lora_is_a_part_of_its_version(load: Loader, fake: FakeVllm, rank: int) -> None:
     loaded = load(fake)
