@@ -24,6 +24,7 @@ import torch
 import yaml
 from chat_server import Server
 from conftest import CHATML, ENDS
+from power import Disk
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -482,7 +483,6 @@ def test_the_gates(
         assert [skill.name for skill in Ledger(str(tmp_path / "state")).skills] == ["first", "second"]
 
 
-@pytest.mark.parametrize(
 def test_a_skill_is_compared_with_its_score_when_it_was_learnt_however_many_came_since(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -511,6 +511,7 @@ def test_a_skill_is_compared_with_its_score_when_it_was_learnt_however_many_came
     }
 
 
+@pytest.mark.parametrize(
     ("after", "values", "said"),
     [
         (0.6, {}, ["accepted: first is skill 1 of STATE; it counts as retained at 0.500 or more (20 test items)"]),
@@ -901,6 +902,46 @@ def test_what_decides_how_long_a_stream_is_learnt_is_not_its_test(
     assert sorted([*train, *validation, *([] if own_test else test)]) == everything
     assert watched[-1] == [row for row in validation if row <= max(train)]
     assert all(set(rows) <= set(validation) for rows in watched)
+
+
+def test_a_chunk_is_on_the_disk_before_the_next_is_learnt_and_a_skill_before_it_is_accepted(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch, tmp_path / "state")
+    assert add(make(action="stream", chunk_size=4, chunk_steps=1))["accepted"]
+    skill, chunk = "skills/0001-first", "pending/chunks/00002/model"
+    assert {skill, chunk} <= disk.names
+    for name in (skill, chunk):
+        assert disk.lost_within(name) == set()
+    assert "pending/stream.jsonl" not in disk.lost[chunk]
+    assert disk.events[disk.events.index(("rename", skill)) + 1 :][:2] == [("flush", "skills"), ("flush", ".")]
+
+
+def test_a_chunk_is_learnt_until_the_loss_on_the_latest_rows_has_not_fallen_twice(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([9.0, 9.0, 3.0, 3.5, 2.0, 2.5, 2.0])  # two before the first step
+    watched = []
+
+    def loss(loaded: Any, prompts: list[list[int]], *_: Any) -> float:
+        watched.append([loaded.tokenizer.decode(prompt) for prompt in prompts])
+        return next(losses)
+
+    monkeypatch.setattr(stream, "mean_loss", loss)
+    monkeypatch.setattr(stream, "BUFFER", 2)
+    test = shutil.copy(make().data, tmp_path / "test.jsonl")
+    add(make(action="stream", chunk_size=8, chunk_steps=20, test=str(test), test_share=0.4))
+    folder = tmp_path / "state" / "skills" / "0001-first"
+    (line,) = (json.loads(line) for line in (folder / "stream.jsonl").read_text().splitlines())
+    assert (line["steps"], line["loss_before"], line["loss_after"]) == (5 * stream.LOOK_STEPS, 9.0, 2.0)
+    train, held = (
+        [row.prompt[0]["content"] for row in load_demonstrations(str(folder / f"{part}.jsonl"))]
+        for part in ("train", "validation")
+    )
+    seen = [row for row in held if row < train[-1]]
+    assert len(seen) > 2
+    for texts in watched:
+        assert all(f"user\n{row}<" in text for text, row in zip(texts, seen[-2:], strict=True))
 
 
 def test_a_chunk_before_any_validation_row_takes_all_its_steps_and_says_so(
