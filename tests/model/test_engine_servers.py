@@ -690,6 +690,29 @@ def test_a_run_with_a_server_is_that_without(run: Settings, fake: FakeVllm, valu
         assert line["engine/gap"] <= line["engine/gap_max"] < 1e-3
 
 
+def test_an_engine_far_from_the_student_is_told_once(
+    run: Settings, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    completion = fake.completion
+
+    def apart(body: dict[str, Any]) -> Any:
+        status, content = completion(body)
+        found = content["choices"][0]["logprobs"]
+        found["token_logprobs"] = [logp - 0.5 for logp in found["token_logprobs"]]
+        return status, content
+
+    def begin(step: int, *_: Any) -> None:
+        if step == 1:
+            monkeypatch.setattr(fake, "completion", apart)
+
+    run_training(run("served", fake, max_steps=4), on_step=begin)
+    said = [line for line in capsys.readouterr().err.splitlines() if "away from the student's" in line]
+    assert said == [
+        "note: step 2: the engine's log-probabilities are 0.50 nats per token away from the student's on average; see "
+        "docs/engines.md"
+    ]
+
+
 def test_episodes_that_a_server_has_no_room_for_are_refused_before_any_is_played(
     run: Settings, fake: FakeVllm, write_rows: Callable[..., Path]
 ) -> None:
