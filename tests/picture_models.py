@@ -6,17 +6,15 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-import transformers
 from conftest import ENDS, VOCABULARY, byte_tokenizer
 from transformers import (
+    AutoProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     Gemma3Config,
@@ -33,6 +31,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
@@ -40,6 +39,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
 )
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY + 50,
@@ -157,16 +158,31 @@ def _gemma3_model(processor: Any) -> Any:
     )
 
 
-def _qwen(processor: str) -> Callable[[Any, str], Any]:
-    """Of a class that is not there without torchvision, for its video processor needs that."""
+class _NoVideos:
+    """A processor of Qwen's without the one for videos, which needs torchvision; pictures are processed the same."""
 
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+        assert isinstance(self, ProcessorMixin)
+        self.image_token = "<|image_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class Qwen2_5(_NoVideos, Qwen2_5_VLProcessor): ...
+
+
+class Qwen3(_NoVideos, Qwen3VLProcessor): ...
+
+
+AutoProcessor.register(Qwen2_5_VLConfig, Qwen2_5, exist_ok=True)
+AutoProcessor.register(Qwen3VLConfig, Qwen3, exist_ok=True)
+
+
+def _qwen(kind: Any) -> Callable[[Any, str], Any]:
     def make(tokenizer: Any, template: str) -> Any:
-        from transformers import Qwen2VLVideoProcessor
-
         patches = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
         images = Qwen2VLImageProcessorPil(size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64}, **patches)
-        kind = getattr(transformers, processor)
-        return kind(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
+        return kind(images, tokenizer, chat_template=template)
 
     return make
 
@@ -229,12 +245,12 @@ _QWEN = (
     + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-WITH_TORCHVISION = (
+WITH_OWN_POSITIONS = (
     PictureFamily(
         "qwen2_5_vl",
         _QWEN_TOKENS,
         _QWEN,
-        _qwen("Qwen2_5_VLProcessor"),
+        _qwen(Qwen2_5),
         _qwen_model(
             Qwen2_5_VLForConditionalGeneration,
             Qwen2_5_VLConfig,
@@ -249,7 +265,7 @@ WITH_TORCHVISION = (
         "qwen3_vl",
         _QWEN_TOKENS,
         _QWEN,
-        _qwen("Qwen3VLProcessor"),
+        _qwen(Qwen3),
         _qwen_model(
             Qwen3VLForConditionalGeneration,
             Qwen3VLConfig,
@@ -261,12 +277,9 @@ WITH_TORCHVISION = (
         ),
     ),
 )
-"""Families whose processors need torchvision, also for pictures."""
+"""Families that compute the positions of a prompt with pictures themselves."""
 
-_NO_TORCHVISION = pytest.mark.skipif(
-    importlib.util.find_spec("torchvision") is None, reason="NOT TESTED: torchvision is not installed"
-)
-ALL = [*FAMILIES, *(pytest.param(family, marks=_NO_TORCHVISION) for family in WITH_TORCHVISION)]
+ALL = [*FAMILIES, *WITH_OWN_POSITIONS]
 """All families, for ``pytest.mark.parametrize``."""
 
 

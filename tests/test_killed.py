@@ -22,6 +22,7 @@ import pytest
 import torch
 from children import Child
 from conftest import assert_same_run
+from power import Disk
 from stress import Tally
 
 from selfdistill.cli import main
@@ -146,6 +147,25 @@ def test_killed_at_random_moments(make: Make, tmp_path: Path, variant: str, kill
         if killed >= kills:
             break
     tally.finish()
+
+
+def test_what_a_checkpoint_or_a_final_model_consists_of_is_flushed_before_it_has_its_name(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make("SFT", "run", max_steps=2, save_steps=1, eval_steps=1)
+    Path(config.output_dir).mkdir()
+    disk = Disk(monkeypatch, Path(config.output_dir))
+    train(config)
+    places = ["checkpoint-00000001", "checkpoint-00000002", "final"]
+    assert {"config.yaml", *places} <= disk.names
+    for place in ("config.yaml", *places):
+        assert disk.lost_within(place) == set()
+    for place in places:
+        assert disk.events[disk.events.index(("rename", place)) + 1] == ("flush", ".")
+    files = {"metrics.jsonl", "evaluations.jsonl", "test_replies.jsonl"}
+    for place in places[:2]:
+        assert not files & disk.lost[place]
+    assert all((Path(config.output_dir) / file).stat().st_size for file in files)
 
 
 class _Dies:

@@ -55,7 +55,8 @@ from selfdistill.runtime import say_note
 STEPS = 8
 """Steps of each method."""
 _ANCHORS, _TOKENS = 16, 16  # and the maximum length of answers to them
-_ROWS = 8  # per forward pass
+ROWS = 8
+"""Per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -244,8 +245,8 @@ def _train(
                 rollouts = sample(student, [row.student_ids for row in rows], settings.sampling, seeds)
             rest_engine()
             completions = [rollout.ids for rollout in rollouts]
-        for start in range(0, len(rows), _ROWS):
-            part = slice(start, start + _ROWS)
+        for start in range(0, len(rows), ROWS):
+            part = slice(start, start + ROWS)
             task_loss(
                 student.model, taught_by, forward_pass, loss, rows[part], completions[part], settings.arithmetic
             ).backward()

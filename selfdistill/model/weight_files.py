@@ -21,7 +21,7 @@ from selfdistill.model.engine_weights import adapter_config, adapter_tensors
 from selfdistill.model.loading import LoadedModel
 from selfdistill.runtime import is_rank0
 
-_FILE_BYTES = 2**30
+FILE_BYTES = 2**30
 """Size at which a new file begins. Writing needs the memory of one file."""
 
 
@@ -108,7 +108,7 @@ def _save(weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtyp
     number = 0
     for name, weight in weights:
         file[name] = (weight.to(dtype) if weight.is_floating_point() else weight).cpu().contiguous()
-        if sum(part.nbytes for part in file.values()) >= _FILE_BYTES:
+        if sum(part.nbytes for part in file.values()) >= FILE_BYTES:
             _save_file(file, folder / f"model-{number}.safetensors")
             file, number = {}, number + 1
     _save_file(file, folder / f"model-{number}.safetensors")

@@ -94,7 +94,7 @@ def save_checkpoint(
     target = checkpoint_at(output_dir, position.step)
     temporary = output_dir / f".{target.name}.unfinished"
     parameters = trained_parameters(model)
-    moments: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    moments: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
             moments[f"{key}:{name}"] = value
@@ -230,7 +230,7 @@ def load_checkpoint(
         lambda: (saved_position(path), _read(path, parameters, ("weights", "optimizer", "teacher")))
     )
     _restore(parameters, weights)
-    torch.set_rng_state(moments.pop("rng"))
+    moments.pop("rng", None)  # earlier versions saved the state of the global generator
     state: dict[Tensor, dict[str, Any]] = {}
     for key, value in moments.items():
         kind, _, name = key.partition(":")

@@ -44,8 +44,8 @@ def whole_folder(folder: Path, advice: str, *, replace: bool = False) -> Iterato
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        for file in (path for path in temporary.rglob("*") if path.is_file()):
-            fsync(file)
+        for path in (temporary, *temporary.rglob("*")):
+            fsync(path)
         if replace:
             replace_folder(folder, temporary)
         else:

@@ -70,6 +70,24 @@ def test_less_forgotten_is_said_where_neither_seeds_nor_questions_explain_it() -
     assert said.endswith("So at equal accuracy, sdft forgot less than sft.")
 
 
+def test_prior_files_count_alike_whatever_their_size() -> None:
+    """Of the large file sdft is right on 4 of 100 questions fewer, of the small one on 10 of 10 more."""
+
+    def with_files(method: str, large: int, small: int) -> Compared:
+        start, end = point(0, 0.0, 0.8, 0.0), point(10, 0.5, 0.8, 0.3)
+        end["prior"]["p"]["correct"] = [item < large for item in range(100)]
+        right = {start["step"]: 10, end["step"]: small}
+        for one in (start, end):
+            one["prior"]["small"] = {"correct": [item < right[one["step"]] for item in range(10)]}
+        return Compared(method, 1e-4, 0, method, [start, end])
+
+    sft, sdft = with_files("sft", 80, 0), with_files("sdft", 76, 10)
+    assert matched(sdft.evaluations, 0.5).prior_accuracy == pytest.approx((0.76 + 1.0) / 2)
+    said = sentences([sft, sdft], "")
+    assert "a difference of +0.480" in said
+    assert float(said.partition("p over questions ")[2][:5]) == pytest.approx(2 / 2**10, abs=0.0015)
+
+
 def test_more_forgotten_is_said_as_well() -> None:
     said = sentences(pairs([0.52, 0.50, 0.51], [0.70, 0.69, 0.71]), "")
     assert said.endswith("So at equal accuracy, sdft forgot more than sft.")

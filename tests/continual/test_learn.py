@@ -24,6 +24,7 @@ import torch
 import yaml
 from chat_server import Server
 from conftest import CHATML, ENDS
+from power import Disk
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -109,10 +110,10 @@ def fixed(monkeypatch: pytest.MonkeyPatch, scores: dict[str, list[float]], prior
 
     def measured(_loaded: Any, folders: list[tuple[str, Path]], prior_folder: str | None, _config: Any) -> Any:
         skills = {}
-        for name, _ in folders:
+        for items, (name, _) in enumerate(folders, start=20):
             value = scores[name].pop(0)
             interval = [value - 0.1, value + 0.1]
-            skills[name] = {"accuracy": value, "accuracy_interval": interval, "items": 20, "correct": []}
+            skills[name] = {"accuracy": value, "accuracy_interval": interval, "items": items, "correct": []}
         return {"skills": skills, **({"prior_accuracy": prior.pop(0)} if prior_folder else {})}
 
     monkeypatch.setattr(add_skill, "measure_model", measured)
@@ -480,6 +481,34 @@ def test_the_gates(
         assert (tmp_path / "state" / "refused" / "second" / "result.json").exists()
     else:
         assert [skill.name for skill in Ledger(str(tmp_path / "state")).skills] == ["first", "second"]
+
+
+def test_a_skill_is_compared_with_its_score_when_it_was_learnt_however_many_came_since(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {
+        "first": [0.1, 0.8, 0.75, 0.7, 0.7],
+        "second": [0.15, 0.3, 0.6, 0.65, 0.65],
+        "third": [0.2, 0.35, 0.9, 0.2, 0.35, 0.9],
+    }
+    fixed(monkeypatch, scores, [0.5, 0.49, 0.48, 0.47, 0.46])
+    short: dict[str, Any] = {"max_steps": 1, "max_skill_drop": 0.05}
+    assert add(make(**short))["accepted"]
+    assert add(make("second", **short))["accepted"]
+    (reason,) = add(make("third", **short))["reasons"]
+    assert reason.startswith("first: 0.800 when it was learnt, 0.700 now, but at least 0.750 is required")
+
+    assert add(make("third", **(short | {"max_skill_drop": 0.1})))["accepted"]
+    found = retention_matrix(Ledger(str(tmp_path / "state")))
+    assert found.pop("transfer") == pytest.approx(
+        {"average": 0.75, "backward": -0.025, "forward": 0.15, "forgetting": 0.025}
+    )
+    assert found == {
+        "skills": ["first", "second", "third"],
+        "matrix": [[0.1, 0.15, 0.2], [0.8, 0.3, None], [0.75, 0.6, 0.35], [0.7, 0.65, 0.9]],
+        "prior": [0.5, 0.49, 0.48, 0.46],
+        "items": [20, 21, 22],
+    }
 
 
 @pytest.mark.parametrize(
@@ -873,6 +902,46 @@ def test_what_decides_how_long_a_stream_is_learnt_is_not_its_test(
     assert sorted([*train, *validation, *([] if own_test else test)]) == everything
     assert watched[-1] == [row for row in validation if row <= max(train)]
     assert all(set(rows) <= set(validation) for rows in watched)
+
+
+def test_a_chunk_is_on_the_disk_before_the_next_is_learnt_and_a_skill_before_it_is_accepted(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch, tmp_path / "state")
+    assert add(make(action="stream", chunk_size=4, chunk_steps=1))["accepted"]
+    skill, chunk = "skills/0001-first", "pending/chunks/00002/model"
+    assert {skill, chunk} <= disk.names
+    for name in (skill, chunk):
+        assert disk.lost_within(name) == set()
+    assert "pending/stream.jsonl" not in disk.lost[chunk]
+    assert disk.events[disk.events.index(("rename", skill)) + 1 :][:2] == [("flush", "skills"), ("flush", ".")]
+
+
+def test_a_chunk_is_learnt_until_the_loss_on_the_latest_rows_has_not_fallen_twice(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([9.0, 9.0, 3.0, 3.5, 2.0, 2.5, 2.0])  # two before the first step
+    watched = []
+
+    def loss(loaded: Any, prompts: list[list[int]], *_: Any) -> float:
+        watched.append([loaded.tokenizer.decode(prompt) for prompt in prompts])
+        return next(losses)
+
+    monkeypatch.setattr(stream, "mean_loss", loss)
+    monkeypatch.setattr(stream, "BUFFER", 2)
+    test = shutil.copy(make().data, tmp_path / "test.jsonl")
+    add(make(action="stream", chunk_size=8, chunk_steps=20, test=str(test), test_share=0.4))
+    folder = tmp_path / "state" / "skills" / "0001-first"
+    (line,) = (json.loads(line) for line in (folder / "stream.jsonl").read_text().splitlines())
+    assert (line["steps"], line["loss_before"], line["loss_after"]) == (5 * stream.LOOK_STEPS, 9.0, 2.0)
+    train, held = (
+        [row.prompt[0]["content"] for row in load_demonstrations(str(folder / f"{part}.jsonl"))]
+        for part in ("train", "validation")
+    )
+    seen = [row for row in held if row < train[-1]]
+    assert len(seen) > 2
+    for texts in watched:
+        assert all(f"user\n{row}<" in text for text, row in zip(texts, seen[-2:], strict=True))
 
 
 def test_a_chunk_before_any_validation_row_takes_all_its_steps_and_says_so(

@@ -50,13 +50,15 @@ def test_the_teacher_may_see_another_context(load: Callable[..., LoadedModel]) -
 
 
 def test_the_mean_loss_is_over_the_tokens_that_count(load: Callable[..., LoadedModel]) -> None:
-    loaded, contexts, completions = load(), [[1, 2], [3]], [[5, 6, 7], [8]]
+    """Of more rows than a batch has."""
+    loaded, contexts = load(), [[1, 2], *([3, n] for n in range(9))]
+    completions = [[5, 6, 7], *([8, n][: 1 + n % 2] for n in range(9))]
+    own = [[True, False, True], *([True] * len(ids) for ids in completions[1:])]
     logps = [
         log_probabilities(loaded, context, ids).gather(-1, torch.tensor(ids)[:, None])[:, 0]
         for context, ids in zip(contexts, completions, strict=True)
     ]
-    whole = -(logps[0].mean() + logps[1].mean()) / 2
-    part = -((logps[0][0] + logps[0][2]) / 2 + logps[1].mean()) / 2
+    whole = -sum(row.mean() for row in logps) / 10
+    part = -sum(row[counted].mean() for row, counted in zip(logps, own, strict=True)) / 10
     assert mean_loss(loaded, contexts, completions) == pytest.approx(float(whole), rel=1e-5)
-    own = [[True, False, True], [True]]
     assert mean_loss(loaded, contexts, completions, own) == pytest.approx(float(part), rel=1e-5)

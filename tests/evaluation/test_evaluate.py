@@ -234,8 +234,11 @@ def test_model_and_base_are_compared_on_the_same_items(
         [{"prompt": row.prompt[0]["content"], "answer": a} for row, a in zip(questions, answers, strict=True)],
         name="test.jsonl",
     )
-    prior = tmp_path / "c.jsonl"
-    prior.write_text("".join(json.dumps(r) + "\n" for r in CHOICES), encoding="utf-8")
+    prior = tmp_path / "prior"
+    prior.mkdir()
+    asked = [{"prompt": row.prompt[0]["content"], "answer": a} for row, a in zip(questions, theirs, strict=True)]
+    for name, some in (("c", CHOICES), ("q", asked)):
+        (prior / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some), encoding="utf-8")
     kept = tmp_path / "replies.jsonl"
     result = evaluate(
         EvalConfig(
@@ -245,6 +248,7 @@ def test_model_and_base_are_compared_on_the_same_items(
             prior=str(prior),
             max_completion_length=6,
             num_samples=3,
+            temperature=0.2,
             replies=str(kept),
         )
     )
@@ -254,6 +258,13 @@ def test_model_and_base_are_compared_on_the_same_items(
     assert result["paired"]["accuracy"]["difference"] > 0  # the model less the base, not the other way round
     difference = result["prior"]["c"]["accuracy"] - result["base"]["prior"]["c"]["accuracy"]
     assert result["paired"]["prior"]["c"]["difference"] == pytest.approx(difference)
+    whole = result["paired"]["prior_accuracy"]
+    assert whole["difference"] == pytest.approx(result["prior_accuracy"] - result["base"]["prior_accuracy"])
+    assert whole["low"] < whole["difference"] < min(whole["high"], 0)  # the base gave the second file's answers
+    for k, of_model in result["pass@k"].items():
+        difference = of_model["value"] - result["base"]["pass@k"][k]["value"]
+        assert result["paired"][f"pass@{k}"]["difference"] == pytest.approx(difference)
+        assert difference > 0
     lines = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
     assert [line["reply"] for line in lines] == mine
     assert [line["correct"] for line in lines] == result["correct"]
@@ -261,7 +272,7 @@ def test_model_and_base_are_compared_on_the_same_items(
         right = [0] * 6
         for number, (row, prompt) in enumerate(zip(questions, prompts, strict=True)):
             seeds = [sample_seed(0, 0, row.row, g) for g in range(3)]
-            drawn = sample(loaded, [prompt] * 3, Sampling(6, 1.0), seeds)
+            drawn = sample(loaded, [prompt] * 3, Sampling(6, 0.2), seeds)
             right[number] = sum(chat.decode(r.ids) == answers[number] for r in drawn)
         assert set(side["pass@k"]) == {"1", "2", "3"}
         for k in (1, 2, 3):

@@ -89,6 +89,7 @@ def test_the_trials_equal_plain_pytorch(
     rate: float,
 ) -> None:
     monkeypatch.setattr(spill, "STEPS", 3)
+    monkeypatch.setattr(spill, "ROWS", 3)  # a pass for the first three, and one for the last
     data = write_rows([{"prompt": f"q{i}", "completion": f"ab cd ef g{i}"} for i in range(4)])
     result = check(config_of(model_folder(), data, learning_rate=rate, hints=True, lora_rank=lora_rank))
     found, teacher = result.spill, load()

@@ -133,6 +133,23 @@ def test_the_interval_of_a_paired_difference_covers(both: float, first: float, s
     assert 0.92 <= covered / 300 <= 0.99
 
 
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [
+        ((36, 12, 2, 0), -0.3404, -0.0569),
+        ((20, 12, 2, 16), -0.3292, -0.0562),
+        ((59, 6, 16, 80), 0.0046, 0.1186),
+        ((43, 0, 0, 7), -0.0638, 0.0638),
+    ],
+)
+def test_the_interval_of_a_paired_difference_is_newcombes(
+    counts: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    """Numbers by the formula as R's biostatUZH has it in confIntPairedProportion, which subtracts the second."""
+    found = paired(numpy.repeat([1, 1, 0, 0], counts).tolist(), numpy.repeat([1, 0, 1, 0], counts).tolist())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
 def test_shares_are_compared_by_random_signs() -> None:
     first, second = [0.25, 0.5, 0.0, 0.75, 0.5, 0.25], [0.5, 0.75, 0.5, 0.5, 0.75, 1.0]
     differences = [b - a for a, b in zip(first, second, strict=True)]

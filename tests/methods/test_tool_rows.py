@@ -1,7 +1,7 @@
-"""Real rows with tool calls (ToolAlpaca), as text and as episodes: loading, SFT, SDFT and evaluation of a tiny model.
+"""Rows with tool calls, as text and as episodes: loading, SFT, SDFT and evaluation of a tiny model.
 
-The rows are in a folder beside the repository; without it these tests are skipped. Each row is one turn: a prompt that
-describes the tools, and a reply of ``Action:`` and ``Action Input:`` lines.
+Each row is one turn: a prompt that describes the tools, and a reply of ``Action:`` and ``Action Input:`` lines. The
+real ones (ToolAlpaca) are in a folder beside the repository; without it the made-up ones alone are tested.
 
 Dimensions in names: T completion tokens, V vocabulary.
 """
@@ -27,12 +27,26 @@ from selfdistill.model import LoadedModel, Rollout
 from selfdistill.training.trainer import Trainer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "skills" / "tooluse.train.jsonl"
-pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="the real rows are missing: ../shared/data/skills")
+REAL = pytest.mark.skipif(not SHARED.exists(), reason="the real rows are missing: ../shared/data/skills")
 
 
-@pytest.fixture
-def rows() -> list[dict[str, Any]]:
-    """The shortest row with one call, and the shortest with several."""
+def made_up(*calls: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    """A row of the real ones' form whose reply has these calls."""
+    written = [(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in calls]
+    return {
+        "prompt": [{"role": "user", "content": f'Use the tools.\nParameters: {{"c": "city"}}\nTell {len(calls)}.'}],
+        "completion": "\n".join(f"Action: {name}\nAction Input: {arguments}" for name, arguments in written),
+        "answer": json.dumps(written),
+        "api": "Sky",
+    }
+
+
+@pytest.fixture(params=["made up", pytest.param("real", marks=REAL)])
+def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """A row with one call, and one with several; of the real ones the shortest."""
+    if request.param == "made up":
+        oslo, rome = ({"c": city, "day": {"in": 1.5, "of": ["a", 'b"']}} for city in ("Oslo", "Roma é"))
+        return [made_up(("getSky", {})), made_up(("getSky", oslo), ("getRain", rome))]
     lines = SHARED.read_text(encoding="utf-8").splitlines()
     found = sorted(map(json.loads, lines), key=lambda row: len(row["prompt"][0]["content"]))
     counts = [len(json.loads(row["answer"])) for row in found]

@@ -227,6 +227,23 @@ def test_the_server_follows_the_student(load: Loader, fake: FakeVllm, tmp_path: 
     assert len(fake.models) == 1
 
 
+def test_large_weights_are_written_to_several_files(
+    load: Loader, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_files, "FILE_BYTES", 10_000)
+    loaded, files = load(fake), []
+
+    def count(path: str, body: Any) -> None:
+        if path == "/collective_rpc" and body["method"] == "selfdistill_load":
+            files.append(len(list(Path(body["kwargs"]["folder"]).glob("*.safetensors"))))
+
+    fake.instead = count
+    train(loaded, 1)
+    assert_as_our_loop(loaded)
+    assert files
+    assert min(files) > 2
+
+
 @pytest.mark.parametrize("rank", [4, 16], ids=["adapter", "merged"])
 def test_the_scale_of_lora_is_a_part_of_its_version(load: Loader, fake: FakeVllm, rank: int) -> None:
     loaded = load(fake)
@@ -671,6 +688,29 @@ def test_a_run_with_a_server_is_that_without(run: Settings, fake: FakeVllm, valu
     assert largest_difference(final_weights(served), final_weights(ours)) < 1e-4  # of steps of 1e-3
     for line in metrics_of(served):
         assert line["engine/gap"] <= line["engine/gap_max"] < 1e-3
+
+
+def test_an_engine_far_from_the_student_is_told_once(
+    run: Settings, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    completion = fake.completion
+
+    def apart(body: dict[str, Any]) -> Any:
+        status, content = completion(body)
+        found = content["choices"][0]["logprobs"]
+        found["token_logprobs"] = [logp - 0.5 for logp in found["token_logprobs"]]
+        return status, content
+
+    def begin(step: int, *_: Any) -> None:
+        if step == 1:
+            monkeypatch.setattr(fake, "completion", apart)
+
+    run_training(run("served", fake, max_steps=4), on_step=begin)
+    said = [line for line in capsys.readouterr().err.splitlines() if "away from the student's" in line]
+    assert said == [
+        "note: step 2: the engine's log-probabilities are 0.50 nats per token away from the student's on average; see "
+        "docs/engines.md"
+    ]
 
 
 def test_episodes_that_a_server_has_no_room_for_are_refused_before_any_is_played(

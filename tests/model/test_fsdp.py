@@ -90,8 +90,6 @@ def test_sharded_processes_train_to_the_weights_of_one(
     assert files[0] == files[1]
     for name in ("weights", "optimizer", "teacher"):
         x, y = (load_file(list_checkpoints(Path(c.output_dir))[-1] / f"{name}.safetensors") for c in (one, two))
-        for tensors in (x, y):
-            tensors.pop("rng", None)
         assert x.keys() == y.keys()
         assert all(torch.allclose(x[key], y[key], atol=CLOSE, rtol=0) for key in x)
     if "lora_rank" not in values:
@@ -140,13 +138,12 @@ def bfloat16_folder(load: Callable[..., LoadedModel], tmp_path: Path) -> str:
     return str(tmp_path / "bfloat16")
 
 
-@pytest.mark.slow
 def test_a_sharded_average_of_bfloat16_weights_follows_them(
     settings: Callable[..., TrainConfig], tmp_path: Path, bfloat16_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit by bit, in parts of a shard, also where three processes get unequal ones."""
     monkeypatch.setattr("selfdistill.model.teacher.PART_NUMBERS", 100)
-    own = {"model": bfloat16_folder, "dtype": "auto", "batch_size": 6, "max_steps": 3, "save_steps": 3, "ema_rate": 0.3}
+    own = {"model": bfloat16_folder, "dtype": "auto", "batch_size": 6, "max_steps": 2, "save_steps": 2, "ema_rate": 0.3}
     config = settings(fsdp=True, **COMMON | {"mixed_precision": "no"} | own)
 
     def keep(step: int, loaded: LoadedModel, _metrics: Any) -> None:
@@ -156,7 +153,7 @@ def test_a_sharded_average_of_bfloat16_weights_follows_them(
 
     for child in started_together(lambda: train(config, on_step=keep), tmp_path / "log", 3):
         assert child.wait() == 0, child.log.read_text()
-    first, *later = (torch.load(tmp_path / f"{step}.pt", weights_only=True) for step in range(4))
+    first, *later = (torch.load(tmp_path / f"{step}.pt", weights_only=True) for step in range(3))
     average = load_file(list_checkpoints(Path(config.output_dir))[-1] / "teacher.safetensors")
     for name, found in average.items():
         expected = first[name].float()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from selfdistill.errors import UserError
-from selfdistill.model import make_optimizer, moment_bytes
-from selfdistill.model.optimizer import round_stochastically_
+from selfdistill.model import make_optimizer, moment_bytes, optimizer
+from selfdistill.model.optimizer import BLOCK, round_stochastically_
 
 Optimizer = torch.optim.Optimizer
 
@@ -53,6 +53,12 @@ def plain(parameters: list[nn.Parameter]) -> Optimizer:
     return torch.optim.AdamW(parameters, weight_decay=0.0)
 
 
+@pytest.fixture
+def in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrix is updated in ten slices, the last of which is shorter, as large ones are."""
+    monkeypatch.setattr(optimizer, "SLICE", 4 * BLOCK)
+
+
 def test_stochastic_rounding_is_right_on_average_and_takes_neighbours() -> None:
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 1000)
     generator, draws = torch.Generator().manual_seed(1), 4000
@@ -76,6 +82,7 @@ def test_rounding_keeps_what_bfloat16_has_and_what_is_no_number() -> None:
     assert bool(round_stochastically_(torch.tensor([float("nan")]), torch.Generator().manual_seed(0)).isnan())
 
 
+@pytest.mark.usefixtures("in_slices")
 def test_without_stochastic_rounding_bfloat16_hardly_moves() -> None:
     expected = moved(torch.float32, plain, rate=1e-5)
 
@@ -87,6 +94,7 @@ def test_without_stochastic_rounding_bfloat16_hardly_moves() -> None:
     assert along(moved(torch.bfloat16, rounding, rate=1e-5)) == pytest.approx(1.0, abs=0.03)
 
 
+@pytest.mark.usefixtures("in_slices")
 def test_the_step_in_float32_is_that_of_pytorch() -> None:
     """Weights in both types together, so that PyTorch's own is not taken."""
     expected, found = weights(), [*weights(), nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
@@ -113,6 +121,7 @@ def test_noise_follows_from_seed_and_step(optim: str) -> None:
     assert not torch.equal(first[0], ends(1)[0])
 
 
+@pytest.mark.usefixtures("in_slices")
 def test_moments_in_8_bits_step_like_those_in_float32() -> None:
     pytest.importorskip("bitsandbytes")
     expected = moved(torch.float32, plain)

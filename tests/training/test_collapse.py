@@ -86,6 +86,20 @@ def test_steps_that_teach_nothing_are_no_measurement(start: float | None, end: f
     assert ("apart" in signs) == is_sign
 
 
+@pytest.mark.parametrize(
+    ("demonstrated", "start", "end", "is_sign"),
+    [(14.0, 2.0, 2.0, False), (100.0, 20.0, 5.0, False), (100.0, 20.0, 3.0, True)],
+)
+def test_replies_that_were_short_from_the_start_are_no_sign(
+    demonstrated: float, start: float, end: float, is_sign: bool
+) -> None:
+    guard, signs = CollapseGuard([demonstrated]), {}
+    for step in range(4 * COLLAPSE_WINDOW):
+        length = {"completion/length": start if step < 2 * COLLAPSE_WINDOW else end}
+        signs |= guard.look({"step": step + 1} | HEALTHY | length, stage=0, sampled=True)
+    assert list(signs) == ["empty"] * is_sign
+
+
 def test_a_stage_is_compared_with_its_own_beginning() -> None:
     guard = CollapseGuard([14.0, 14.0])
     seen(guard, {})
@@ -198,13 +212,12 @@ def test_a_run_that_falls_apart_before_it_was_measured_leaves_no_model(
     assert not (Path(config.output_dir) / "final").exists()
 
 
-@pytest.mark.slow
 def test_the_guard_of_a_resumed_run_remembers_what_it_said(
     falling_apart: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(falling_apart(save_steps=20))
+    train(falling_apart(max_steps=10, save_steps=10))
     assert "the run may be collapsing" in capsys.readouterr().err
-    train(falling_apart(save_steps=20, max_steps=41), resume=True)
+    train(falling_apart(max_steps=11, save_steps=10), resume=True)
     said = capsys.readouterr().err
     assert "the run may be collapsing" not in said
     assert "note: the run showed signs of collapse: step 10: " in said
