@@ -74,7 +74,8 @@ def cells(found: Fit) -> list[str]:
     fits = "" if found.fits else ", does not fit"
     return [
         f"{found.plan.peak / GB:.0f} GB{beside}{fits}",
-        f"{config.micro_batches} micro-batches" + (", checkpointing" if config.gradient_checkpointing else ""),
+        f"{config.micro_batches} micro-batch{'es' * (config.micro_batches > 1)}"
+        + (", checkpointing" if config.gradient_checkpointing else ""),
         f"{time.step.total:.0f} s",
         f"{time.steps} in {time.total / 60:.0f} min",
     ]

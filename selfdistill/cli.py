@@ -150,19 +150,21 @@ def _of_the_machine(error: Exception, command: str) -> tuple[str, int] | None:
         found = "found cuBLAS already in use; set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
         return f"setting 'deterministic': {found}", 2
     if is_out_of_memory(error):
-        advice, trains = _saving(command)
+        advice, trains = _saving(command, text)
         if unused := re.search(r"([\d.]+ [MG]iB) is reserved by PyTorch but unallocated.* (PYTORCH_\S+=\S+)", text):
             advice += f"; {unused[1]} were reserved but not in use, so {unused[2]} in the environment may help"
         return f"out of memory: {advice}" + ("; checkpoints are intact" if trains else ""), 2
     return None
 
 
-def _saving(command: str) -> tuple[str, bool]:
+def _saving(command: str, said: str) -> tuple[str, bool]:
     """What to do if a command runs out of memory, with settings that it has; whether it trains, with checkpoints."""
     known = COMMANDS[command][0].model_fields if command else {}
     if "gradient_accumulation_steps" in known:
         also = " (also with --resume)" if command in SWITCHES["resume"] else ""
-        return f"raise --gradient_accumulation_steps{also}, or lower --max_completion_length", True
+        value = re.search(r"raise gradient_accumulation_steps( to \d+)", said)
+        more = f"--gradient_accumulation_steps{value[1] if value else ''}{also}"
+        return f"raise {more}, or lower --max_completion_length", True
     lower = [f"--{name}" for name in ("batch_size", "sample", "max_completion_length") if name in known]
     if not lower:
         return "free some of the machine's memory", False

@@ -803,14 +803,14 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
     (
         no_memory,
         "",
-        "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
-        "checkpoints are intact",
+        "out of memory: raise --gradient_accumulation_steps to 2 (also with --resume), or lower "
+        "--max_completion_length; checkpoints are intact",
     ),
     *(
         (
             memory_reserved(size),
             "",
-            "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower "
+            "out of memory: raise --gradient_accumulation_steps to 2 (also with --resume), or lower "
             "--max_completion_length; checkpoints are intact",
         )
         for size in ("0 bytes", "512.50 KiB")
@@ -818,9 +818,9 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
     (
         memory_reserved("13.50 GiB"),
         "",
-        "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
-        "13.50 GiB were reserved but not in use, so PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the "
-        "environment may help; checkpoints are intact",
+        "out of memory: raise --gradient_accumulation_steps to 2 (also with --resume), or lower "
+        "--max_completion_length; 13.50 GiB were reserved but not in use, so "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment may help; checkpoints are intact",
     ),
     (
         cannot_repeat,
@@ -833,10 +833,16 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
         "setting 'deterministic': found cuBLAS already in use; set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment",
     ),
     (
-        no_host_memory,
-        "",
+        no_memory,
+        "--gradient_accumulation_steps 2",
         "out of memory: raise --gradient_accumulation_steps (also with --resume), or lower --max_completion_length; "
         "checkpoints are intact",
+    ),
+    (
+        no_host_memory,
+        "",
+        "out of memory: raise --gradient_accumulation_steps to 2 (also with --resume), or lower "
+        "--max_completion_length; checkpoints are intact",
     ),
 ]
 

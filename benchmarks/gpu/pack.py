@@ -3,14 +3,14 @@
     python benchmarks/gpu/pack.py FOLDER [--python 3.12]
 
 FOLDER gets numbered folders of at most ``MOST_BYTES`` each, to be carried one by one, each with the SHA-256 of its
-files. The wheels are in the first. What comes with PyTorch, transformers, accelerate and peft is taken to be there, and
-so are jinja2, matplotlib, pandas, psutil, pyarrow, regex, requests, rich, scipy and xxhash.
+files. The wheels are in the first. What comes with the packages ``THERE`` is taken to be there, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -27,6 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 WITH_ALL = ("pydantic",)
 """Packages that are carried with all that they need."""
 ALONE = ("bitsandbytes", "datasets", "dill<0.4.2", "gguf", "jsonargparse", "multiprocess<0.70.20", "trl==1.16.0")
+THERE = ("accelerate", "jinja2", "matplotlib", "pandas", "peft", "pip", "psutil", "pyarrow", "regex", "requests")
+THERE += ("rich", "scipy", "torch", "transformers", "xxhash")
+"""Names to import of packages that the machine must have."""
 OTHER_DEVICES = re.compile(r"libbitsandbytes_(?!cpu\.|cuda128\.|cuda130\.)")
 """Beginnings of bitsandbytes' libraries that are left out, three quarters of its wheel. PyTorch 2.11 is built for CUDA
 12.6, 12.8 and 13.0; bitsandbytes falls back to a library of the same major version."""
@@ -131,8 +134,10 @@ def unpack(folder: Path, work: Path) -> Path:
         ``work / "site"``.
 
     Raises:
-        PackError: a file is missing or was changed.
+        PackError: the machine lacks packages, or a file is missing or was changed.
     """
+    if missing := [name for name in THERE if importlib.util.find_spec(name) is None]:
+        raise PackError(f"this machine lacks {', '.join(missing)}, which the pack does not contain; install first")
     numbered = sorted((p for p in folder.iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
     if [p.name for p in numbered] != [str(n) for n in range(1, len(numbered) + 1)] or not numbered:
         raise PackError(f"{folder}: found {[p.name for p in numbered]}, expected folders 1, 2, ...")

@@ -76,7 +76,7 @@ def check_setup(bench: Bench, found: Found, values: dict[str, Any]) -> None:
         if bench.cuda:
             torch.cuda.empty_cache()
             found.add(f"{depth} layers: measured", peaks[depth] / 2**30, "GiB")
-            found.add(f"{depth} layers: measured of plan", peaks[depth] / plan.peak, at_least=0.75, at_most=1.1)
+            found.add(f"{depth} layers: measured of plan", peaks[depth] / plan.peak, at_least=0.85, at_most=1.15)
         found.add(f"{depth} layers: plan", plan.peak / 2**30, "GiB")
     for part in PARTS:
         found.add(f"{part}, {WHOLE} layers", whole({depth: times[depth][part] for depth in DEPTHS}), "s")

@@ -142,6 +142,11 @@ class TrainingSettings(MethodSettings, TaskSettings):
         """Most micro-batches per optimizer step."""
         return self.gradient_accumulation_steps or 1
 
+    def more_micro_batches(self, shares: int) -> list[int]:
+        """Larger numbers of micro-batches that divide a batch of which so many processes have equal parts."""
+        more = range(self.micro_batches + 1, self.batch_size + 1)
+        return [count for count in more if self.batch_size % (count * shares) == 0]
+
     @property
     def evaluates_between(self) -> bool:
         """Whether there are evaluations between the start and the end."""

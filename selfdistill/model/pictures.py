@@ -246,6 +246,11 @@ class PictureInputs:
             made = self.processor(
                 text=[self.token], images=[picture.decoded()], return_tensors="pt", return_text_replacement_offsets=True
             )
+            if _OFFSETS not in made:
+                raise UserError(
+                    f"model {self._name!r}: {type(self.processor).__name__} does not say what it writes for a picture; "
+                    "use another model, or a newer transformers"
+                )
             (text,) = [found["replacement"] for found in made[_OFFSETS][0]]
         except UserError:
             raise

@@ -26,6 +26,11 @@ LORA_RANK = 16
 """Rank of a proposed adapter."""
 MOST_CHANGES = 4
 """Maximum changes of settings in a proposal."""
+AIMS = {"cuda": 0.9}
+"""The share of a device's memory that chosen and proposed settings fill at most, if any can; elsewhere all of it.
+
+The rest is for what a plan does not count, such as fragmentation of the allocator. An estimate, not measured.
+"""
 WITHOUT_ADAPTER = ("teacher", "optim")
 """Settings whose change saves memory only without an adapter."""
 
@@ -130,18 +135,26 @@ def fit(
 
 def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
     """The same with a planner."""
-    plan = planner.plan(config)
-    if plan.peak <= limit:
+    plan, aim = planner.plan(config), int(limit * AIMS.get(planner.device(config).kind, 1))
+    if plan.peak <= aim:
         return Fit(plan, limit, {}, None)
-    if found := _nearest(planner, config, limit, only_open=True):
+    if found := _nearest(planner, config, aim, only_open=True) or _smallest_plan(planner, config, limit):
         chosen, plan = found
         return Fit(plan, limit, chosen, None)
-    if sharded := _sharded(planner, config, limit):
+    if sharded := _sharded(planner, config, aim):
         return Fit(plan, limit, {}, sharded)
-    nearest, full = _nearest(planner, config, limit), None
+    nearest, full = _nearest(planner, config, aim) or _nearest(planner, config, limit), None
     if nearest and "lora_rank" in nearest[0]:
-        full = _nearest(planner, config, limit, adapter=False)
+        full = _nearest(planner, config, aim, adapter=False)
     return Fit(plan, limit, {}, nearest, full)
+
+
+def _smallest_plan(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Found | None:
+    """The open settings that save most, or none if the plan is not smaller with them; None if it does not fit."""
+    saving = _saving(planner, config)
+    tried: list[Found] = [(changes, planner.plan(config.model_copy(update=changes))) for changes in ({}, saving)]
+    changes, plan = min(tried, key=lambda found: found[1].peak)
+    return (changes, plan) if plan.peak <= limit else None
 
 
 def _sharded(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Found | None:
@@ -286,8 +299,7 @@ def _changes(planner: MemoryPlanner, config: TrainConfig, *, only_open: bool) ->
     if only_open and not is_open["gradient_accumulation_steps"]:
         return moves, []
     shares = planner.device(config).shares(config)
-    more = range(config.micro_batches + 1, config.batch_size + 1)
-    return moves, [{"gradient_accumulation_steps": n} for n in more if config.batch_size % (n * shares) == 0]
+    return moves, [{"gradient_accumulation_steps": count} for count in config.more_micro_batches(shares)]
 
 
 def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:

@@ -30,10 +30,12 @@ from selfdistill.runtime import (
     barrier,
     broadcast_from_rank0,
     corruption,
+    is_out_of_memory,
     is_rank0,
     read_lines,
     say,
     say_note,
+    world_size,
     write_atomically,
 )
 from selfdistill.training.checkpoint import Position, checkpoint_at, load_checkpoint, save_checkpoint
@@ -130,6 +132,12 @@ class Loop:
         except UserError as error:  # such as a scorer's, an environment's or the method's
             if self._position.step > self._saved and not self._trainer.updated:
                 self._save(together=isinstance(error, RaisedOnAllRanks))
+            raise
+        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError
+            config = self._trainer.config
+            more = config.more_micro_batches(world_size() if config.fsdp else 1)
+            if more and is_out_of_memory(error):
+                error.args = (f"{error}\nraise gradient_accumulation_steps to {more[0]}".strip(),)
             raise
         position, self.step = self._position, step
         self._position = position = replace(

@@ -17,6 +17,8 @@ GPU_READING_SHARE = 0.8
 """The same on other devices; an estimate."""
 LAYER_SECONDS = 0.5e-3
 """Seconds per layer that a pass of a few tokens takes to start its operations, besides products and reading."""
+ADAPTER_SECONDS = 0.5e-3
+"""The same in addition for an adapter's operations, on a GPU. An estimate from the number of kernels, not measured."""
 MEASURED_SECONDS = 0.5
 """Seconds of each of the two measurements."""
 

@@ -12,7 +12,7 @@ in TF32, at half the rate (see :mod:`selfdistill.loss.chunked`).
 The parts of a step, on a device with c FLOP per second and b bytes per second:
 
     sampling   F(S) / c with one scored token; then T times the FLOP of n tokens, or reading the weights and all keys
-               and values kept so far, whichever takes longer, and a fixed time per layer
+               and values kept so far, whichever takes longer, and a fixed time per layer, on a GPU more with an adapter
     teacher    F(S' + T) / c
     student    3 F(S + T) / c; 2 with LoRA, which needs no gradients of the weights; 1 more with checkpointing
     update     bytes that clipping, AdamW and an EMA teacher move / b
@@ -32,7 +32,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.errors import number_of
 from selfdistill.loss import plain_weight
 from selfdistill.model import LoadedModel, TeacherRule, body_and_head, count_of, moment_bytes
-from selfdistill.training.rates import Rates
+from selfdistill.training.rates import ADAPTER_SECONDS, Rates
 from selfdistill.training.schedule import steps_of
 from selfdistill.training.traced_step import Device, PlannedPart, sampled_together
 
@@ -161,6 +161,8 @@ def time_plan(
     """
     if config.engine != "none":  # it replays its operations
         rates = replace(rates, layer_seconds=0.0)
+    elif device.kind == "cuda" and hasattr(loaded.model, "peft_config"):  # sampling does not merge the adapter
+        rates = replace(rates, layer_seconds=rates.layer_seconds + ADAPTER_SECONDS)
     student = Network.of(loaded, device)
     networks = {rule: Network.of(other, device) for rule, other in others.items()}
     parts = [_scoring_seconds(config, device, student, networks, part, rates) for stage in stages for part in stage]

@@ -320,6 +320,14 @@ def test_what_was_not_carried_whole_is_refused(
         pack.unpack(packed, tmp_path / "work")
 
 
+def test_packages_that_the_pack_takes_for_granted_are_looked_for_first(
+    pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack, "THERE", ("json", "no_such_package", "nor_this"))
+    with pytest.raises(pack.PackError, match=r"^this machine lacks no_such_package, nor_this, which the pack does not"):
+        pack.unpack(tmp_path / "not packed", tmp_path / "work")
+
+
 def test_a_failed_try_to_pack_leaves_nothing(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "ERROR: no matching distribution\n[notice] To update, run: pip install --upgrade pip\n"
     failed = SimpleNamespace(returncode=1, stderr=said)

@@ -466,6 +466,32 @@ def test_rows_whose_pictures_the_processor_rejects_are_named(folder_of: Folder, 
     )
 
 
+def test_a_processor_that_does_not_say_what_it_writes_for_a_picture_is_refused(folder_of: Folder) -> None:
+    loaded = load_model(str(folder_of(FAMILIES[0])))
+    assert loaded.pictures is not None
+    processor = loaded.pictures.processor
+
+    class SilentProcessor:
+        def __call__(self, **options: Any) -> Any:
+            made = processor(**options)
+            return {name: value for name, value in made.items() if name != "text_replacement_offsets"}
+
+    loaded.pictures.processor = SilentProcessor()
+    with pytest.raises(UserError) as error:
+        encode(
+            load_demonstrations(rows()),
+            None,
+            loaded.chat(),
+            max_prompt_length=None,
+            max_completion_length=9,
+            window=None,
+        )
+    assert str(error.value) == (
+        f"model {loaded.name!r}: SilentProcessor does not say what it writes for a picture; use another model, or a "
+        "newer transformers"
+    )
+
+
 def test_a_picture_is_decoded_again_from_its_file(folder_of: Folder, tmp_path: Path) -> None:
     loaded, path = load_model(str(folder_of(FAMILIES[0]))), tmp_path / "a.png"
     draw_shape("red", "circle").save(path)

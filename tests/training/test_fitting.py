@@ -301,6 +301,30 @@ def test_micro_batches_and_checkpointing_are_chosen_where_they_are_not_given(lon
     assert not fitted(planner, in_one, peak(**least)).fits, "what is given is not changed"
 
 
+def test_on_a_gpu_choices_leave_a_tenth_free_if_any_can(long: Make) -> None:
+    config = long(mixed_precision="bf16")
+    planner = MemoryPlanner(config, load_demonstrations(config.data), GPU)
+
+    def peak(**values: Any) -> int:
+        return planner.plan(config.model_copy(update=values)).peak
+
+    def chosen(limit: int) -> dict[str, Any]:
+        found = fitted(planner, config, limit)
+        assert found.fits
+        return found.chosen
+
+    assert chosen(peak() * 10 // 9 + 1) == {}
+    assert chosen(peak() * 10 // 9 - 9) != {}, "it fits, and fills more than nine tenths"
+    least = {"gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+    assert chosen(peak(**least)) == least, "nothing leaves a tenth free"
+    assert not fitted(planner, config, peak(**least) - 1).fits
+    given = config.model_copy(update=IN_ONE)
+    assert fitted(planner, given, peak()).fits, "what is given may fill all"
+    proposed = fitted(planner, given, peak() - 1).nearest
+    assert proposed is not None
+    assert proposed[1].peak <= 0.9 * peak()
+
+
 def test_processes_that_share_the_weights_have_equal_micro_batches(settings: Make) -> None:
     """With ``fsdp`` a batch is a multiple of processes times micro-batches: 8 of two processes has at most 4."""
     few_moves: dict[str, Any] = {"lora_rank": 4, **BFLOAT16}

@@ -22,7 +22,7 @@ from selfdistill.runtime import GPUS
 from selfdistill.runtime.gpus import check_device
 from selfdistill.training import plan_for, train
 from selfdistill.training.memory import MemoryPlanner
-from selfdistill.training.rates import Rates, measured_rates, named_rates
+from selfdistill.training.rates import ADAPTER_SECONDS, Rates, measured_rates, named_rates
 from selfdistill.training.step_time import Network, TimePlan
 from selfdistill.training.traced_step import Device
 
@@ -147,6 +147,16 @@ def test_an_adapter_needs_no_gradients_of_the_weights(settings: Make) -> None:
     full, adapter = timed(settings()).step, timed(settings(lora_rank=2)).step
     assert 2 / 3 < adapter.student / full.student < 0.8  # its factors beside two thirds
     assert adapter.update < full.update
+
+
+def test_on_a_gpu_an_adapter_adds_a_fixed_time_per_layer_and_token(settings: Make) -> None:
+    """Ten tokens through two layers, and the factors' products."""
+    gpu = Device("cuda", "no")
+    full, adapter = (timed(settings(lora_rank=rank), gpu).step.sampling for rank in (0, 1))
+    on_cpu = [timed(settings(lora_rank=rank)).step.sampling for rank in (0, 1)]
+    assert adapter - full == pytest.approx(10 * 2 * ADAPTER_SECONDS + on_cpu[1] - on_cpu[0])
+    served = [timed(settings(lora_rank=1, engine="vllm"), device).step.sampling for device in (gpu, FLOAT32)]
+    assert served[0] == pytest.approx(served[1])
 
 
 @pytest.mark.parametrize("count", [40, 100, 200])
