@@ -48,7 +48,6 @@ OnStep = Callable[[int, LoadedModel, dict[str, Any]], object]
 and the step's line of ``metrics.jsonl``, to which an evaluation adds ``eval/accuracy`` and other scores. Returning True
 in any process ends training in all."""
 
-
 TRACKED = ("accuracy", "prior_accuracy", "kl_base", "episode/reward", "episode/turns", "episode/invalid_calls")
 """Scores of an evaluation that go to the tracker and to ``on_step``."""
 LARGE_GAP = 0.1
