@@ -137,19 +137,20 @@ class CheckConfig(TaskSettings):
     mixed_precision: Precision = "auto"
     """Precision of that training run, used for all measurements."""
     lora_rank: int = Field(default=0, ge=0)
-    """Rank of that training run's LoRA adapter, for its cost and plan and for ``spill``; 0: full fine-tuning."""
+    """Rank of that training run's LoRA adapter, for its cost and plan, ``spill`` and ``hints``; 0: full fine-tuning."""
     hints: bool = False
     """Also measure the teacher with shares of the demonstration from 0 to 1, in the best layout, and as ``spill`` does
     what a few steps learn from each; with ``anchors`` ``none`` the teacher alone."""
     spill: bool = False
     """Also measure how far a few steps of SFT and of SDFT move the model on general prompts, or on your ``anchors``."""
     anchors: tuple[str, ...] = ("package",)
-    """Prompts on which ``spill`` measures how far the model moves; it draws 16 of them. As in ``train``: ``package``
-    (general prompts of many kinds), ``package:list+code`` (only these kinds), or a text file with one prompt per line,
-    or rows with ``prompt`` or ``messages``, such as your own traffic. Several sources, separated by commas, get equal
-    shares. ``none``: not measured."""
+    """Prompts on which ``spill`` and ``hints`` measure how far the model moves; 16 are drawn. As in ``train``:
+    ``package`` (general prompts of many kinds), ``package:list+code`` (only these kinds), or a text file with one prompt
+    per line, or rows with ``prompt`` or ``messages``, such as your own traffic. Several sources, separated by commas,
+    get equal shares. ``none``: not measured."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Learning rate for the steps of ``spill``: use that of the training run. Default 1e-5, with LoRA 1e-4."""
+    """Learning rate for the steps of ``spill`` and ``hints``: use that of the training run. Default 1e-5, with LoRA
+    1e-4."""
     fine_tuned: str | None = None
     """A model fine-tuned on the same demonstrations, for example with ``--method sft``. Its distance from the base is
     compared with the teacher's."""

@@ -205,11 +205,11 @@ def _checked(
     if config.hints and not has_parts:
         say_note("hints are not measured, because a part of an episode cannot be shown")
     can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints and has_parts else set()
-    takes_steps = config.spill or bool(can_hint)
+    general = read_anchors(config, anchors) if config.spill or can_hint else {}
+    takes_steps = config.spill or bool(can_hint and general)
     if takes_steps:
         refuse_autocast()
-    general = read_anchors(config, anchors) if takes_steps else {}
-    if not takes_steps and "anchors" in config.model_fields_set:
+    if not (config.spill or config.hints) and "anchors" in config.model_fields_set:
         say_note("setting 'anchors' has no effect without spill or hints")
     if loaded is None:
         loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)

@@ -90,10 +90,20 @@ def with_system_turn(
 
 
 def run_of(model: Path) -> Path:
-    """The run folder of its ``final`` or of a skill's model in a state of ``learn``; any other folder itself."""
-    places = {"final": model.parent, "model": model.parent / "run"}
-    run = places.get(model.name, model)
-    return run if (run / "config.yaml").is_file() else model
+    """The run folder of its ``final`` or of a skill's model in a state of ``learn``; any other folder itself.
+
+    A skill learnt as a stream has a run for each chunk; the last one counts.
+    """
+    if (model / "config.yaml").is_file():
+        return model
+    if model.name == "final":
+        places = [model.parent]
+    elif model.name == "model":
+        places = [model.parent / "run", *sorted(model.parent.glob("chunks/*/run"), reverse=True)]
+    else:
+        places = []
+    runs = (place for place in places if all((place / file).is_file() for file in ("config.yaml", "metrics.jsonl")))
+    return next(runs, model)
 
 
 def settings_of(run: Path) -> dict[str, Any]:

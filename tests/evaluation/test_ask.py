@@ -45,6 +45,7 @@ def asked(model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_folder(ends=ENDS), "run/final")
     Path("run/config.yaml").write_text(yaml.safe_dump({"model": "m", "data": "data.jsonl", "output_dir": "run"}))
+    Path("run/metrics.jsonl").touch()
     rows_share(WARD)
     chats = Chats()
 
@@ -94,10 +95,24 @@ def test_a_model_inside_of_a_run_or_a_state_of_learn_is_asked_as_its_run_is(aske
     skill = Path("state/skills/0001-ward")
     shutil.copytree("run", skill / "run")
     shutil.copytree(skill / "run" / "final", skill / "model")
-    for model in ("run/final", str(skill / "model")):
+    stream = Path("state/skills/0002-stream")
+    shutil.copytree("run", stream / "chunks" / "00003" / "run")
+    shutil.copytree("run/final", stream / "model")
+    for model in ("run/final", str(skill / "model"), str(stream / "model")):
         sd.ask(model, "Where is Anna?")
         assert asked.pop() == [WARD, USER]
         assert asked.options["chat_template_kwargs"] == {"thinks": True}
+
+
+def test_a_model_is_not_asked_as_a_run_beside_it_is(asked: Any) -> None:
+    shutil.copytree("run", "runs/run")
+    shutil.copytree("run", "runs/model")
+    Path("runs/model/system_turn.json").write_text("null", encoding="utf-8")
+    shutil.copytree("run/final", "final")
+    Path("config.yaml").write_text("state: memory\n", encoding="utf-8")
+    for model in ("runs/model", "final"):
+        sd.ask(model, "Where is Anna?")
+        assert asked.pop() == [USER]
 
 
 @pytest.mark.parametrize("turn", [WARD, None])

@@ -524,6 +524,7 @@ def test_hints_are_measured_in_the_best_layout(
     contexts = ["few_shot:k=2", "turns:repeats=2", "example"]
     config = config_of(model_folder(), data, contexts=contexts, hints=True, anchors="none")
     result = check(config, cost=False)
+    assert result.spill is None
     assert result.hints is not None
     assert [found.hint for found in result.hints] == [0, 0.25, 0.5, 0.75, 1]
     best = next(layout for layout in result.layouts if not layout.context.startswith("few_shot"))
