@@ -145,9 +145,9 @@ class CheckConfig(TaskSettings):
     """Also measure how far a few steps of SFT and of SDFT move the model on general prompts, or on your ``anchors``."""
     anchors: tuple[str, ...] = ("package",)
     """Prompts on which ``spill`` and ``hints`` measure how far the model moves; 16 are drawn. As in ``train``:
-    ``package`` (general prompts of many kinds), ``package:list+code`` (only these kinds), or a text file with one prompt
-    per line, or rows with ``prompt`` or ``messages``, such as your own traffic. Several sources, separated by commas,
-    get equal shares. ``none``: not measured."""
+    ``package`` (general prompts of many kinds), ``package:list+code`` (only these kinds), or a text file with one
+    prompt per line, or rows with ``prompt`` or ``messages``, such as your own traffic. Several sources, separated by
+    commas, get equal shares. ``none``: not measured."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Learning rate for the steps of ``spill`` and ``hints``: use that of the training run. Default 1e-5, with LoRA
     1e-4."""
