@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -27,10 +28,12 @@ class Talk:
     tools: ClassVar[list[dict[str, Any]]] = []
     open = 0
     """Of this class, how many are not closed."""
+    _counting = threading.Lock()
 
     def __init__(self) -> None:
         self.turn, self.turns = 0, 1
-        type(self).open += 1
+        with self._counting:
+            type(self).open += 1
         self._closed = False
 
     def reset(self, row: Mapping[str, Any]) -> list[Message]:
@@ -47,7 +50,8 @@ class Talk:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            type(self).open -= 1
+            with self._counting:
+                type(self).open -= 1
 
 
 class Scripted(Talk):

@@ -697,6 +697,9 @@ def test_an_environment_that_fails_is_named_with_its_row(talks: Settings, name: 
     with pytest.raises(UserError, match=message) as caught:
         train(talks(environment=f"python:tiny_worlds.{name}"))
     assert "\n" not in str(caught.value)
+    end = time.monotonic() + 20
+    while getattr(tiny_worlds, name).open and time.monotonic() < end:
+        time.sleep(0.01)  # one that was being made is closed by its own thread
     assert getattr(tiny_worlds, name).open == 0
 
 
