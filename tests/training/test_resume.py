@@ -143,7 +143,7 @@ def test_anchors_that_moved_from_one_source_to_another_are_refused(
     train(config)
     with pytest.raises(
         UserError,
-        match=r"changed since the run began: the number of examples in each source \(data, anchors, other parts\); restore",
+        match=r"changed since the run began: the number of examples in each source \(data, anchors, other parts\)",
     ):
         resumed(config, anchors=tuple(str(tmp_path / f"{name}.txt") for name in files))
 
