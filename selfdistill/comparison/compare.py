@@ -32,7 +32,7 @@ from selfdistill.config import (
 from selfdistill.data import Demonstration, anchor_prompts, load_demonstrations
 from selfdistill.errors import RESUME, EngineFailed, RunFailed, RunStopped, UserError, number_of
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
-from selfdistill.methods import DemonstrationExamples, lacks_of, stages_of, uses
+from selfdistill.methods import DemonstrationExamples, OtherRows, lacks_of, stages_of, uses, with_teachers_window
 from selfdistill.model import (
     LoadedModel,
     load_for_training,
@@ -179,6 +179,10 @@ def _begin(
         "the test rows or prior questions": evaluator.questions.fingerprint(),
         "the anchors": rows_fingerprint({str(at): anchor_prompts(name) for at, name in enumerate(config.anchors)}),
     }
+    stages = [parts for kind in kinds_of(config) for parts in stages_of(first_run(config, kind))]
+    for source in (part.method.examples for parts in stages for part in parts):
+        if isinstance(source, OtherRows):
+            began[f"the rows of {source.data}"] = rows_fingerprint({"": source.rows})
     _check_unchanged(folder, began, config)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "config.yaml", dump_yaml(config))  # first: without it, the folder cannot be resumed
@@ -232,10 +236,11 @@ def _run_all(
 def _check_unchanged(folder: Path, began: dict[str, str], config: CompareConfig) -> None:
     """Compare the fingerprints of the inputs, and the places of those without one, with those in the folder.
 
-    An earlier release kept no fingerprint of anchors or config.json, and an empty one of a base with a merged adapter.
+    An earlier release kept no fingerprint of anchors, config.json or rows of other parts, and an empty one of a base
+    with a merged adapter.
 
     Raises:
-        UserError: the demonstrations, the base, the evaluation data or the anchors have changed.
+        UserError: the demonstrations, the base, the evaluation data, the anchors or rows of other parts have changed.
     """
     file = folder / "began.json"
     if not file.exists():
@@ -247,8 +252,8 @@ def _check_unchanged(folder: Path, began: dict[str, str], config: CompareConfig)
         drops = config.on_long_prompt == "drop" and "the demonstrations" in changed
         added = ", leave out added runs that drop further rows" if drops else ""
         raise UserError(
-            f"{folder}: changed since this comparison began: {', '.join(changed)}; restore model, data, test, prior "
-            f"and anchors{added}, or use another output_dir"
+            f"{folder}: changed since this comparison began: {', '.join(changed)}; restore model, data, test, prior, "
+            f"anchors and other rows{added}, or use another output_dir"
         )
 
 
@@ -304,9 +309,9 @@ def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration
     count, chat = len(rows), base.chat_for(config)
     for kind in kinds_of(config):
         stages = stages_of(first_run(config, kind))
-        for source in (part.method.examples for parts in stages for part in parts):
-            fitting, _ = source(rows, base, chat)  # all sources, so that errors come before any run
-            if isinstance(source, DemonstrationExamples):  # a row of several replies may have become several examples
+        for method in (part.method for parts in stages for part in parts):
+            fitting, _ = method.examples(rows, with_teachers_window(base, method), chat)  # all: errors before any run
+            if isinstance(method.examples, DemonstrationExamples):  # a row of several replies may be several examples
                 kept = {(x.demonstration.turn_of or x.demonstration).row for x in fitting}
                 rows = [row for row in rows if row.row in kept]
     if len(rows) < count:

@@ -18,7 +18,14 @@ from selfdistill.data import (
     parse_context,
 )
 from selfdistill.errors import UserError
-from selfdistill.methods import DemonstrationExamples, examples_of_prompts, limits_of, stages_of, uses
+from selfdistill.methods import (
+    DemonstrationExamples,
+    examples_of_prompts,
+    limits_of,
+    stages_of,
+    uses,
+    with_teachers_window,
+)
 from selfdistill.model import LoadedModel, fake_model
 
 
@@ -78,12 +85,13 @@ def date_shown(run: TrainConfig) -> str | None:
 def _of_method(run: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat) -> set[int]:
     """Numbers of the rows that the method encodes; all, if it learns from something else, such as documents."""
     own = run.model_copy(update={"anchors": ()})
-    sources = {part.method.examples for parts in stages_of(own) for part in parts if not part.same_samples}
-    learnt = [source for source in sources if isinstance(source, DemonstrationExamples)]
+    methods = [part.method for parts in stages_of(own) for part in parts if not part.same_samples]
+    sources = {(method.examples, with_teachers_window(loaded, method).window) for method in methods}
+    learnt = [(source, window) for source, window in sources if isinstance(source, DemonstrationExamples)]
     found: set[int] = set() if learnt else {row.row for row in rows}
-    for source in learnt:
+    for source, window in learnt:
         shown = replace(source, context=None) if source.context == "auto" else source
-        encoded = [example.demonstration for example in shown(rows, loaded, chat)[0]]
+        encoded = [example.demonstration for example in shown(rows, replace(loaded, window=window), chat)[0]]
         found |= {(row.turn_of or row).row for row in encoded}
     return found
 
@@ -93,6 +101,8 @@ def _of_chunks(
 ) -> set[int]:
     """Numbers of the rows of a stream that fit in their chunk, whose rows a context may show."""
     context = run.context if uses(run, "context") and run.context != "auto" else None
+    for task, *_ in stages_of(run):
+        loaded = with_teachers_window(loaded, task.method)
     found: set[int] = set()
     for chunk in chunks_of(rows, config):
         try:

@@ -19,9 +19,9 @@ from selfdistill.data import Demonstration, Lacks, is_own
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
 from selfdistill.methods.checking import to_score, verdicts_on
-from selfdistill.methods.encoders import encoder_of, least_window, with_teachers_window
+from selfdistill.methods.encoders import encoder_of, with_teachers_window
 from selfdistill.methods.episodes import EpisodeRules, episode_rules, play, rules_of, with_environment
-from selfdistill.methods.examples import DemonstrationExamples, examples_of_prompts, repeated_prompts
+from selfdistill.methods.examples import DemonstrationExamples, OtherRows, examples_of_prompts, repeated_prompts
 from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.own import check_losses, own_errors, own_stages
@@ -57,6 +57,7 @@ __all__ = [
     "GuidedAfterFailure",
     "GuidedSamples",
     "Method",
+    "OtherRows",
     "Part",
     "Parts",
     "SamplesFile",
@@ -70,7 +71,6 @@ __all__ = [
     "episode_rules",
     "examples_of_prompts",
     "lacks_of",
-    "least_window",
     "limits_of",
     "own_errors",
     "own_names",

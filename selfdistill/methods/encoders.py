@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 from selfdistill.config import TrainConfig
@@ -22,20 +22,17 @@ def encoder_of(config: TrainConfig, chat: ChatFormat, window: int | None) -> Con
     return ContextEncoder(chat, config.max_prompt_length, config.longest_completion, window)
 
 
-def least_window(windows: Iterable[int | None]) -> int | None:
-    """The smallest of some context windows; None if none has a limit."""
-    return min((window for window in windows if window is not None), default=None)
-
-
 def with_teachers_window(loaded: LoadedModel, method: Method) -> LoadedModel:
-    """The student, with the smallest context window of all models that score the method's completions.
+    """The student, with the smallest context window of all models that score or draw the method's completions.
 
     Raises:
-        UserError: a separate teacher's ``config.json`` cannot be used.
+        UserError: the ``config.json`` of another model cannot be used.
     """
     rules = [one.teacher for one in (method, *(other for _, other in method.also)) if one.teacher]
-    names = sorted({rule.model for rule in rules if rule.model is not None})
-    return replace(loaded, window=least_window([loaded.window, *map(window_of, names)]))
+    names = {rule.model for rule in rules if rule.model is not None}
+    names |= set(method.drawn.others) if method.drawn else set()
+    windows = [window for window in (loaded.window, *map(window_of, sorted(names))) if window is not None]
+    return replace(loaded, window=min(windows, default=None))
 
 
 def guided(row: Demonstration, guide: str, encode: ContextEncoder) -> list[int] | None:

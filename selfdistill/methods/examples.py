@@ -182,16 +182,17 @@ class OtherRows:
     def __call__(
         self, demonstrations: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> tuple[list[Example], int]:
-        return self.examples(self._rows, loaded, chat)
+        return self.examples(self.rows, loaded, chat)
 
     def notes(
         self, examples: Sequence[Example], rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
     ) -> list[str]:
         """See :class:`ExampleSource`."""
-        return self.examples.notes(examples, self._rows, loaded, chat)
+        return self.examples.notes(examples, self.rows, loaded, chat)
 
     @cached_property
-    def _rows(self) -> list[Demonstration]:
+    def rows(self) -> list[Demonstration]:
+        """Read once."""
         return load_demonstrations(self.data, turns=self.config.turns)
 
 

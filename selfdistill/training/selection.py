@@ -24,6 +24,8 @@ class BatchPart:
     """Samples, or what the method learns from instead of samples. Parts with the same samples share this object."""
     weight: float
     """Of the part's loss: its share of the batch's examples, times the method's weight."""
+    window: int | None = None
+    """Limit for prompt plus completion, in tokens, of all models that score them; None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,10 @@ class Selector:
     Args:
         config: settings of the run.
         chat: the format of both prompts.
-        window: the models' limit for prompt plus completion, in tokens; None if there is none.
     """
 
     config: TrainConfig
     chat: ChatFormat
-    window: int | None
     _noted: bool = field(default=False, init=False)
 
     def __call__(self, parts: Sequence[BatchPart]) -> list[Selected]:
@@ -110,7 +110,7 @@ class Selector:
             samples = [replace(sample, verdict=verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
         if part.method.select is None:
             return Selected(part, samples, verdicts, unfit=0)
-        encode = encoder_of(self.config, self.chat, self.window)
+        encode = encoder_of(self.config, self.chat, part.window)
         learnt = part.method.select(samples, verdicts, encode)
         self._check("select", learnt, Completion)
         if encode.unfit and not self._noted:

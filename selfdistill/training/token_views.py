@@ -112,7 +112,7 @@ def _rollouts(trainer: Trainer) -> list[Completion]:
     if with_context or task.method.teacher is None:
         return _greedy(trainer, rows)
     samples = _judged(trainer, task.method.sequence(trainer.loaded, rows, 0))
-    (selected,) = trainer.selector([BatchPart(task.name, task.method, samples, task.share)])
+    (selected,) = trainer.selector([BatchPart(task.name, task.method, samples, task.share, task.window)])
     first = {one.example.demonstration.row: one for one in reversed(selected.completions) if one.example.teacher_ids}
     return [first[row.demonstration.row] for row in rows if row.demonstration.row in first]
 

@@ -16,7 +16,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import Demonstration, Example, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import Distance, Evaluator, drift_from
-from selfdistill.methods import Completion, SamplesFile, State, least_window
+from selfdistill.methods import Completion, SamplesFile, State
 from selfdistill.model import (
     CompiledLayers,
     Engine,
@@ -161,7 +161,7 @@ class Trainer:
         for stage in self.stages:
             self._draw(stage)
         self.prefix_caches = self._make_caches()
-        self.selector = Selector(config, self.chat, least_window(stage.task.window for stage in self.stages))
+        self.selector = Selector(config, self.chat)
         self.gradient = BatchGradient(
             config, self.accelerator, self.loaded, self.selector, self.forward_pass, self.teachers, self.prefix_caches
         )
@@ -340,7 +340,7 @@ class Trainer:
             method = part.method.at(step - stage.first_step, stage.steps, control if part is stage.task else None)
             if own := examples[source]:
                 weight = len(own) / self.config.batch_size * method.weight
-                batch_parts.append(BatchPart(part.name, method, completions[source], weight))
+                batch_parts.append(BatchPart(part.name, method, completions[source], weight, part.window))
         return batch_parts
 
     def _completions(

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from selfdistill.config.train import TrainConfig
 from selfdistill.data import load_demonstrations
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation.evaluate import evaluate
+from selfdistill.methods import Method, Part
+from selfdistill.methods.examples import OtherRows
+from selfdistill.methods.sft import sft
 from selfdistill.runtime.files import folder_lock
 from selfdistill.training.train import train
 
@@ -464,6 +468,30 @@ def test_a_comparison_goes_on_only_with_what_it_began_with(
         compare(config, resume=True)
 
 
+def test_a_comparison_goes_on_only_with_the_rows_that_a_method_replays(
+    settings: Callable[..., CompareConfig], write_rows: Callable[..., Path]
+) -> None:
+    files = {name: write_rows([{"prompt": name, "completion": "cd"}], name=f"{name}.jsonl") for name in ("old", "more")}
+
+    def replaying(config: TrainConfig, name: str) -> Method:
+        (task,) = sft(config)
+        old = replace(task, examples=OtherRows(config, str(files[name]), task.examples))
+        return replace(task, beside=(Part("replay", old, 0.5),))
+
+    def old(config: TrainConfig) -> Method:
+        return replaying(config, "old")
+
+    def more(config: TrainConfig) -> Method:
+        return replaying(config, "more")
+
+    compare(settings(methods=[old], seeds="0", max_steps=1))
+    both = settings(methods=[old, more], seeds="0", max_steps=1)
+    assert len(compare(both, resume=True).details["runs"]) == 2  # of other rows
+    write_rows([{"prompt": "new", "completion": "cd"}], name="old.jsonl")
+    with pytest.raises(UserError, match=rf"changed since this comparison began: the rows of {files['old']}; restore"):
+        compare(both, resume=True)
+
+
 def test_a_comparison_keeps_the_precision_that_its_first_machine_chose(
     settings: Callable[..., CompareConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -633,6 +661,26 @@ def test_rows_that_one_method_has_no_room_for_are_left_out_for_all(
     assert "dropped 1 of 5 rows for all methods: too long for at least one" in capsys.readouterr().err
     assert result["budget"] == "Every run has 2 steps of 2 prompts of the same demonstrations."
     assert {run["evaluations"][-1]["step"] for run in result["runs"]} == {2}
+
+
+def test_rows_that_a_separate_teacher_has_no_room_for_are_told_or_left_out_before_any_run(
+    settings: Callable[..., CompareConfig],
+    write_rows: Callable[..., Path],
+    model_folder: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"prompt": f"q{i}" * (60 if i == 2 else 1), "completion": "ab"} for i in range(5)]
+    given = {"data": str(write_rows(rows, name="long.jsonl")), "seeds": "0"}
+    given["teacher_model"] = str(model_folder(ends=ENDS, layers=1, seed=1, room=100))
+    config = settings(**given)
+    with pytest.raises(UserError, match=r"1 of 5 rows do not fit: .* limit 90; "):
+        compare(config)
+    assert "new task" not in capsys.readouterr().err
+    assert not Path(config.output_dir).exists()
+    compare(settings(**given, on_long_prompt="drop", max_steps=1))
+    told = capsys.readouterr().err
+    assert "dropped 1 of 5 rows for all methods: too long for at least one" in told
+    assert "1 too long, dropped" not in told
 
 
 @pytest.mark.parametrize("methods", ["sdft,sft", "grpo,sft"])

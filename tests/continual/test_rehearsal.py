@@ -488,6 +488,35 @@ def test_rows_that_were_dropped_are_not_remembered(make: Settings, tmp_path: Pat
     assert texts_of(second / "memory.jsonl") == short
 
 
+@pytest.mark.parametrize("action", ["add", "stream"])
+def test_rows_that_a_separate_teacher_has_no_room_for_are_told_first_or_not_remembered(
+    make: Settings,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    action: str,
+) -> None:
+    rows = [{"prompt": f"{'long ' * 20 * (i % 3 == 0)}{i}", "completion": "y"} for i in range(10)]
+    (tmp_path / "test.jsonl").write_text('{"prompt": "p", "completion": "y"}\n', encoding="utf-8")
+    given = {
+        "test": str(tmp_path / "test.jsonl"),
+        "test_share": 0.01,
+        "chunk_size": 4,
+        "chunk_steps": 1,
+        "max_steps": 1,
+    }
+    given |= {"method": "sdft", "context": "turns", "min_teacher": 0, "anchors": "none", "action": action}
+    given["teacher_model"] = str(model_folder(layers=1, seed=1, room=80))
+    with monkeypatch.context() as patch:
+        patch.setattr(add_skill, "measure_model", lambda *_: pytest.fail("it was measured"))
+        with pytest.raises(UserError, match=r"rows do not fit: .* tokens, limit 72; "):
+            add(make("first", rows, **given))
+    add(make("first", rows, on_long_prompt="drop", **given))
+    first = tmp_path / "state/skills/0001-first"
+    short = [row["prompt"][0]["content"] for row in rows_of(first / "train.jsonl")]
+    assert texts_of(first / "prompts.jsonl") == [prompt for prompt in short if len(prompt) < 10]
+
+
 def test_a_row_that_is_dropped_teaches_nothing_so_its_prompt_is_rehearsed(
     make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,20 @@ def test_a_later_model_is_needed_and_has_the_same_vocabulary(later: Settings, wi
         Trainer(later(teacher_model=wide))
 
 
+@pytest.mark.parametrize("place", ["teacher_model", "later"])
+def test_prompts_fit_into_the_context_window_of_every_later_model(
+    later: Settings, model_folder: Callable[..., Path], place: str
+) -> None:
+    config = later()
+    (length,) = {len(x.student_ids) for x in Trainer(config).stage.task.examples}
+    small = str(model_folder(ends=ENDS, seed=1, room=length + config.max_completion_length - 1))
+    given: dict[str, Any] = {"teacher_model": small}
+    if place == "later":
+        given = {"method_settings": {"later": [small]}}
+    with pytest.raises(UserError, match=rf"6 of 6 rows do not fit: .* {length} tokens, limit {length - 1}; "):
+        Trainer(later(**given))
+
+
 @pytest.fixture
 def in_order(later: Settings, model_folder: Callable[..., Path]) -> Settings:
     """Two further models, for a run of 7 steps."""

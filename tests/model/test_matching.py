@@ -119,7 +119,7 @@ def test_prompts_fit_into_the_context_window_of_a_separate_teacher(
     shorter = settings(**values, on_long_prompt="drop")
     run = Trainer(shorter)
     assert len(run.stage.task.examples) == len([length for length in lengths if length < max(lengths)])
-    assert run.selector.window == room
+    assert run.stage.task.window == room
     plan = MemoryPlanner(shorter, load_demonstrations(shorter.data), Device("cpu", "no")).plan(shorter)
     assert plan.lengths[1] <= room
     assert run.loaded.window == 512  # its evaluations may be longer

@@ -36,12 +36,13 @@ from selfdistill.config.train import TrainConfig
 from selfdistill.data import Verdict, anchor_prompts
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_inputs
-from selfdistill.methods import METHODS, Method, Part, sequences, stages_of
+from selfdistill.methods import FROZEN, METHODS, Method, Part, sequences, stages_of
 from selfdistill.methods.examples import OtherRows
 from selfdistill.methods.hints import HintContexts, hint_of
 from selfdistill.methods.offline_distillation import offline_distillation
 from selfdistill.methods.samples_file import SAMPLES_FILE
 from selfdistill.methods.sdft import sdft
+from selfdistill.methods.sdpo import sdpo
 from selfdistill.methods.sequences import Completion, DrawnSamples
 from selfdistill.methods.sft import sft
 from selfdistill.model.forward import ForwardPass
@@ -813,3 +814,20 @@ def test_samples_without_room_are_a_share_of_the_samples_that_could_lack_it(
     run = Trainer(anchored(method=hinted, anchors=None, teacher="frozen"))
     run.selector.config = run.config.model_copy(update={"max_prompt_length": 1})
     assert run.step(0)["unfit"] == 1
+
+
+def test_what_a_part_shows_its_teacher_fits_into_the_context_window_of_that_teacher(
+    all_of_them: Settings, write_rows: Callable[..., Path], model_folder: Callable[..., Path]
+) -> None:
+    def attempting(config: TrainConfig) -> Method:
+        (taught,) = sdpo(config)
+        return replace(taught, teacher=FROZEN, beside=(Part("taught", taught, 0.5),))
+
+    rows = [{"prompt": f"q{i}", "answer": "no such reply"} for i in range(4)]
+    data = {"data": str(write_rows(rows, name="hard.jsonl")), "batch_size": 4}
+    longest = max(len(x.student_ids) for x in Trainer(all_of_them(method="grpo", **data)).stage.task.examples)
+    small = str(model_folder(ends=ENDS, seed=1, room=longest + 10))
+    values: dict[str, Any] = {"method_settings": {"show": "feedback"}, "max_completion_length": 10, "teacher": "frozen"}
+    metrics = Trainer(all_of_them(method=attempting, teacher_model=small, **data, **values)).step(0)
+    assert metrics["learnt"] == 1  # the task's teacher has room
+    assert metrics["unfit"] == 0.5  # that of the other half has none
