@@ -355,7 +355,7 @@ def test_no_memory_is_one_line_and_loses_no_checkpoint(
     code, last = trained_until(poor, tmp_path, 4, starve)
     assert code == 2
     assert last == (
-        "selfdistill: error: out of memory: raise --gradient_accumulation_steps (also with --resume), or lower "
+        "selfdistill: error: out of memory: raise --gradient_accumulation_steps to 2 (also with --resume), or lower "
         "--max_completion_length; checkpoints are intact"
     )
     assert saved_steps(poor) == [3]
