@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-from statistics import median
 from typing import Any
 
-from measure import alternate, peak_bytes
+from measure import Stepped, alternate, peak_bytes
 
 from selfdistill.config import TrainConfig
 from selfdistill.data import packaged
-from selfdistill.training.trainer import Trainer
 
 CONTEXTS = {"routing": "turns:repeats=4", "tools": "turns:repeats=2", "knowledge": "document:repeats=2"}
 RUNS: dict[str, dict[str, Any]] = {
@@ -31,21 +29,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "SDFT, EMA, LoRA": {"teacher": "ema", "lora_rank": 16},
 }
 SHARES = {"none": 0.0, "1/4": 0.25, "1/2": 0.5}
-
-
-class Stepped:
-    """A run that goes on by a step on each call."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.run = Trainer(config)
-        self.metrics: list[dict[str, float]] = []
-
-    def __call__(self) -> None:
-        self.metrics.append(self.run.step(len(self.metrics)))
-
-    def tokens(self) -> float:
-        """Scored tokens a step, all parts together."""
-        return median(line["tokens"] for line in self.metrics)
 
 
 def main() -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from selfdistill.config import TrainConfig
+from selfdistill.training.trainer import Trainer
+
 
 def now() -> float:
     """The clock in seconds, after the GPU, if one is in use, has done all that it was given."""
@@ -54,6 +57,21 @@ def peak_tensor_bytes(run: Callable[[], Any]) -> int:
         present += event.nbytes()
         peak = max(peak, present)
     return peak
+
+
+class Stepped:
+    """A run that goes on by a step on each call."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.run = Trainer(config)
+        self.metrics: list[dict[str, float]] = []
+
+    def __call__(self) -> None:
+        self.metrics.append(self.run.step(len(self.metrics)))
+
+    def tokens(self) -> float:
+        """Scored tokens a step, all parts together."""
+        return median(line["tokens"] for line in self.metrics)
 
 
 def _status(key: str) -> int:

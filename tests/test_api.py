@@ -850,10 +850,10 @@ def test_an_adapter_that_could_not_be_loaded_again_is_refused(model: str) -> Non
     ours.name_or_path = model
     with torch.no_grad():
         ours.get_output_embeddings().weight[0, 0] += 1
-    with pytest.raises(sd.UserError, match=f"^{cannot} has other weights than '{model}'; {save}"):
+    with pytest.raises(sd.UserError, match=f"^{cannot} has different weights from '{model}'; {save}"):
         sd.train(ours, ROWS, **given)
     for adapted in (get_peft_model(ours, LoraConfig(r=2, task_type="CAUSAL_LM")), ours):  # it is changed in place
-        with pytest.raises(sd.UserError, match=r"^model: it has an adapter; for a new one give the model without it "):
+        with pytest.raises(sd.UserError, match=r"^model: it has an adapter; to train a new one, give the model "):
             sd.train(adapted, ROWS, **given)
     assert not Path("run").exists()
 
@@ -999,7 +999,7 @@ def test_adapters_of_loaded_models_that_cannot_be_measured_are_refused(model: st
     with pytest.raises(sd.UserError, match=r"^model: it has an adapter; give the PeftModel that holds it$"):
         sd.evaluate(ours, ROWS, tokenizer=tokenizer)
     for refused in (partial(sd.train, output_dir="run"), sd.plan, sd.check):
-        with pytest.raises(sd.UserError, match=r"^model: it has an adapter; for a new one give the model without it "):
+        with pytest.raises(sd.UserError, match=r"^model: it has an adapter; to train a new one, give the model "):
             refused(adapted, ROWS, tokenizer=tokenizer)
 
 

@@ -199,8 +199,9 @@ def test_the_first_pages_figures_are_those_of_the_study(page: str) -> None:
     base, sft, sdft, least = (span(shares) for shares in (kept["base"], kept["sft"], kept["sdft"], anchored))
     text = " ".join(PAGES[page].split())
     assert len(kept["sft"]) == len(kept["sdft"]) == 3
-    assert f"The base gets {base} right (mean over kinds), after SFT {sft}, after SDFT {sdft} (three seeds)." in text
-    assert f"With them it gets {least}" in text
+    shares = f"The base answers {base} correctly, SFT models {sft}, SDFT models {sdft} (mean over kinds, three seeds)."
+    assert shares in text
+    assert f"With anchors, {least} are right" in text
 
 
 def span(shares: list[str]) -> str:

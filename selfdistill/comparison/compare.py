@@ -32,7 +32,7 @@ from selfdistill.config import (
 from selfdistill.data import Demonstration, anchor_prompts, load_demonstrations
 from selfdistill.errors import RESUME, EngineFailed, RunFailed, RunStopped, UserError, number_of
 from selfdistill.evaluation import Evaluator, best_context, check_inputs, rows_fingerprint
-from selfdistill.methods import DemonstrationExamples, OtherRows, lacks_of, stages_of, uses, with_teachers_window
+from selfdistill.methods import DemonstrationExamples, OtherRows, Part, lacks_of, stages_of, uses, with_teachers_window
 from selfdistill.model import (
     LoadedModel,
     load_for_training,
@@ -83,13 +83,15 @@ def compare(config: CompareConfig, *, resume: bool = False, own_files: Sequence[
         if not all({"lora_rank": config.lora_rank, **kind.values}["lora_rank"] for kind in kinds_of(config)):
             refuse_float16(base.model, config.model)
         config = config.model_copy(update={"template_date": base.chat(date=config.template_date).date})
-        demonstrations = _common_rows(config, base)
+        stages = [stages_of(first_run(config, kind)) for kind in kinds_of(config)]
+        parts = [part for run in stages for stage in run for part in stage]
+        demonstrations = _common_rows(config, base, parts)
         evaluator = Evaluator(config, base)
         teacher = None if config.context == "auto" else evaluator.shown(base, config.context, "teacher")
         shown = {"teacher": teacher, "rag": _rag(evaluator, base), **_moved_before(folder)}
         if not begun:
             _lock_new(folder, held, own_files)
-        _begin(folder, config, demonstrations, evaluator, base)
+        _begin(folder, config, demonstrations, parts, evaluator, base)
         del base
         config = _with_steps(config, len(demonstrations))
         done, result = _run_all(folder, config, evaluator, demonstrations, shown)
@@ -164,6 +166,7 @@ def _begin(
     folder: Path,
     config: CompareConfig,
     demonstrations: list[Demonstration],
+    parts: Sequence[Part],
     evaluator: Evaluator,
     base: LoadedModel,
 ) -> None:
@@ -179,8 +182,7 @@ def _begin(
         "the test rows or prior questions": evaluator.questions.fingerprint(),
         "the anchors": rows_fingerprint({str(at): anchor_prompts(name) for at, name in enumerate(config.anchors)}),
     }
-    stages = [parts for kind in kinds_of(config) for parts in stages_of(first_run(config, kind))]
-    for source in (part.method.examples for parts in stages for part in parts):
+    for source in (part.method.examples for part in parts):
         if isinstance(source, OtherRows):
             began[f"the rows of {source.data}"] = rows_fingerprint({"": source.rows})
     _check_unchanged(folder, began, config)
@@ -299,21 +301,19 @@ def _moved(config: CompareConfig, evaluator: Evaluator, done: list[Compared]) ->
     return distances
 
 
-def _common_rows(config: CompareConfig, base: LoadedModel) -> list[Demonstration]:
-    """The demonstrations that fit every method: all, or with ``on_long_prompt: drop`` those not dropped by any.
+def _common_rows(config: CompareConfig, base: LoadedModel, parts: Sequence[Part]) -> list[Demonstration]:
+    """The demonstrations that fit every part: all, or with ``on_long_prompt: drop`` those not dropped by any.
 
     Raises:
         UserError: rows are too long, or lack what a method learns from.
     """
     rows = load_demonstrations(config.data, split=config.split, turns=config.turns)
     count, chat = len(rows), base.chat_for(config)
-    for kind in kinds_of(config):
-        stages = stages_of(first_run(config, kind))
-        for method in (part.method for parts in stages for part in parts):
-            fitting, _ = method.examples(rows, with_teachers_window(base, method), chat)  # all: errors before any run
-            if isinstance(method.examples, DemonstrationExamples):  # a row of several replies may be several examples
-                kept = {(x.demonstration.turn_of or x.demonstration).row for x in fitting}
-                rows = [row for row in rows if row.row in kept]
+    for method in (part.method for part in parts):
+        fitting, _ = method.examples(rows, with_teachers_window(base, method), chat)  # all: errors before any run
+        if isinstance(method.examples, DemonstrationExamples):  # a row of several replies may be several examples
+            kept = {(x.demonstration.turn_of or x.demonstration).row for x in fitting}
+            rows = [row for row in rows if row.row in kept]
     if len(rows) < count:
         say(f"dropped {count - len(rows)} of {count} rows for all methods: too long for at least one")
     return rows

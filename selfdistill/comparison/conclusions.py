@@ -210,7 +210,7 @@ def _against(pairs: Sequence[tuple[Compared, Compared]]) -> str:
         return text + f"As {method} did not reach that accuracy, forgetting cannot be compared."
     if low is None or high is None:
         return text + "One seed shows at most a direction: no conclusion."
-    if p < 0.05 and low == high:
+    if low == high:
         return text + "All seeds have the same difference, so its spread over seeds is unknown: no conclusion."
     if p < 0.05 and low > 0:
         return text + f"So at equal accuracy, {mine} forgot less than {method}."

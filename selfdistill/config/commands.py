@@ -139,8 +139,8 @@ class CheckConfig(TaskSettings):
     lora_rank: int = Field(default=0, ge=0)
     """Rank of that training run's LoRA adapter, for its cost and plan, ``spill`` and ``hints``; 0: full fine-tuning."""
     hints: bool = False
-    """Also measure the teacher with shares of the demonstration from 0 to 1, in the best layout, and as ``spill`` does
-    what a few steps learn from each; with ``anchors`` ``none`` the teacher alone."""
+    """Also measure the teacher in the best layout with shares of the demonstration from 0 to 1, and, as ``spill`` does,
+    the effect of a few training steps with each share. With ``anchors`` ``none``: only the teacher."""
     spill: bool = False
     """Also measure how far a few steps of SFT and of SDFT move the model on general prompts, or on your ``anchors``."""
     anchors: tuple[str, ...] = ("package",)
@@ -262,7 +262,7 @@ class LearnConfig(TrainingSettings, OneRun):
     state when it is created."""
     test: str | None = None
     """Held-out rows on which the skill is evaluated, now and whenever another is added; default: a share of the data.
-    They decide only the gates."""
+    They are used only for the gates."""
     test_share: float = Field(default=0.2, gt=0, lt=1)
     """Share of the data held out as the test if ``test`` is not given. In a ``stream`` it is the validation set that
     ends training on a chunk; without ``test``, half of it is the test."""
@@ -312,13 +312,13 @@ class LearnConfig(TrainingSettings, OneRun):
             raise UserError("setting 'stop_on_collapse' is for train and compare; learn has gates instead")
         if self.environment.startswith(IN_PYTHON):
             raise UserError(
-                "setting 'environment': learn plays it again whenever another skill is added, found one given in "
-                "Python, which ends with this process; put it into a module and give python:module.NAME"
+                "setting 'environment': learn plays it again whenever another skill is added, but one given in "
+                "Python is lost with this process; put it into a module and give python:module.NAME"
             )
         if self.scorer is not None and self.scorer.startswith(GIVEN):
             raise UserError(
-                "setting 'scorer': learn scores with it again whenever another skill is added, found a function given "
-                "in Python, which ends with this process; put it into a module and give python:module.function"
+                "setting 'scorer': learn scores with it again whenever another skill is added, but a function given "
+                "in Python is lost with this process; put it into a module and give python:module.function"
             )
 
 

@@ -113,9 +113,9 @@ class MethodSettings(EpisodeSettings):
     context: str = "auto"
     """How the teacher sees the demonstration, e.g. ``turns:repeats=2``. ``auto``: measure several and use the best."""
     hint: str = "1"
-    """How much of the demonstration the teacher sees, in words: a share such as ``0.5``; two, such as ``0.2:1``, for
-    the first and the last step; or ``shortest``, the shortest beginning of each, in tenths,
-    with which the model's greedy reply is right."""
+    """How much of the demonstration the teacher sees, counted in words: a share such as ``0.5``; two, such as
+    ``0.2:1``, for the first and the last step; or ``shortest``: for each row the shortest beginning, in tenths, with
+    which the model's greedy reply is right."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of rollouts. The divergence always compares the untempered distributions."""
     top_p: float = Field(default=1.0, gt=0, le=1)

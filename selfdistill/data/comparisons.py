@@ -123,13 +123,22 @@ def choice(reply: str, demonstration: Demonstration) -> Verdict:
     return RIGHT if chosen == letter else _wrong(f"expected {letter}, found {chosen or 'no single choice'}")
 
 
+ANSWERS = {"regex": "a pattern", "code": "tests"}
+"""What the answer is to scorers that need one, because a completion cannot serve as it."""
+
+
+def lacks_answer(scorer: str) -> str:
+    """The problem of a row without an answer for one of :data:`ANSWERS`."""
+    return f"scorer '{scorer}' needs {ANSWERS[scorer]}; add the column 'answer'"
+
+
 def regex(reply: str, demonstration: Demonstration) -> Verdict:
     """Right if the answer, a Python ``re`` pattern, matches somewhere in the reply.
 
     Requires an answer, because a completion is not a pattern.
     """
     if demonstration.answer is None:
-        raise RowError(demonstration.source, "scorer 'regex' needs a pattern; add the column 'answer'")
+        raise RowError(demonstration.source, lacks_answer("regex"))
     pattern = as_text(reference("regex", demonstration), "regex", demonstration)
     try:
         found = re.search(pattern, reply)

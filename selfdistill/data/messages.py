@@ -334,5 +334,5 @@ def notes_on_earlier_replies(
     if not several:
         return []
     return [
-        f"{several} of {len(rows)} rows have several replies, of which only the last counts; turns all takes every one"
+        f"{several} of {len(rows)} rows have several replies, of which only the last counts; set turns all to count all"
     ]

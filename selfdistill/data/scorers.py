@@ -17,7 +17,17 @@ from typing import Any
 
 from selfdistill.data.chat_format import ChatFormat, thought_and_said
 from selfdistill.data.code_tests import run_tests
-from selfdistill.data.comparisons import COMPARISONS, Verdict, answers_in, as_text, reference, said, unusable
+from selfdistill.data.comparisons import (
+    ANSWERS,
+    COMPARISONS,
+    Verdict,
+    answers_in,
+    as_text,
+    lacks_answer,
+    reference,
+    said,
+    unusable,
+)
 from selfdistill.data.demonstrations import CODE, SCORER_NAMES, Demonstration, Lacks
 from selfdistill.data.messages import said_in, uses_tools
 from selfdistill.data.named import GIVEN, is_own, own_function
@@ -96,7 +106,7 @@ def by_tests(given: Sequence[tuple[str, Demonstration]]) -> list[Verdict | RowEr
 
 def _tests_of(row: Demonstration) -> list[str] | RowError:
     if row.answer is None:
-        return RowError(row.source, f"scorer '{CODE}' needs tests; add the column 'answer'")
+        return RowError(row.source, lacks_answer(CODE))
     try:
         return [as_text(test, CODE, row) for test in answers_in(reference(CODE, row), CODE, row)]
     except RowError as error:
@@ -123,6 +133,9 @@ def nothing_to_score(setting: str | None) -> Lacks:
     """The problem of a row whose replies cannot be scored; ``setting`` is the scorer for rows that name none."""
 
     def lacks(demonstration: Demonstration) -> str | None:
+        name = default_scorer(demonstration, setting)
+        if demonstration.answer is None and name in ANSWERS:
+            return lacks_answer(name)
         problem = "column 'completion': missing, and no 'answer' to score replies with"
         return None if is_scorable(demonstration, setting) else problem
 

@@ -84,7 +84,7 @@ def _shown(reply: str, episode: dict[str, Any] | None) -> str:
         return unobeyed(reply) if reply.strip() else "(empty reply)"
     end = episode["feedback"]
     if not episode["truncated"] and episode["reward"] is not None:
-        end = f"reward {episode['reward']:.2f}, of a row without an answer" + (f": {end}" if end else "")
+        end = f"reward {episode['reward']:.2f}, as for a row without an answer" + (f": {end}" if end else "")
     end = ": ".join(filter(None, [number_of(episode["turns"], "turn"), end]))
     return unobeyed(f"{as_transcript(episode['messages'])}\n({end})")
 
@@ -178,4 +178,4 @@ def _row_is_named() -> Iterator[None]:
     except UserError as error:
         if not str(error).startswith(f"{QUESTION}, at "):
             raise
-        raise UserError(f"{error}; the row of a question that is asked has only its prompt") from error
+        raise UserError(f"{error}; ask gives the environment a row that has only a prompt") from error

@@ -130,7 +130,7 @@ def note_on_chats(run: Path) -> None:
     had = [f"the system turn {quoted(text)}"] if text else []
     had += [f"chat_template_kwargs {json.dumps(template)}"] if template else []
     if had:
-        say_note(f"training had {' and '.join(had)}, which the exported folder does not say; give it with every chat")
+        say_note(f"training used {' and '.join(had)}, which the exported folder does not store; use it in every chat")
 
 
 def _saved_turn(run: Path) -> str | None:

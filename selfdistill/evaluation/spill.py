@@ -86,8 +86,8 @@ class Spill:
         """The finding and the advice, without a full stop."""
         if self.sft is None or self.sdft is None:
             return f"not measured: {self.untried}"
-        trials = ", ".join(
-            f"{name} {trial.gain:+.2f} on the demonstrations and {trial.moved:.2f} away on {self.prompts}"
+        trials = "; ".join(
+            f"{name} {trial.gain:+.2f} on the demonstrations, drift {trial.moved:.2f} on {self.prompts}"
             for name, trial in (("SFT", self.sft), ("SDFT", self.sdft))
         )
         advice = "To reduce it, train with anchors (package, or prompts of your own)"

@@ -111,7 +111,7 @@ def begun(name: str, rows: Sequence[Demonstration]) -> list[EpisodeRow]:
     for row in made:
         if row.tools != made[0].tools:
             raise UserError(
-                f"{row.source}: environment {name!r} has other tools than in {made[0].source}, expected the same in "
+                f"{row.source}: environment {name!r} has different tools from {made[0].source}, expected the same in "
                 "every episode"
             )
     return made
@@ -185,7 +185,7 @@ class Worlds:
                 )
             if check and world.tools != (row.tools or []):
                 raise UserError(
-                    f"{row.source}: environment {self._name!r} has other tools than before, expected the same in "
+                    f"{row.source}: environment {self._name!r} has different tools from before, expected the same in "
                     "every episode"
                 )
             return first

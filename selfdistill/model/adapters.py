@@ -95,8 +95,8 @@ def without_adapter(model: Any, *, trained: bool) -> Any:
 
     if trained:
         raise UserError(
-            "model: it has an adapter; for a new one give the model without it (PeftModel.unload) and lora_rank, for "
-            "a trained one merge it first (PeftModel.merge_and_unload), or give its folder"
+            "model: it has an adapter; to train a new one, give the model without it (PeftModel.unload) and lora_rank; "
+            "to keep what it learnt, merge it first (PeftModel.merge_and_unload), or give its folder"
         )
     if not isinstance(model, PeftModel):
         raise UserError("model: it has an adapter; give the PeftModel that holds it")

@@ -265,7 +265,7 @@ def with_special_tokens(model: Any, tokenizer: Any, name: str, pictures: Picture
     """
     if not isinstance(tokenizer.added_tokens_decoder, Mapping):
         raise UserError(
-            f"model {name!r}: {type(tokenizer).__name__} does not tell its control tokens; load the tokenizer with "
+            f"model {name!r}: {type(tokenizer).__name__} does not list its control tokens; load the tokenizer with "
             "AutoTokenizer.from_pretrained(..., fix_mistral_regex=True), which reads tokenizer.json"
         )
     notes: list[str] = []

@@ -105,7 +105,7 @@ def check_base(loaded: LoadedModel) -> None:
     except UserError as error:
         raise UserError(f"{cannot} cannot be loaded again ({error}); {save}") from None
     if own.keys() != there.keys() or not all(_equal(own[tensor], there[tensor]) for tensor in own):
-        raise UserError(f"{cannot} has other weights than {name!r}; {save}")
+        raise UserError(f"{cannot} has different weights from {name!r}; {save}")
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

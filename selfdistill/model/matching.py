@@ -59,7 +59,7 @@ def refuse_unlike(name: str, config: Any, tokenizer: Any, other: LoadedModel, *,
     if unlike:
         first = min(unlike)
         raise UserError(
-            f"model {name!r} has another tokenizer than model {other.name!r}: token {first} is {own[first]!r}, not "
+            f"model {name!r} has a different tokenizer from model {other.name!r}: token {first} is {own[first]!r}, not "
             f"{others[first]!r}; use models with the same tokenizer"
         )
     size, other_size = (one.get_text_config().vocab_size for one in (config, other.model.config))

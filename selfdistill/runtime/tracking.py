@@ -70,10 +70,15 @@ METRICS = {
     "time/update_s": "clipping, optimizer step and teacher update, seconds",
     "time/drift_s": "measuring both drifts, seconds; close to 0 at steps without a measurement",
     "time/of/PART_s": "a part's share of ``time/step_s``, an estimate; only if steps have several parts. Its passes "
-    "are measured. Sampling with other parts is divided by tokens, and so is what is no part's, such as the update",
+    "are measured. Time shared with other parts, as in sampling and the update, is divided in proportion to the tokens",
     "time/step_s": "the whole step, seconds",
 }
 """Every key of a line in metrics.jsonl, with its meaning and unit."""
+_PLACEHOLDERS = {
+    "^(loss|share)/.+": r"\1/PART",
+    "^time/of/.+_s": "time/of/PART_s",
+    r"^turn_loss/\d+": "turn_loss/NUMBER",
+}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -131,21 +136,26 @@ class MetricsFile(StepsFile):
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one step."""
-        named = {re.sub("^(loss|share)/.+", r"\1/PART", key) for key in values}
-        named = {re.sub("^time/of/.+_s", "time/of/PART_s", key) for key in named}
-        unknown = {re.sub(r"^turn_loss/\d+", "turn_loss/NUMBER", key) for key in named} - METRICS.keys()
+        unknown = {_in_table(key) for key in values} - METRICS.keys()
         assert not unknown, f"metrics missing from the table: {sorted(unknown)}"
         super().write(values)
+
+
+def _in_table(metric: str) -> str:
+    """The name under which the table has a metric; the names of parts and the numbers of turns are placeholders."""
+    for pattern, name in _PLACEHOLDERS.items():
+        metric = re.sub(pattern, name, metric)
+    return metric
 
 
 def public_name(name: str) -> str:
     """A model or data set name safe to publish: the hub id, or a path's last part; a file's name is a path.
 
-    Of ``run/final`` it is the run, and of a state's ``0001-skill/model`` the skill.
+    Of ``run/final`` it is the run, and of a state's ``0001-skill/model`` and ``0001-skill/run`` the skill.
     """
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or is_data_file(name) or os.path.exists(name):
         path = Path(os.path.abspath(name))
-        of_skill = path.name == "model" and re.match(r"\d{4}-", path.parent.name)
+        of_skill = path.name in ("model", "run") and re.match(r"\d{4}-", path.parent.name)
         name = path.parent.name if path.name == "final" or of_skill else path.name
     return " ".join(name.encode("utf-8", "replace").decode().split())
 

@@ -203,13 +203,13 @@ class Loop:
             return ""
         if not any("episode/cut" in line for line in lines):
             return (
-                f"{share:.0%} of the samples were truncated at their maximum length, so hardly any end of a reply was "
-                "learnt; raise max_completion_length"
+                f"{share:.0%} of the samples were truncated at their maximum length, so the model hardly learnt to end "
+                "a reply; raise max_completion_length"
             )
         after = mean(line.get("episode/cut", 0.0) for line in lines)
         return (
             f"{share:.0%} of the episodes were cut, {share - after:.0%} within a reply and {after:.0%} after one, so "
-            "hardly any end of an episode was learnt; "
+            "the model hardly learnt to end an episode; "
             + ("raise max_completion_length" if after < share / 2 else "raise max_turns or max_episode_length")
         )
 

@@ -65,7 +65,7 @@ def merge(config: MergeConfig) -> Path:
     output_dir = unused_folder(config.output_dir)
     target, learnt = stored_weights(config.model), stored_weights(config.add)
     if config.subtract is None and learnt.base is None:
-        raise UserError(f"setting 'subtract': {config.add!r} is not an adapter, so name that model before training")
+        raise UserError(f"setting 'subtract': {config.add!r} is not an adapter, so give the model it was trained from")
     before = learnt.base if config.subtract is None else stored_weights(config.subtract)
     assert before is not None
     for other in (learnt, before):

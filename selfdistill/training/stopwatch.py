@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import torch
 
 from selfdistill.runtime import clock
+
+Key = TypeVar("Key")
 
 
 class Stopwatch:
@@ -20,12 +23,9 @@ class Stopwatch:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._of: defaultdict[tuple[str, ...], float] = defaultdict(float)
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> AbstractContextManager[None]:
         """Add the time spent inside the context to ``name``."""
-        began = clock(self._device)
-        yield
-        self.add(name, clock(self._device) - began)
+        return self._timed(self._seconds, name)
 
     def add(self, name: str, seconds: float) -> None:
         """Add seconds that something else measured to ``name``."""
@@ -35,12 +35,15 @@ class Stopwatch:
         """Seconds by name, plus ``step``: since the stopwatch was created."""
         return {**self._seconds, "step": clock(self._device) - self._began}
 
-    @contextmanager
-    def of(self, parts: Iterable[str]) -> Iterator[None]:
+    def of(self, parts: Iterable[str]) -> AbstractContextManager[None]:
         """Count the time spent inside the context as these parts'; not to be nested."""
+        return self._timed(self._of, tuple(parts))
+
+    @contextmanager
+    def _timed(self, sums: defaultdict[Key, float], key: Key) -> Iterator[None]:
         began = clock(self._device)
         yield
-        self._of[tuple(parts)] += clock(self._device) - began
+        sums[key] += clock(self._device) - began
 
     def by_part(self, step: float, tokens: Mapping[str, int]) -> dict[str, float]:
         """An estimate of each part's seconds of the ``step`` seconds, which it divides whole.

@@ -876,6 +876,6 @@ def test_earlier_replies_of_a_chat_that_do_not_count_get_a_note() -> None:
             notes: list[str] = []
             load_demonstrations([row], turns=turns, note=notes.append)
             expected = (
-                "data: 1 of 1 rows have several replies, of which only the last counts; turns all takes every one"
+                "data: 1 of 1 rows have several replies, of which only the last counts; set turns all to count all"
             )
             assert (expected in notes) is (kind in kinds), (turns, kind, notes)

@@ -121,7 +121,7 @@ def test_an_export_says_what_it_is_to_be_asked_with(
 ) -> None:
     rows_share(turn)
     sd.export("run", output_dir="out")
-    note = f"training had the system turn {WARD['content']!r}, which the exported folder does not say; give it with"
+    note = f"training used the system turn {WARD['content']!r}, which the exported folder does not store; use it in"
     assert (note in capsys.readouterr().err) == (turn is not None)
 
 
@@ -264,7 +264,7 @@ def test_the_transcript_of_an_episode_is_printed_and_is_data(
         "tool find: id 101, 13 euros",
         "tool order: ordered",
         "assistant: [b]Done[/b].",
-        "(3 turns: reward 0.00, of a row without an answer: expected no orders, found the orders 2 x copper kettle for",
+        "(3 turns: reward 0.00, as for a row without an answer: expected no orders, found the orders 2 x copper kettle",
     ]
     places = [table.find(unfolded(part)) for part in parts]
     assert min(places) >= 0
@@ -298,8 +298,8 @@ def test_functions_of_python_are_an_environment_that_gives_no_reward(
     [
         (
             "--environment python:tiny_worlds.Scripted",
-            "question, at its start: environment 'python:tiny_worlds.Scripted': reset failed: KeyError: 'answer'; the "
-            "row of a question that is asked has only its prompt",
+            "question, at its start: environment 'python:tiny_worlds.Scripted': reset failed: KeyError: 'answer'; ask "
+            "gives the environment a row that has only a prompt",
         ),
         ("--environment bundled:no", "unknown environment 'bundled:no', expected bundled:shop or python:package."),
         (

@@ -232,8 +232,8 @@ def test_hints_alone_say_what_is_learnt(
 def test_what_the_numbers_say() -> None:
     found = Spill(Trial(gain=5.5, moved=0.416), Trial(gain=-0.1, moved=0.217), prompts="general prompts")
     assert found.sentence() == (
-        "after 8 steps, in nats per token: SFT +5.50 on the demonstrations and 0.42 away on general prompts, SDFT "
-        "-0.10 on the demonstrations and 0.22 away on general prompts. To reduce it, train with anchors "
+        "after 8 steps, in nats per token: SFT +5.50 on the demonstrations, drift 0.42 on general prompts; SDFT "
+        "-0.10 on the demonstrations, drift 0.22 on general prompts. To reduce it, train with anchors "
         "(package, or prompts of your own)"
     )
 
@@ -286,7 +286,7 @@ def test_it_is_measured_on_anchors_of_your_own(
             "two files": "6 prompts of 1.jsonl, 2.jsonl",
         }[form]
     )
-    assert f"away on {found.prompts}, SDFT" in found.sentence()
+    assert f" on {found.prompts}; SDFT" in found.sentence()
 
 
 def test_within_a_callers_autocast_it_is_refused(

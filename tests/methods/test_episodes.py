@@ -761,7 +761,7 @@ def test_environments_are_made_at_the_same_time() -> None:
 def test_episodes_with_other_tools_are_refused() -> None:
     rows = [Demonstration("q", answer=number, source=f"data:{number}") for number in (1, 2)]
     with pytest.raises(
-        UserError, match=r"^data:2: environment '.*Fickle' has other tools than in data:1, expected the"
+        UserError, match=r"^data:2: environment '.*Fickle' has different tools from data:1, expected the"
     ):
         begun("python:tiny_worlds.Fickle", rows)
 
@@ -770,7 +770,7 @@ def test_a_row_far_behind_with_other_tools_is_refused_before_the_first_step() ->
     rows = [Demonstration("q", answer=number, source=f"data:{number}") for number in range(1, 34)]
     environment_of("python:tiny_worlds.Outlier")  # makes one to see its form
     tiny_worlds.Outlier.made = itertools.count()
-    with pytest.raises(UserError, match=r"^data:33: .*Outlier' has other tools than in data:1, expected the same in"):
+    with pytest.raises(UserError, match=r"^data:33: .*Outlier' has different tools from data:1, expected the same in"):
         begun("python:tiny_worlds.Outlier", rows)
 
 

@@ -157,7 +157,7 @@ def test_a_tokenizer_that_does_not_tell_its_control_tokens_is_refused(load: Call
     with pytest.raises(UserError) as caught:
         adopt(load().model, MistralCommonBackend(), "mine")
     assert str(caught.value) == (
-        "model 'mine': MistralCommonBackend does not tell its control tokens; load the tokenizer with "
+        "model 'mine': MistralCommonBackend does not list its control tokens; load the tokenizer with "
         "AutoTokenizer.from_pretrained(..., fix_mistral_regex=True), which reads tokenizer.json"
     )
 

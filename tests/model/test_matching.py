@@ -49,7 +49,7 @@ def test_a_model_that_reads_the_chats_knows_their_control_tokens(
     """As of two models that were trained further from one base, in different chat formats."""
     student, name = load(), renamed(**{old: new})
     message = (
-        f"model {name!r} has another tokenizer than model {student.name!r}: token {number} is '<|{new}|>', not "
+        f"model {name!r} has a different tokenizer from model {student.name!r}: token {number} is '<|{new}|>', not "
         f"'<|{old}|>'; use models with the same tokenizer"
     )
     for read in (
@@ -80,7 +80,7 @@ def test_models_whose_texts_have_other_ids_are_not_compared(
     vocabulary = values["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     file.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(UserError, match=r"has another tokenizer than model .*: token \d+ is 'b', not 'a'; use models"):
+    with pytest.raises(UserError, match=r"a different tokenizer from model .*: token \d+ is 'b', not 'a'; use models"):
         load_matching(str(file.parent), load(), dtype="float32")
 
 
@@ -92,9 +92,9 @@ def test_a_teacher_is_checked_and_another_chat_format_noted(
 ) -> None:
     unlike = settings(teacher_model=renamed(im_start="user"))
     for refusing in (Trainer, lambda config: plan_for(config, 10**9, None)):
-        with pytest.raises(UserError, match="has another tokenizer than model"):
+        with pytest.raises(UserError, match="has a different tokenizer from model"):
             refusing(unlike)
-    with pytest.raises(UserError, match="has another tokenizer than model"):
+    with pytest.raises(UserError, match="has a different tokenizer from model"):
         check(CheckConfig(model=unlike.model, data=unlike.data, fine_tuned=unlike.teacher_model))
     plain = str(model_folder(template=None))
     config = settings(teacher_model=plain)

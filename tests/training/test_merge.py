@@ -236,7 +236,7 @@ def test_models_of_other_sizes(three: tuple[Path, Path, Path], model_folder: Fol
 
 def test_a_whole_model_needs_what_it_was_before(three: tuple[Path, Path, Path], tmp_path: Path) -> None:
     refused(
-        f"setting 'subtract': '{three[1]}' is not an adapter, so name that model before training",
+        f"setting 'subtract': '{three[1]}' is not an adapter, so give the model it was trained from",
         tmp_path,
         model=three[0],
         add=three[1],

@@ -540,7 +540,7 @@ def test_a_run_whose_samples_were_all_truncated_says_so_at_its_end(
     settings: Callable[..., TrainConfig], model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = (
-        "note: 100% of the samples were truncated at their maximum length, so hardly any end of a reply was learnt; "
+        "note: 100% of the samples were truncated at their maximum length, so the model hardly learnt to end a reply; "
         "raise max_completion_length\n"
     )
     model = str(model_folder(ends=(257,)))
