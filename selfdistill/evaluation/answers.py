@@ -119,6 +119,8 @@ def answer(
 ) -> Answers:
     """Generate and score a reply to each prompt; thinking is not scored.
 
+    Answers that scorers cannot use are the caller's to refuse (:func:`check_answers`).
+
     Args:
         loaded: the model.
         prompts: token ids, the student's or the teacher's, one per demonstration.
@@ -131,12 +133,7 @@ def answer(
         seeds: one per reply, for sampling.
         what: label of the progress bar; None: silent.
         scored: whether to score the replies; if not, ``correct`` is empty.
-
-    Raises:
-        UserError: a scorer cannot use an answer (:func:`check_answers`); raised before the first reply.
     """
-    if scored:
-        check_answers(demonstrations, scorer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batch prompts of similar length: less padding
     rollouts: list[Rollout | None] = [None] * len(prompts)
     size = prompts_at_a_time(loaded, batch_size)
