@@ -189,7 +189,15 @@ def grade(
     if not judged:
         return list(compared), None
     assert judge is not None, "the settings reject a judge without an address"
-    judgements = iter(judge.grades([row for row, _ in judged], [reply for _, reply in judged]))
-    found = [next(judgements) if name == JUDGE else next(compared) for name, *_ in given]
-    strict = [one if isinstance(one, Verdict) else Verdict(float(one == "strict")) for one in found]
-    return strict, [one.reward == 1 if isinstance(one, Verdict) else one in ("strict", "lenient") for one in found]
+    grades = iter(judge.grades([row for row, _ in judged], [reply for _, reply in judged]))
+    strict, lenient = [], []
+    for name, *_ in given:
+        if name == JUDGE:
+            found = next(grades)
+            strict.append(Verdict(float(found == "strict")))
+            lenient.append(found in ("strict", "lenient"))
+        else:
+            verdict = next(compared)
+            strict.append(verdict)
+            lenient.append(verdict.reward == 1)
+    return strict, lenient

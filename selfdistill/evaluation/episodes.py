@@ -148,15 +148,17 @@ class EpisodePlayer:
         self, episodes: Sequence[Completion], judge: Judge | None
     ) -> tuple[list[Completion], list[bool] | None]:
         """The episodes with the scorers' verdicts, also by the lenient standard. One that was cut has failed."""
-        whole = [episode for episode in episodes if episode.verdict is None]
-        found, lenient = grade(to_score(whole, self.chat, self.scorer), judge)
+        whole = [number for number, episode in enumerate(episodes) if episode.verdict is None]
+        found, lenient = grade(to_score([episodes[number] for number in whole], self.chat, self.scorer), judge)
         if lenient is None and any(default_scorer(one.example.demonstration, self.scorer) == JUDGE for one in episodes):
             lenient = [verdict.reward == 1 for verdict in found]  # all episodes for the judge were cut
-        verdicts, right = iter(found), iter(lenient or ())
-        return (
-            [replace(one, verdict=next(verdicts)) if one.verdict is None else one for one in episodes],
-            None if lenient is None else [one.verdict is None and next(right) for one in episodes],
-        )
+        scored = list(episodes)
+        for number, verdict in zip(whole, found, strict=True):
+            scored[number] = replace(episodes[number], verdict=verdict)
+        if lenient is None:
+            return scored, None
+        right = dict(zip(whole, lenient, strict=True))
+        return scored, [right.get(number, False) for number in range(len(episodes))]
 
     def _verdict(self, episode: Completion) -> Verdict:
         if episode.verdict is None:
