@@ -129,7 +129,7 @@ def check(
         config: settings.
         demonstrations: the data, if already loaded; else ``config.data`` is read.
         loaded: the model, if already loaded; else ``config.model`` is loaded.
-        anchors: prompts for the steps of ``spill``, if already loaded; else ``config.anchors`` are read.
+        anchors: prompts on which ``spill`` and ``hints`` measure, if already loaded; else ``config.anchors`` are read.
         cost: also estimate time and memory of a training step, from one forward and backward pass.
 
     Raises:

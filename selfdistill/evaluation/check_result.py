@@ -76,7 +76,7 @@ class CheckResult(Printable):
     student_invalid_calls: float | None
     """Mean number of the student's invalid calls per episode; None without an environment."""
     layouts: list[Layout]
-    """Best first: by accuracy, then by ``logp``."""
+    """Best first: by right replies, then by rows that fit, then by ``logp``."""
     skipped: dict[str, str]
     """Layouts that could not be evaluated, with the reason."""
     teacher_kl: float

@@ -62,9 +62,10 @@ from selfdistill.runtime import clock, free_memory, is_out_of_memory, peak_memor
 
 LONG_REPLY = 24
 """Mean tokens of the demonstrations from which on ``exact`` by default is doubtful."""
-KEPT_BYTES, POSITIONS = 2**28, 8
-"""Bytes for the prefix cache of the student's prompts, and again for the teacher's in one layout; number of leading
-completion tokens whose KL is listed individually."""
+KEPT_BYTES = 2**28
+"""Bytes for the prefix cache of the student's prompts, and again for the teacher's in one layout."""
+POSITIONS = 8
+"""Number of leading completion tokens whose KL is listed individually."""
 
 
 class Measure:
@@ -74,7 +75,7 @@ class Measure:
         config: settings.
         demonstrations: the data.
         loaded: the model.
-        anchors: prompts for ``spill``, by source.
+        anchors: prompts on which ``spill`` and ``hints`` measure, by source.
 
     Raises:
         UserError: rows or anchors are too long, or a scorer cannot use the answers.
@@ -93,7 +94,7 @@ class Measure:
         self.forward_pass = ForwardPass(loaded)
         self.player = player_of(config, self.chat, batch_size=16)
         self.general = drawn_anchors(config, anchors, loaded, self.chat)
-        """The prompts on which ``spill`` measures."""
+        """The prompts on which ``spill`` and ``hints`` measure."""
         self.general_named = named_anchors(anchors, len(self.general))
         by_scorer = scorer_judges(config)
         scorable = [row for row in self.pool if not by_scorer or is_scorable(row, config.scorer)]
@@ -122,6 +123,7 @@ class Measure:
         rest_engine()
         self.teacher_said: dict[str, Answers] = {}  # by layout
         self.tried: dict[tuple[str, float], Trial | None] = {}  # by layout and share of the demonstration
+        self.ran_out = False  # whether the steps of a trial ran out of memory
         self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
 
     def _word_for_word(self) -> str | None:
@@ -353,7 +355,7 @@ class Measure:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.shortage = "its steps ran out of memory"
+            self.ran_out = True
             return None
 
     def _untried(self, context: str) -> str | None:
@@ -369,14 +371,14 @@ class Measure:
                 refuse_float16(self.loaded.model, self.loaded.name)
         except UserError as error:
             return str(error)
-        return self.shortage
+        return "its steps ran out of memory" if self.ran_out else self._shortage
 
     def _learnable(self, context: str, hint: float = 1) -> list[Example]:
         """The rows of a layout that have a completion."""
         return [row for row in self._shown(context, hint) if row.completion_ids]
 
     @cached_property
-    def shortage(self) -> str | None:
+    def _shortage(self) -> str | None:
         """Why memory does not suffice for the steps of a trial; None if it does, as far as is known."""
         needed, has = bytes_of_steps(self.loaded, self.config.lora_rank), free_memory(self.loaded.device)
         if has is None or needed <= has:
