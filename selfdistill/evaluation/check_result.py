@@ -51,6 +51,19 @@ class Layout:
     """What a few steps of SDFT with this hint learn; None if no step was taken."""
 
 
+@dataclass(frozen=True)
+class Cost:
+    """The expected cost of a step of training, or why it is unknown."""
+
+    seconds: float | None = None
+    gib: float | None = None
+    """Peak memory."""
+    rows: int | None = None
+    """Rows per micro-batch that the peak is for."""
+    unknown: str | None = None
+    """Why there are none of these; None if there are, or if nothing was measured."""
+
+
 @dataclass(frozen=True, repr=False)
 class CheckResult(Printable):
     """The result of ``selfdistill check``."""

@@ -28,7 +28,7 @@ from selfdistill.data import (
 )
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
-from selfdistill.evaluation.check_result import Layout
+from selfdistill.evaluation.check_result import Cost, Layout
 from selfdistill.evaluation.distances import kl_along, summed_loss
 from selfdistill.evaluation.episodes import encoded, note_on_unused_tools, player_of, rows_of
 from selfdistill.evaluation.judge import judge_of
@@ -296,8 +296,8 @@ class Measure:
         with self._arithmetic():
             return teacher, self.accuracy_of(answers), kl_along(prompts, answers.ids, tuned, base, own=answers.is_own)
 
-    def cost(self, context: str) -> tuple[float, float, int] | str:
-        """Expected seconds per step, peak memory in GiB and the number of rows that it is for; or why they are unknown.
+    def cost(self, context: str) -> Cost:
+        """The expected cost of a step of training.
 
         Measured with one forward and backward pass, unless full fine-tuning in float32 (16 bytes per weight) cannot fit
         beside what is measured already.
@@ -310,18 +310,19 @@ class Measure:
         free = free_memory(self.loaded.device)
         has = None if free is None else free + tensor_bytes(self.loaded.model.parameters())
         if not rank and has is not None and 4 * weights > has:
-            return f"full fine-tuning needs more than {4 * weights / 2**30:.1f} GiB, and there are {has / 2**30:.1f}"
+            needed = f"{4 * weights / 2**30:.1f} GiB"
+            return Cost(unknown=f"full fine-tuning needs more than {needed}, and there are {has / 2**30:.1f}")
         try:
             with with_lora(self.loaded, rank, self.config.seed) if rank else nullcontext(self.loaded) as student:
                 return self._measured_cost(context, student.model)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            return "one forward and backward pass ran out of memory"
+            return Cost(unknown="one forward and backward pass ran out of memory")
         finally:
             self.loaded.model.zero_grad(set_to_none=True)
 
-    def _measured_cost(self, context: str, model: Any) -> tuple[float, float, int]:
+    def _measured_cost(self, context: str, model: Any) -> Cost:
         """The same, for the model with the weights to be learnt; leaves their gradients."""
         rows = self._shown(context)[: self.config.batch_size]
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
@@ -332,7 +333,7 @@ class Measure:
         seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
         learnt = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         # Plus AdamW's two moments and the teacher's average, in float32.
-        return seconds, (peak_memory(device) + 3 * learnt) / 2**30, len(rows)
+        return Cost(seconds, (peak_memory(device) + 3 * learnt) / 2**30, len(rows))
 
     def spill(self, context: str) -> Spill:
         """How far a few steps of SFT, and of SDFT with this context, move the model on the anchors."""
