@@ -304,16 +304,27 @@ def test_rows_that_one_of_them_has_no_room_for_are_left_out_for_both(
 
 
 def test_rows_are_shown_the_same_others_after_some_are_left_out(
-    model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+    model_folder: Callable[..., Path], load: Callable[..., LoadedModel], write_rows: Callable[..., Path]
 ) -> None:
     # Row 5 is too long, and so are rows 0 and 2, which draw it or row 3. Without these, row 1 would draw row 3.
     rows = [{"prompt": "q" * (400 if i == 5 else i + 1), "completion": "a" * (200 if i == 3 else 1)} for i in range(6)]
-    model, base = str(model_folder()), str(model_folder(seed=1))
-    config = EvalConfig(
-        model=model, base=base, data=str(write_rows(rows)), context="few_shot:k=1", max_prompt_length=150
-    )
-    result = evaluate(config.model_copy(update={"on_long_prompt": "drop", "max_completion_length": 5}))
-    assert (result["items"], result["base"]["items"], result["dropped"]) == (3, 3, 3)
+    data, model = str(write_rows(rows)), load()
+    longest = len(chat_of(model).encode_prompt(load_demonstrations(data)[4].prompt))
+    # The base's template is longer: by so much that row 4 alone becomes too long, or none.
+    for more, items in ((151 - longest, 2), (150 - longest, 3)):
+        template = CHATML.replace("<|im_start|>assistant", "<|im_start|>" + "a" * more + "assistant")
+        base = str(model_folder(seed=1, template=template))
+        config = EvalConfig(
+            model=model.name,
+            base=base,
+            data=data,
+            context="few_shot:k=1",
+            max_prompt_length=150,
+            on_long_prompt="drop",
+            max_completion_length=5,
+        )
+        result = evaluate(config)
+        assert (result["items"], result["base"]["items"], result["dropped"]) == (items, items, 6 - items)
 
 
 @pytest.mark.parametrize(
