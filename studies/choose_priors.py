@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selfdistill.data import Demonstration, load_demonstrations
-from selfdistill.evaluation import answer
+from selfdistill.evaluation import answer, check_answers
 from selfdistill.model import LoadedModel, Sampling, load_model, sample_seed, to_best_device, training_precision
 
 MODEL = "smollm2-135m"
@@ -46,6 +46,7 @@ def asked(loaded: LoadedModel, files: Sequence[str]) -> list[Asked]:
     rows: list[Demonstration] = [row for file in files for row in load_demonstrations(file)]
     chat = loaded.chat()
     prompts = [chat.encode_prompt(row.prompt) for row in rows]
+    check_answers(rows, "contains")
 
     def correct(times: int, temperature: float) -> list[bool]:
         seeds = [sample_seed(0, 0, row, time) for time in range(times) for row in range(len(rows))]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from selfdistill.data import (
     CODE,
@@ -28,6 +29,8 @@ from selfdistill.evaluation.judge import Judge
 from selfdistill.methods import Completion
 from selfdistill.model import LoadedModel, Rollout, Sampling, prompts_at_a_time, sample
 from selfdistill.runtime import ProgressBar
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def answer(
 ) -> Answers:
     """Generate and score a reply to each prompt; thinking is not scored.
 
+    Answers that scorers cannot use are the caller's to refuse (:func:`check_answers`).
+
     Args:
         loaded: the model.
         prompts: token ids, the student's or the teacher's, one per demonstration.
@@ -131,23 +136,13 @@ def answer(
         seeds: one per reply, for sampling.
         what: label of the progress bar; None: silent.
         scored: whether to score the replies; if not, ``correct`` is empty.
-
-    Raises:
-        UserError: a scorer cannot use an answer (:func:`check_answers`); raised before the first reply.
     """
-    if scored:
-        check_answers(demonstrations, scorer)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batch prompts of similar length: less padding
-    rollouts: list[Rollout | None] = [None] * len(prompts)
-    size = prompts_at_a_time(loaded, batch_size)
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    with ProgressBar(f"{what}, batch", len(batches), quiet=what is None) as reporter:
-        for number, batch in enumerate(batches):
-            chosen = None if seeds is None else [seeds[i] for i in batch]
-            for i, rollout in zip(batch, sample(loaded, [prompts[i] for i in batch], sampling, chosen), strict=True):
-                rollouts[i] = rollout
-            reporter.advance(number + 1)
-    done = [rollout for rollout in rollouts if rollout is not None]
+
+    def sampled(batch: list[int]) -> list[Rollout]:
+        chosen = None if seeds is None else [seeds[i] for i in batch]
+        return sample(loaded, [prompts[i] for i in batch], sampling, chosen)
+
+    done = in_batches(sampled, [len(ids) for ids in prompts], prompts_at_a_time(loaded, batch_size), what)
     replies = [chat.decode(rollout.ids) for rollout in done]
     parts = [thought_and_said(chat, prompt, rollout.ids) for prompt, rollout in zip(prompts, done, strict=True)]
     names = [default_scorer(row, scorer) for row in demonstrations]
@@ -157,6 +152,27 @@ def answer(
     correct = [verdict.reward == 1 for verdict in found]
     thinking = [len(chat.encode_text(thought)) for thought, _ in parts]
     return Answers(replies, correct, lenient, ids, thinking, sum(r.truncated for r in done))
+
+
+def in_batches(
+    compute: Callable[[list[int]], Sequence[_Result]], lengths: Sequence[int], size: int, what: str | None
+) -> list[_Result]:
+    """Compute one result per item, in batches of items of similar length, so that little is padding.
+
+    Args:
+        compute: from the indices of a batch's items to their results.
+        lengths: one per item.
+        size: items per batch.
+        what: label of the progress bar; None: silent.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    results: dict[int, _Result] = {}
+    with ProgressBar(f"{what}, batch", len(batches), quiet=what is None) as reporter:
+        for number, batch in enumerate(batches, 1):
+            results |= zip(batch, compute(batch), strict=True)
+            reporter.advance(number)
+    return [results[i] for i in range(len(lengths))]
 
 
 def grade(
@@ -173,7 +189,15 @@ def grade(
     if not judged:
         return list(compared), None
     assert judge is not None, "the settings reject a judge without an address"
-    judgements = iter(judge.grades([row for row, _ in judged], [reply for _, reply in judged]))
-    found = [next(judgements) if name == JUDGE else next(compared) for name, *_ in given]
-    strict = [one if isinstance(one, Verdict) else Verdict(float(one == "strict")) for one in found]
-    return strict, [one.reward == 1 if isinstance(one, Verdict) else one in ("strict", "lenient") for one in found]
+    grades = iter(judge.grades([row for row, _ in judged], [reply for _, reply in judged]))
+    strict, lenient = [], []
+    for name, *_ in given:
+        if name == JUDGE:
+            found = next(grades)
+            strict.append(Verdict(float(found == "strict")))
+            lenient.append(found in ("strict", "lenient"))
+        else:
+            verdict = next(compared)
+            strict.append(verdict)
+            lenient.append(verdict.reward == 1)
+    return strict, lenient

@@ -28,7 +28,7 @@ from selfdistill.data import (
     turns_of,
 )
 from selfdistill.errors import EngineFailed, UserError
-from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, Layout, knows, verdict_on
+from selfdistill.evaluation.check_result import UNLIKELY, CheckResult, Cost, Layout, knows, verdict_on
 from selfdistill.evaluation.measure import Measure
 from selfdistill.evaluation.spill import read_anchors
 from selfdistill.methods import scorer_judges, shows_parts, stages_of
@@ -129,7 +129,7 @@ def check(
         config: settings.
         demonstrations: the data, if already loaded; else ``config.data`` is read.
         loaded: the model, if already loaded; else ``config.model`` is loaded.
-        anchors: prompts for the steps of ``spill``, if already loaded; else ``config.anchors`` are read.
+        anchors: prompts on which ``spill`` and ``hints`` measure, if already loaded; else ``config.anchors`` are read.
         cost: also estimate time and memory of a training step, from one forward and backward pass.
 
     Raises:
@@ -188,6 +188,27 @@ def _layouts(measure: Measure, names: Sequence[str]) -> tuple[list[Layout], dict
     return layouts, skipped
 
 
+def _with_parts(config: CheckConfig, specs: Sequence[str], rows: Sequence[Demonstration]) -> set[str]:
+    """The layouts in which ``hints`` can be measured; none if that is not asked for, or rows have no parts to show."""
+    if not config.hints:
+        return set()
+    if config.environment != "none" or any(no_part(turn) for row in rows for turn in turns_of(row, "last")):
+        say_note("hints are not measured, because a part of an episode cannot be shown")
+        return set()
+    return {context_spec(parse_context(spec)) for spec in hintable(specs)}
+
+
+def _ready(config: CheckConfig, loaded: LoadedModel | None) -> LoadedModel:
+    """The model, ready to be measured."""
+    if loaded is None:
+        loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
+    if config.lora_rank:  # fail early: measuring takes minutes
+        with with_lora(loaded, config.lora_rank, config.seed):
+            pass
+    use_engine(loaded, config)
+    return loaded
+
+
 def _checked(
     config: CheckConfig,
     rows: list[Demonstration],
@@ -201,22 +222,14 @@ def _checked(
     contexts = [parse_context(spec, episodes=plays) for spec in specs]
     if scorer_judges(config):
         check_scorer(config.scorer)
-    has_parts = not plays and not any(no_part(turn) for row in rows for turn in turns_of(row, "last"))
-    if config.hints and not has_parts:
-        say_note("hints are not measured, because a part of an episode cannot be shown")
-    can_hint = {context_spec(parse_context(spec)) for spec in hintable(specs)} if config.hints and has_parts else set()
+    can_hint = _with_parts(config, specs, rows)
     general = read_anchors(config, anchors) if config.spill or can_hint else {}
     takes_steps = config.spill or bool(can_hint and general)
     if takes_steps:
         refuse_autocast()
     if not (config.spill or config.hints) and "anchors" in config.model_fields_set:
         say_note("setting 'anchors' has no effect without spill or hints")
-    if loaded is None:
-        loaded = load_for_training(config.model, dtype=config.dtype, adapter_base=config.adapter_base)
-    if config.lora_rank:  # fail early: measuring takes minutes
-        with with_lora(loaded, config.lora_rank, config.seed):
-            pass
-    use_engine(loaded, config)
+    loaded = _ready(config, loaded)
     for note in [*([] if plays else notes_on_episodes(rows)), *loaded.notes]:
         say_note(note)
     tuned = None
@@ -226,8 +239,7 @@ def _checked(
     layouts, skipped = _layouts(measure, [context_spec(context) for context in contexts])
     layouts.sort(key=_rank)
     teacher_kl, tuned_accuracy, tuned_kl = measure.closeness(layouts[0].context, tuned)
-    found = measure.cost(layouts[0].context) if cost else None
-    seconds, memory, memory_rows = found if isinstance(found, tuple) else (None, None, None)
+    of_step = measure.cost(layouts[0].context) if cost else Cost()
     spill = measure.spill(layouts[0].context) if takes_steps else None
     best = next((layout.context for layout in layouts if layout.context in can_hint), None)
     hints = [_with_hint(measure, best, share) for share in SHARES] if best else None
@@ -254,10 +266,10 @@ def _checked(
         fine_tuned_kl=tuned_kl,
         batch_size=config.batch_size,
         lora_rank=config.lora_rank,
-        seconds_per_step=seconds,
-        memory_gib=memory,
-        memory_rows=memory_rows,
-        cost_unknown=found if isinstance(found, str) else None,
+        seconds_per_step=of_step.seconds,
+        memory_gib=of_step.gib,
+        memory_rows=of_step.rows,
+        cost_unknown=of_step.unknown,
         spill=spill,
         hints=hints,
         known=knows(accuracy),

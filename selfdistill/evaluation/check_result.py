@@ -51,6 +51,19 @@ class Layout:
     """What a few steps of SDFT with this hint learn; None if no step was taken."""
 
 
+@dataclass(frozen=True)
+class Cost:
+    """The expected cost of a step of training, or why it is unknown."""
+
+    seconds: float | None = None
+    gib: float | None = None
+    """Peak memory."""
+    rows: int | None = None
+    """Rows per micro-batch that the peak is for."""
+    unknown: str | None = None
+    """Why there are none of these; None if there are, or if nothing was measured."""
+
+
 @dataclass(frozen=True, repr=False)
 class CheckResult(Printable):
     """The result of ``selfdistill check``."""
@@ -76,7 +89,7 @@ class CheckResult(Printable):
     student_invalid_calls: float | None
     """Mean number of the student's invalid calls per episode; None without an environment."""
     layouts: list[Layout]
-    """Best first: by accuracy, then by ``logp``."""
+    """Best first: by right replies, then by rows that fit, then by ``logp``."""
     skipped: dict[str, str]
     """Layouts that could not be evaluated, with the reason."""
     teacher_kl: float

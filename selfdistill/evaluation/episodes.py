@@ -23,7 +23,7 @@ from selfdistill.data import (
     thought_and_said,
 )
 from selfdistill.errors import UserError
-from selfdistill.evaluation.answers import Answers, grade
+from selfdistill.evaluation.answers import Answers, grade, in_batches
 from selfdistill.evaluation.judge import Judge
 from selfdistill.evaluation.statistics import mean_interval
 from selfdistill.methods import (
@@ -37,7 +37,6 @@ from selfdistill.methods import (
     to_score,
 )
 from selfdistill.model import LoadedModel, Sampling, check_room, prompts_at_a_time
-from selfdistill.runtime import ProgressBar
 
 
 def unscored(config: TaskSettings) -> Lacks:
@@ -126,17 +125,13 @@ class EpisodePlayer:
         """
         check_room(loaded, prompts, self.rules.max_length, "episode")
         seen = [replace(example, student_ids=ids) for example, ids in zip(examples, prompts, strict=True)]
-        seeds = [0] * len(seen) if seeds is None else seeds
-        order = sorted(range(len(seen)), key=lambda i: len(prompts[i]))
+
+        def played(batch: list[int]) -> list[Completion]:
+            own = [0 if seeds is None else seeds[i] for i in batch]
+            return play(loaded, self.chat, [seen[i] for i in batch], sampling, self.rules, own)
+
         size = prompts_at_a_time(loaded, self.batch_size)
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
-        played: dict[int, Completion] = {}
-        with ProgressBar(f"{what}, batch", len(batches), quiet=what is None) as reporter:
-            for number, batch in enumerate(batches):
-                part, own = [seen[i] for i in batch], [seeds[i] for i in batch]
-                played |= zip(batch, play(loaded, self.chat, part, sampling, self.rules, own), strict=True)
-                reporter.advance(number + 1)
-        episodes, lenient = [played[i] for i in range(len(seen))], None
+        episodes, lenient = in_batches(played, [len(ids) for ids in prompts], size, what), None
         if self.by_scorer and scored:
             episodes, lenient = self._scored(episodes, judge)
         return Answers(
@@ -153,15 +148,17 @@ class EpisodePlayer:
         self, episodes: Sequence[Completion], judge: Judge | None
     ) -> tuple[list[Completion], list[bool] | None]:
         """The episodes with the scorers' verdicts, also by the lenient standard. One that was cut has failed."""
-        whole = [episode for episode in episodes if episode.verdict is None]
-        found, lenient = grade(to_score(whole, self.chat, self.scorer), judge)
+        whole = [number for number, episode in enumerate(episodes) if episode.verdict is None]
+        found, lenient = grade(to_score([episodes[number] for number in whole], self.chat, self.scorer), judge)
         if lenient is None and any(default_scorer(one.example.demonstration, self.scorer) == JUDGE for one in episodes):
             lenient = [verdict.reward == 1 for verdict in found]  # all episodes for the judge were cut
-        verdicts, right = iter(found), iter(lenient or ())
-        return (
-            [replace(one, verdict=next(verdicts)) if one.verdict is None else one for one in episodes],
-            None if lenient is None else [one.verdict is None and next(right) for one in episodes],
-        )
+        scored = list(episodes)
+        for number, verdict in zip(whole, found, strict=True):
+            scored[number] = replace(episodes[number], verdict=verdict)
+        if lenient is None:
+            return scored, None
+        right = dict(zip(whole, lenient, strict=True))
+        return scored, [right.get(number, False) for number in range(len(episodes))]
 
     def _verdict(self, episode: Completion) -> Verdict:
         if episode.verdict is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,71 +82,58 @@ def summary(evaluation: Mapping[str, Any]) -> str:
 
 def _print(model: str, data: str, result: dict[str, Any], console: Console) -> None:
     base, tests = result.get("base"), result.get("paired", {})
+    sides = [result, base] if base else [result]
     columns = ("base", "difference", "p") if base else ()
     table = result_table("measured", "items", "model", *columns, title=f"{model} on {data}")
 
-    def score(name: str, items: int, mine: dict[str, Any], keys: tuple[str, str], theirs: Any, test: Any) -> None:
-        value, interval = keys
+    def score(name: str, items: int, of_sides: Sequence[Any], keys: tuple[str, str], test: Any) -> None:
+        """A line with a score, its interval and, next to the base's, the difference."""
+        (value, interval), (mine, *others) = keys, of_sides
         cells = [f"{mine[value]:.3f} {_interval(*mine[interval])}"]
-        if base:
+        for theirs in others:
             cells += [f"{theirs[value]:.3f}", f"{test['difference']:+.3f} {_interval(test['low'], test['high'])}"]
             cells.append(_p_value(test["p"]) if "p" in test else "")
         table.add_row(escape(name), str(items), *cells)
 
-    def number(name: str, text: str, of_base: str = "") -> None:
-        table.add_row(escape(name), "", escape(text), *((of_base, "", "") if base else ()))
+    def number(name: str, *of_sides: str) -> None:
+        """A line with a number of the model, and of its base if it has one."""
+        table.add_row(escape(name), "", *map(escape, of_sides))
 
-    items = result["items"]
+    items, plays = result["items"], "episode/reward" in result
     if context := result["settings"]["context"]:
-        number("context of each new question", context, "none" if base else "")
-    plays = "episode/reward" in result
-    what = "success" if plays else "accuracy"
-    name = f"new task, {what} ({', '.join(result['scorers'])})"
-    score(name, items, result, ("accuracy", "accuracy_interval"), base, tests.get("accuracy"))
+        number("context of each new question", context, *(["none"] if base else []))
+    name = f"new task, {'success' if plays else 'accuracy'} ({', '.join(result['scorers'])})"
+    score(name, items, sides, ("accuracy", "accuracy_interval"), tests.get("accuracy"))
     if "accuracy_lenient" in result:
-        number(
-            "the same, lenient judge",
-            f"{result['accuracy_lenient']:.3f}",
-            f"{base['accuracy_lenient']:.3f}" if base else "",
-        )
-    for k, of_model in result.get("pass@k", {}).items():
-        of_base = base["pass@k"][k] if base else None
-        score(f"new task, pass@{k}", items, of_model, ("value", "interval"), of_base, tests.get(f"pass@{k}"))
+        number("the same, lenient judge", *(f"{side['accuracy_lenient']:.3f}" for side in sides))
+    for k in result.get("pass@k", {}):
+        of_k = [side["pass@k"][k] for side in sides]
+        score(f"new task, pass@{k}", items, of_k, ("value", "interval"), tests.get(f"pass@{k}"))
     if plays:
-        keys = ("episode/reward", "episode/reward_interval")
-        cells = [f"{side[keys[0]]:.3f} {_interval(*side[keys[1]])}" for side in (result, base) if side]
-        number("mean reward", *cells)
+        rewards = (f"{side['episode/reward']:.3f} {_interval(*side['episode/reward_interval'])}" for side in sides)
+        number("mean reward", *rewards)
         for key in ("turns", "invalid_calls"):
-            cells = [f"{side[f'episode/{key}']:.2f}" for side in (result, base) if side]
-            number(f"{key.replace('_', ' ')} per episode", *cells)
-    unit = "episode" if plays else "reply"
-    for label, key in (
-        (f"tokens per {unit}", "length"),
-        ("  of these thinking", "thinking"),
-        ("  of these answer", "said"),
-    ):
-        thinks = any(side and side["completion/thinking"] for side in (result, base))
-        if key == "length" or thinks:
-            key = f"completion/{key}"
-            number(label, f"{result[key]:.1f}", f"{base[key]:.1f}" if base else "")
-    cut = "completion/truncated"
-    cut_ones = "episodes cut" if plays else "truncated replies"
-    number(cut_ones, f"{result[cut]:.1%}", f"{base[cut]:.1%}" if base else "")
+            number(f"{key.replace('_', ' ')} per episode", *(f"{side[f'episode/{key}']:.2f}" for side in sides))
+    lengths = {f"tokens per {'episode' if plays else 'reply'}": "completion/length"}
+    if any(side["completion/thinking"] for side in sides):
+        lengths |= {"  of these thinking": "completion/thinking", "  of these answer": "completion/said"}
+    for label, key in lengths.items():
+        number(label, *(f"{side[key]:.1f}" for side in sides))
+    cut = "episodes cut" if plays else "truncated replies"
+    number(cut, *(f"{side['completion/truncated']:.1%}" for side in sides))
     if result["dropped"]:
         number("dropped rows (too long)", str(result["dropped"]))
     for name, prior in result.get("prior", {}).items():
-        of_base = base["prior"][name] if base else None
+        of_prior = [side["prior"][name] for side in sides]
         test = tests.get("prior", {}).get(name)
-        score(f"prior: {name}", prior["items"], prior, ("accuracy", "interval"), of_base, test)
+        score(f"prior: {name}", prior["items"], of_prior, ("accuracy", "interval"), test)
         if prior["accuracy_norm"] is not None:
-            theirs = f"{of_base['accuracy_norm']:.3f}" if of_base else ""
-            number("  normalised by length", f"{prior['accuracy_norm']:.3f}", theirs)
-        if cells := _truncated(prior, of_base):
+            number("  normalised by length", *(f"{one['accuracy_norm']:.3f}" for one in of_prior))
+        if cells := _truncated(of_prior):
             number("  truncated replies", *cells)
     if len(result.get("prior", {})) > 1:
         count = sum(prior["items"] for prior in result["prior"].values())
-        keys = ("prior_accuracy", "prior_interval")
-        score("prior, mean", count, result, keys, base, tests.get("prior_accuracy"))
+        score("prior, mean", count, sides, ("prior_accuracy", "prior_interval"), tests.get("prior_accuracy"))
     for prompts, between in result.get("distance", {}).items():
         where = f"on {prompts.replace('_', ' ')} prompts"
         number(f"KL(base||model) {where}", f"{between['kl_base']:.3f}")
@@ -178,9 +165,9 @@ def detected(items: int, unlike: float) -> str:
     return f"{few} too few to detect even a difference in accuracy of 0.50."
 
 
-def _truncated(*priors: dict[str, Any] | None) -> list[str]:
+def _truncated(priors: Sequence[dict[str, Any]]) -> list[str]:
     """The share of truncated replies of the model and its base on a prior; empty if there are none."""
-    counts = [(prior.get("truncated") or 0, prior["items"]) for prior in priors if prior]  # older results lack it
+    counts = [(prior.get("truncated") or 0, prior["items"]) for prior in priors]  # older results lack it
     return [f"{count / items:.1%}" for count, items in counts] if any(count for count, _ in counts) else []
 
 

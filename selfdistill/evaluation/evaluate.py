@@ -308,7 +308,9 @@ def evaluate(
     if base is not None:
         # Rows too long for either model are dropped for both, so that both answer the same items.
         for_base = EvaluationSet(base, questions.demonstrations, priors, config)
-        questions = EvaluationSet(loaded, for_base.demonstrations, priors, config, config.context, demonstrations)
+        if for_base.dropped:
+            kept = for_base.demonstrations
+            questions = EvaluationSet(loaded, kept, priors, config, config.context, demonstrations)
     with training_precision(loaded.model, config.mixed_precision, *([base.model] if base else [])):
         result, answers = _measured(loaded, questions, config, judge, config.model)
         for note in note_on_unused_tools(answers.episodes):
@@ -320,21 +322,11 @@ def evaluate(
             result["base"], of_base = _measured(base, for_base, config, judge, f"base {config.base}")
             result["base"]["dropped"] = result["dropped"]  # the same rows
             result["paired"] = _paired(result["base"], result)
-            result["distance"] = {
-                "general": asdict(_general_distance(base, loaded, config)),
-                "new_task": asdict(
-                    between(
-                        base,
-                        loaded,
-                        for_base.prompts,
-                        questions.prompts,
-                        of_base.ids,
-                        answers.ids,
-                        (of_base.is_own, answers.is_own),
-                    )
-                ),
-            }
-            result["kl_base"] = result["distance"]["general"]["kl_base"]
+            general = _general_distance(base, loaded, config)
+            own = (of_base.is_own, answers.is_own)
+            new_task = between(base, loaded, for_base.prompts, questions.prompts, of_base.ids, answers.ids, own)
+            result["distance"] = {"general": asdict(general), "new_task": asdict(new_task)}
+            result["kl_base"] = general.kl_base
     result["replies"] = reply_lines(questions.demonstrations, answers)
     if config.replies:
         write_replies(Path(config.replies), result["replies"])

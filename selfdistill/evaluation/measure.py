@@ -28,7 +28,7 @@ from selfdistill.data import (
 )
 from selfdistill.errors import UserError
 from selfdistill.evaluation.answers import Answers, answer, check_answers
-from selfdistill.evaluation.check_result import Layout
+from selfdistill.evaluation.check_result import Cost, Layout
 from selfdistill.evaluation.distances import kl_along, summed_loss
 from selfdistill.evaluation.episodes import encoded, note_on_unused_tools, player_of, rows_of
 from selfdistill.evaluation.judge import judge_of
@@ -62,9 +62,10 @@ from selfdistill.runtime import clock, free_memory, is_out_of_memory, peak_memor
 
 LONG_REPLY = 24
 """Mean tokens of the demonstrations from which on ``exact`` by default is doubtful."""
-KEPT_BYTES, POSITIONS = 2**28, 8
-"""Bytes for the prefix cache of the student's prompts, and again for the teacher's in one layout; number of leading
-completion tokens whose KL is listed individually."""
+KEPT_BYTES = 2**28
+"""Bytes for the prefix cache of the student's prompts, and again for the teacher's in one layout."""
+POSITIONS = 8
+"""Number of leading completion tokens whose KL is listed individually."""
 
 
 class Measure:
@@ -74,7 +75,7 @@ class Measure:
         config: settings.
         demonstrations: the data.
         loaded: the model.
-        anchors: prompts for ``spill``, by source.
+        anchors: prompts on which ``spill`` and ``hints`` measure, by source.
 
     Raises:
         UserError: rows or anchors are too long, or a scorer cannot use the answers.
@@ -93,7 +94,7 @@ class Measure:
         self.forward_pass = ForwardPass(loaded)
         self.player = player_of(config, self.chat, batch_size=16)
         self.general = drawn_anchors(config, anchors, loaded, self.chat)
-        """The prompts on which ``spill`` measures."""
+        """The prompts on which ``spill`` and ``hints`` measure."""
         self.general_named = named_anchors(anchors, len(self.general))
         by_scorer = scorer_judges(config)
         scorable = [row for row in self.pool if not by_scorer or is_scorable(row, config.scorer)]
@@ -122,6 +123,7 @@ class Measure:
         rest_engine()
         self.teacher_said: dict[str, Answers] = {}  # by layout
         self.tried: dict[tuple[str, float], Trial | None] = {}  # by layout and share of the demonstration
+        self.ran_out = False  # whether the steps of a trial ran out of memory
         self.rollout_of = {row.demonstration.row: r for row, r in zip(self.rows, rollouts, strict=True)}
 
     def _word_for_word(self) -> str | None:
@@ -294,8 +296,8 @@ class Measure:
         with self._arithmetic():
             return teacher, self.accuracy_of(answers), kl_along(prompts, answers.ids, tuned, base, own=answers.is_own)
 
-    def cost(self, context: str) -> tuple[float, float, int] | str:
-        """Expected seconds per step, peak memory in GiB and the number of rows that it is for; or why they are unknown.
+    def cost(self, context: str) -> Cost:
+        """The expected cost of a step of training.
 
         Measured with one forward and backward pass, unless full fine-tuning in float32 (16 bytes per weight) cannot fit
         beside what is measured already.
@@ -308,18 +310,19 @@ class Measure:
         free = free_memory(self.loaded.device)
         has = None if free is None else free + tensor_bytes(self.loaded.model.parameters())
         if not rank and has is not None and 4 * weights > has:
-            return f"full fine-tuning needs more than {4 * weights / 2**30:.1f} GiB, and there are {has / 2**30:.1f}"
+            needed = f"{4 * weights / 2**30:.1f} GiB"
+            return Cost(unknown=f"full fine-tuning needs more than {needed}, and there are {has / 2**30:.1f}")
         try:
             with with_lora(self.loaded, rank, self.config.seed) if rank else nullcontext(self.loaded) as student:
                 return self._measured_cost(context, student.model)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            return "one forward and backward pass ran out of memory"
+            return Cost(unknown="one forward and backward pass ran out of memory")
         finally:
             self.loaded.model.zero_grad(set_to_none=True)
 
-    def _measured_cost(self, context: str, model: Any) -> tuple[float, float, int]:
+    def _measured_cost(self, context: str, model: Any) -> Cost:
         """The same, for the model with the weights to be learnt; leaves their gradients."""
         rows = self._shown(context)[: self.config.batch_size]
         ids = [self.rollout_of[row.demonstration.row].ids for row in rows]
@@ -330,7 +333,7 @@ class Measure:
         seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
         learnt = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         # Plus AdamW's two moments and the teacher's average, in float32.
-        return seconds, (peak_memory(device) + 3 * learnt) / 2**30, len(rows)
+        return Cost(seconds, (peak_memory(device) + 3 * learnt) / 2**30, len(rows))
 
     def spill(self, context: str) -> Spill:
         """How far a few steps of SFT, and of SDFT with this context, move the model on the anchors."""
@@ -353,7 +356,7 @@ class Measure:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.shortage = "its steps ran out of memory"
+            self.ran_out = True
             return None
 
     def _untried(self, context: str) -> str | None:
@@ -369,14 +372,14 @@ class Measure:
                 refuse_float16(self.loaded.model, self.loaded.name)
         except UserError as error:
             return str(error)
-        return self.shortage
+        return "its steps ran out of memory" if self.ran_out else self._shortage
 
     def _learnable(self, context: str, hint: float = 1) -> list[Example]:
         """The rows of a layout that have a completion."""
         return [row for row in self._shown(context, hint) if row.completion_ids]
 
     @cached_property
-    def shortage(self) -> str | None:
+    def _shortage(self) -> str | None:
         """Why memory does not suffice for the steps of a trial; None if it does, as far as is known."""
         needed, has = bytes_of_steps(self.loaded, self.config.lora_rank), free_memory(self.loaded.device)
         if has is None or needed <= has:

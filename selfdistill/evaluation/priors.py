@@ -31,9 +31,9 @@ from selfdistill.data import (
     wrong,
 )
 from selfdistill.errors import UserError
-from selfdistill.evaluation.answers import answer, check_answers
+from selfdistill.evaluation.answers import answer, check_answers, in_batches
 from selfdistill.model import ForwardPass, LoadedModel, Sampling
-from selfdistill.runtime import ProgressBar, say_note
+from selfdistill.runtime import say_note
 
 REPLY_TOKENS = 48
 """Maximum length of the reply to a question, in tokens."""
@@ -259,16 +259,15 @@ def prior_abilities(
         if questions:
             results.append(_replied(loaded, prior, questions, chat, what))
             continue
-        loglikelihoods, greedy = _loglikelihoods(
-            loaded, forward_pass, prior.contexts, prior.continuations, batch_size, what
-        )
+        found = _loglikelihoods(loaded, forward_pass, prior.contexts, prior.continuations, batch_size, what)
         rows = [row for row in prior.rows if isinstance(row, Choices)]
         right: list[bool] = []
         right_norm, at = 0, 0
         for row in rows:
-            values = loglikelihoods[at : at + len(row.pairs)]
+            values = [value for value, _ in found[at : at + len(row.pairs)]]
             if row.gold is None:
-                right.append(greedy[at])
+                _, is_greedy = found[at]
+                right.append(is_greedy)
             else:
                 right.append(_is_best(values, row.gold))
                 normed = [v / len(text.strip()) for v, (_, text) in zip(values, row.pairs, strict=True)]
@@ -322,20 +321,17 @@ def _loglikelihoods(
     continuations: Sequence[Sequence[int]],
     batch_size: int,
     what: str,
-) -> tuple[list[float], list[bool]]:
+) -> list[tuple[float, bool]]:
     """Log-likelihood of each continuation, and whether greedy decoding would generate it."""
-    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]) + len(continuations[i]))
-    loglikelihoods, greedy = [0.0] * len(contexts), [False] * len(contexts)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    with ProgressBar(f"{what}, batch", len(batches)) as reporter:
-        for number, batch in enumerate(batches):
-            chosen = [continuations[i] for i in batch]
-            scores = forward_pass(loaded.model, [contexts[i] for i in batch], chosen)
-            logps_NV = scores.head(scores.hidden_ND).float().log_softmax(-1)
-            tokens_N = torch.tensor([t for ids in chosen for t in ids], device=logps_NV.device)
-            picked = logps_NV.gather(-1, tokens_N[:, None])[:, 0].split([len(ids) for ids in chosen])
-            same = (logps_NV.argmax(-1) == tokens_N).split([len(ids) for ids in chosen])
-            for i, p, s in zip(batch, picked, same, strict=True):
-                loglikelihoods[i], greedy[i] = float(p.sum()), bool(s.all())
-            reporter.advance(number + 1)
-    return loglikelihoods, greedy
+
+    def scored(batch: list[int]) -> list[tuple[float, bool]]:
+        chosen = [continuations[i] for i in batch]
+        scores = forward_pass(loaded.model, [contexts[i] for i in batch], chosen)
+        logps_NV = scores.head(scores.hidden_ND).float().log_softmax(-1)
+        tokens_N = torch.tensor([t for ids in chosen for t in ids], device=logps_NV.device)
+        picked = logps_NV.gather(-1, tokens_N[:, None])[:, 0].split([len(ids) for ids in chosen])
+        same = (logps_NV.argmax(-1) == tokens_N).split([len(ids) for ids in chosen])
+        return [(float(p.sum()), bool(s.all())) for p, s in zip(picked, same, strict=True)]
+
+    lengths = [len(context) + len(ids) for context, ids in zip(contexts, continuations, strict=True)]
+    return in_batches(scored, lengths, batch_size, what)

@@ -54,7 +54,10 @@ from selfdistill.runtime import say_note
 
 STEPS = 8
 """Steps of each method."""
-_ANCHORS, _TOKENS = 16, 16  # and the maximum length of answers to them
+_ANCHORS = 16
+"""Prompts that are drawn to measure on."""
+_TOKENS = 16
+"""Maximum length of an answer to one, in tokens."""
 ROWS = 8
 """Per forward pass."""
 
@@ -113,7 +116,9 @@ Anchors = Mapping[str, Sequence[Demonstration]]
 
 
 def read_anchors(config: CheckConfig, loaded: Sequence[Demonstration] | None) -> Anchors:
-    """The prompts for ``spill`` by source; empty for episodes. Prints notes about those of the user.
+    """The prompts on which ``spill`` and ``hints`` measure, by source; empty for episodes.
+
+    Prints notes about those of the user.
 
     Args:
         config: settings.

@@ -176,7 +176,7 @@ class BatchGradient:
     """Cached states of the frozen teachers' contexts."""
 
     def add(self, parts: Sequence[BatchPart], stopwatch: Stopwatch) -> list[PartResult]:
-        """Accumulate the gradient of the batch's loss, the sum over its parts of share times loss.
+        """Accumulate the gradient of the batch's loss, the sum over its parts of :attr:`BatchPart.weight` times loss.
 
         First the selector has each part's completions checked, and returns those that are learnt.
 

@@ -134,7 +134,7 @@ def fit(
 
 
 def fitted(planner: MemoryPlanner, config: TrainConfig, limit: int) -> Fit:
-    """The same with a planner."""
+    """Choose open settings so that a run fits, else find the nearest settings that would; see :class:`Fit`."""
     plan, aim = planner.plan(config), int(limit * AIMS.get(planner.device(config).kind, 1))
     if plan.peak <= aim:
         return Fit(plan, limit, {}, None)

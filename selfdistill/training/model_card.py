@@ -90,7 +90,7 @@ def model_card(
         run: its folder.
         step: the step after which the model was saved.
         demonstrations: number of demonstrations trained on; None if it is unknown.
-        fingerprint: fingerprint of the encoded examples; see ``Trainer.fingerprint``.
+        fingerprint: fingerprint of the encoded examples; see :func:`selfdistill.training.setup.data_fingerprint`.
         adapter: whether the weights are an adapter rather than a full model.
         pictures: whether it is an image-text model.
         signs: signs of collapse, as reported during the run.

@@ -23,7 +23,7 @@ from selfdistill.data.episodes import encode_replies
 from selfdistill.data.sources import packaged
 from selfdistill.errors import UserError
 from selfdistill.evaluation import answers as answers_module
-from selfdistill.evaluation.answers import answer
+from selfdistill.evaluation.answers import answer, check_answers
 from selfdistill.evaluation.distances import Distance
 from selfdistill.evaluation.eval_result import EvalResult, detected
 from selfdistill.evaluation.evaluate import evaluate
@@ -157,24 +157,29 @@ def test_the_smallest_difference_is_said(items: int, unlike: float, said: str) -
     assert said in detected(items, unlike)
 
 
-def test_unusable_answers_are_named_together_before_anything_is_sampled(
-    load: Callable[..., LoadedModel], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = load()
-    chat = chat_of(loaded)
+def test_unusable_answers_are_named_together(write_rows: Callable[..., Path]) -> None:
     data = [{"prompt": "q", "answer": "a(" if i else "a", "scorer": "regex"} for i in range(13)]
     rows = load_demonstrations(str(write_rows(data)), completion_required=False)
-    monkeypatch.setattr(answers_module, "sample", lambda *_: pytest.fail("sampled"))
-    prompts = [chat.encode_prompt(row.prompt) for row in rows]
     with pytest.raises(UserError) as error:
-        answer(loaded, prompts, rows, chat, Sampling(5, temperature=0), batch_size=3)
+        check_answers(rows, None)
     message = str(error.value)
     named = f"{rows[1].source}, 3, 4 and 9 more"
     assert message.startswith(f"12 rows cannot be scored: {named}: scorer 'regex' cannot use answer \"a(\": ")
     assert "\n" not in message
     with pytest.raises(UserError) as error:
-        answer(loaded, prompts[:2], rows[:2], chat, Sampling(5, temperature=0), batch_size=3)
+        check_answers(rows[:2], None)
     assert str(error.value).startswith(f"{rows[1].source}: scorer 'regex'")
+
+
+def test_each_model_checks_the_tests_of_rows_once(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[int] = []
+    by_tests = answers_module.by_tests
+    monkeypatch.setattr(answers_module, "by_tests", lambda given: checked.append(len(given)) or by_tests(given))
+    model, data = str(model_folder()), str(write_rows([{"prompt": "q", "answer": "f() == 1"}] * 2))
+    evaluate(EvalConfig(model=model, base=model, data=data, scorer="code", num_samples=2, max_completion_length=3))
+    assert [count for count in checked if count] == [2, 2]
 
 
 def test_base_is_compared_by_the_width_of_its_logits(
@@ -299,16 +304,27 @@ def test_rows_that_one_of_them_has_no_room_for_are_left_out_for_both(
 
 
 def test_rows_are_shown_the_same_others_after_some_are_left_out(
-    model_folder: Callable[..., Path], write_rows: Callable[..., Path]
+    model_folder: Callable[..., Path], load: Callable[..., LoadedModel], write_rows: Callable[..., Path]
 ) -> None:
     # Row 5 is too long, and so are rows 0 and 2, which draw it or row 3. Without these, row 1 would draw row 3.
     rows = [{"prompt": "q" * (400 if i == 5 else i + 1), "completion": "a" * (200 if i == 3 else 1)} for i in range(6)]
-    model, base = str(model_folder()), str(model_folder(seed=1))
-    config = EvalConfig(
-        model=model, base=base, data=str(write_rows(rows)), context="few_shot:k=1", max_prompt_length=150
-    )
-    result = evaluate(config.model_copy(update={"on_long_prompt": "drop", "max_completion_length": 5}))
-    assert (result["items"], result["base"]["items"], result["dropped"]) == (3, 3, 3)
+    data, model = str(write_rows(rows)), load()
+    longest = len(chat_of(model).encode_prompt(load_demonstrations(data)[4].prompt))
+    # The base's template is longer: by so much that row 4 alone becomes too long, or none.
+    for more, items in ((151 - longest, 2), (150 - longest, 3)):
+        template = CHATML.replace("<|im_start|>assistant", "<|im_start|>" + "a" * more + "assistant")
+        base = str(model_folder(seed=1, template=template))
+        config = EvalConfig(
+            model=model.name,
+            base=base,
+            data=data,
+            context="few_shot:k=1",
+            max_prompt_length=150,
+            on_long_prompt="drop",
+            max_completion_length=5,
+        )
+        result = evaluate(config)
+        assert (result["items"], result["base"]["items"], result["dropped"]) == (items, items, 6 - items)
 
 
 @pytest.mark.parametrize(
