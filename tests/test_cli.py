@@ -778,11 +778,11 @@ MACHINE: list[tuple[Callable[[Path, pytest.MonkeyPatch], None], str, str]] = [
         "--output_dir theirs/run",
         "output_dir 'theirs/run': HERE/theirs is not a folder that you may write to; choose another place",
     ),
-    (full, "", "run: 0.0 GiB free, the final model needs about 0.0 GiB; free some space"),
+    (full, "", "run: 0.0 MiB free, the final model needs about 0.1 MiB; free some space"),
     (
         full,
         "--save_steps 1 --save_total_limit 3",
-        "run: 0.0 GiB free, checkpoints and the final model need about 0.0 GiB; free some space, lower "
+        "run: 0.0 MiB free, checkpoints and the final model need about 1.3 MiB; free some space, lower "
         "save_total_limit, or use save_steps 0 to save only the final model",
     ),
     (read_only, "", "output_dir 'run': cannot be written (Read-only file system)"),

@@ -23,7 +23,7 @@ from selfdistill.continual.gates import least_retained, reasons_against
 from selfdistill.continual.ledger import MEASURED_WITH, NO_IMPROVEMENT, PENDING, START, Ledger, settings_of
 from selfdistill.continual.lengths import check_anchor_lengths, date_shown, fitting_rows
 from selfdistill.continual.pending import begin
-from selfdistill.continual.rehearsal import MEMORY, as_shown, check_room, cost_of, keep_prompts, run_config, total
+from selfdistill.continual.rehearsal import MEMORY, as_shown, check_batch, cost_of, keep_prompts, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
 from selfdistill.data import JUDGE, Demonstration, Rows, load_demonstrations, load_prompts, located
@@ -86,7 +86,7 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
         check_steps(config.max_steps, run.method, stages)
     check_inputs(run.model_copy(update={"data": ""}))  # its rows have been read
     if not (Path(config.state) / START).is_dir():
-        check_room(run)  # with an existing state, begin() checks, rehearsal included
+        check_batch(run)  # with an existing state, begin() checks, rehearsal included
     if config.prior:
         load_prior(config.prior)
     with folder_lock(Path(config.state), f"state {config.state!r}"), StopRequests() as stop:

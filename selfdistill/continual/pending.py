@@ -20,7 +20,7 @@ from selfdistill.continual.lengths import check_anchor_lengths, fitting_rows
 from selfdistill.continual.rehearsal import (
     MEMORY,
     as_shown,
-    check_room,
+    check_batch,
     keep_prompts,
     rehearsed,
     rehearsed_and_asked,
@@ -109,7 +109,7 @@ def begin(
     taught = as_shown(config, fitting_rows(alone, config, used["train"]))  # a row that is dropped teaches nothing
     memory, again = rehearsed(ledger.skills, taught)
     run = run_config(config, ledger.model, config.context, ledger.pending, rehearses=bool(memory))
-    check_room(run)
+    check_batch(run)
     check_anchor_lengths(run, config, memory)
     if config.anchor_share and again:
         of_all = f"{again} of {number_of(again + len(memory), 'prompt')} of earlier skills"

@@ -127,7 +127,7 @@ def run_config(
     return TrainConfig(**{name: getattr(config, name) for name in names} | own)
 
 
-def check_room(run: TrainConfig) -> None:
+def check_batch(run: TrainConfig) -> None:
     """Check that the batch has room for the skill and all anchors.
 
     Raises:

@@ -169,7 +169,7 @@ def play(
     rows = [_row_of(example) for example in examples[own]]
     with Worlds(rules.environment, rows) as worlds:
         gathered(worlds.reset)
-        table = _Table(worlds, chat, rules, sampling, own.start)
+        own_episodes = _OwnEpisodes(worlds, chat, rules, sampling, own.start)
         for turn in range(1, rules.max_turns + 1):
             going = [number for number, episode in enumerate(episodes) if not episode.ended]
             if not going:
@@ -178,7 +178,7 @@ def play(
             turn_seeds = [episodes[number].turn_seed for number in going]
             rollouts = dict(zip(going, sampler(going, prompts, sampling, turn_seeds), strict=True))
             mine = {number: rollouts[number] for number in going if own.start <= number < own.stop}
-            answers = gathered(partial(table.answers, episodes, mine, turn))
+            answers = gathered(partial(own_episodes.answers, episodes, mine, turn))
             for number, answer in zip(going, answers, strict=True):
                 episodes[number].take(rollouts[number], answer)
                 _tell_end(rules, examples[number], answer, turn)
@@ -215,7 +215,7 @@ def _tell_change(rules: EpisodeRules, chat: ChatFormat, played: Completion) -> N
 
 
 @dataclass(frozen=True)
-class _Table:
+class _OwnEpisodes:
     """Where this process's episodes are played."""
 
     worlds: Worlds

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 from selfdistill.data import Example, Message, Verdict, own_tokens, pictures_in, reply_spans
@@ -63,10 +63,15 @@ class Completion:
         return reply_spans(len(self.ids), self.given)
 
     @property
-    def turn_of(self) -> list[int]:
+    def reply_numbers(self) -> list[int]:
         """The number of the reply that each token belongs to, from 1; a given token counts to the one before."""
-        starts = {end for _, end in self.given}
-        return list(accumulate((at in starts for at in range(len(self.ids))), initial=1))[1:]
+        starts, number = {end for _, end in self.given}, 1
+        found: list[int] = []
+        for at in range(len(self.ids)):
+            if at in starts:
+                number += 1
+            found.append(number)
+        return found
 
 
 @runtime_checkable

@@ -48,6 +48,18 @@ class ForwardOutput:
     """Tokens per chunk of a loss on these states, for the device of the pass."""
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """Some of a call's sequences, which go through the body together."""
+
+    rows: list[int]
+    """Which sequences."""
+    cached: list[int]
+    """Of each, how many tokens of its context are already read."""
+    forward: Callable[..., Tensor]
+    """Maps the ids of the rest, and inputs for its pictures, to hidden states."""
+
+
 class ForwardPass:
     """Runs a model over completions, separately through body and head if the start-up probe allows.
 
@@ -92,9 +104,7 @@ class ForwardPass:
 
         The logits at index t of a sequence predict token t + 1. With a context of length P, completion token j is
         therefore predicted at index P + j - 1. A prefix shared by several contexts, such as a document or the chat
-        template's system turn, is computed once, and its gradients sum over those sequences. Sequences with gradients
-        are computed in full under gradient checkpointing, where a pass cannot continue another, and with compiled
-        layers, which would be recompiled for each layer's cache. With sharded models all are computed in full.
+        template's system turn, is computed once where that is possible, and its gradients sum over those sequences.
 
         Args:
             model: the network to run. With ``prefix_cache``, its weights must be the same at every call.
@@ -105,61 +115,78 @@ class ForwardPass:
         assert all(contexts), "an empty context predicts no first token"
         if self._pictures is not None:  # now, as a shared or cached beginning is read without pictures
             self._pictures.check(contexts)
-        device = next(model.parameters()).device
+        kind = self._kind or next(model.parameters()).device.type
+        chunk_tokens = loss_tokens(model.config.get_text_config().vocab_size, kind)
         parts = body_and_head(model) if self.fused else None
-        config = model.config.get_text_config()
-        chunk_tokens = loss_tokens(config.vocab_size, self._kind or device.type)
         if parts is None:
             logits_NV = self._hidden(partial(_logits, model), model, contexts, completions, 0)
             return ForwardOutput(logits_NV, torch.nn.Identity(), (), chunk_tokens)
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
-        passes: list[tuple[list[int], list[int], Callable[..., Tensor]]] = []  # rows, tokens already read, forward
+        hidden_of: dict[int, Tensor] = {}
+        for one in self._passes(model, body, contexts, prefix_cache):
+            chosen = [completions[row] for row in one.rows]
+            # Whole contexts as they are, because a slice has no pictures.
+            rest = [contexts[row][n:] if n else contexts[row] for row, n in zip(one.rows, one.cached, strict=True)]
+            hidden_ND = self._hidden(one.forward, model, rest, chosen, max(one.cached))
+            if one.rows == list(range(len(contexts))):
+                return ForwardOutput(hidden_ND, head, trainable, chunk_tokens)
+            hidden_of |= dict(zip(one.rows, hidden_ND.split([len(ids) for ids in chosen]), strict=True))
+        hidden_ND = torch.cat([hidden_of[row] for row in range(len(contexts))])
+        return ForwardOutput(hidden_ND, head, trainable, chunk_tokens)
+
+    def _passes(
+        self, model: Any, body: Any, contexts: Sequence[Sequence[int]], prefix_cache: PrefixCache | None
+    ) -> list[_Pass]:
+        """The passes of a call: after cached contexts, after each prefix that several share, and of all others."""
+        config = model.config.get_text_config()
+        passes: list[_Pass] = []
         held = prefix_cache.kept(body, config, contexts) if prefix_cache else []
         if prefix_cache and held:
             cache, filled_B = prefix_cache.cache(body, config, [contexts[row] for row in held])
-            passes.append((held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B, self._window)))
+            passes.append(_Pass(held, filled_B.tolist(), partial(_last_hidden, body, cache, filled_B, self._window)))
         left = sorted(set(range(len(contexts))) - set(held))
-        # Train mode means gradient checkpointing (see set_recomputing).
-        whole = self._sharded or (torch.is_grad_enabled() and (model.training or self._compiled is not None))
-        groups = [] if whole or not self._continues else self._shared([contexts[row] for row in left], device.type)
-        for group, length in groups:
-            rows = [left[row] for row in group]
-            first = contexts[rows[0]]
-            cache, beginning = DynamicCache(config=config), torch.tensor([first[:length]], device=device)
-            seen = self._seen(model, [PromptIds(first[:length], pictures_in(first))], beginning)
-            with _attention(model, beginning):
-                _last_hidden(body, cache, None, None, beginning, **seen)
+        for group, length in self._shared(model, [contexts[row] for row in left]):
+            rows = [left[place] for place in group]
+            cache = self._read(model, body, contexts[rows[0]], length)
             cache.batch_repeat_interleave(len(rows))
-            passes.append((rows, [length] * len(rows), partial(_last_hidden, body, cache, None, None)))
-        alone = sorted(set(left) - {row for rows, *_ in passes for row in rows})
+            passes.append(_Pass(rows, [length] * len(rows), partial(_last_hidden, body, cache, None, None)))
+        alone = sorted(set(left) - {row for one in passes for row in one.rows})
         if alone:
-            passes.append((alone, [0] * len(alone), partial(_last_hidden, body, None, None, None)))
-        by_row: dict[int, Tensor] = {}
-        for rows, lengths, forward in passes:
-            chosen = [completions[row] for row in rows]
-            rest = [
-                contexts[row][length:] if length else contexts[row] for row, length in zip(rows, lengths, strict=True)
-            ]
-            hidden_ND = self._hidden(forward, model, rest, chosen, max(lengths))
-            if rows == list(range(len(contexts))):
-                return ForwardOutput(hidden_ND, head, trainable, chunk_tokens)
-            by_row |= dict(zip(rows, hidden_ND.split([len(ids) for ids in chosen]), strict=True))
-        hidden_ND = torch.cat([by_row[row] for row in range(len(contexts))])
-        return ForwardOutput(hidden_ND, head, trainable, chunk_tokens)
+            passes.append(_Pass(alone, [0] * len(alone), partial(_last_hidden, body, None, None, None)))
+        return passes
 
-    def _shared(self, contexts: Sequence[Sequence[int]], kind: str) -> list[tuple[list[int], int]]:
-        """Groups of contexts with a shared prefix, as :func:`shared_prefixes`. All their pictures are in the prefix."""
+    def _shared(self, model: Any, contexts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
+        """Groups of contexts with a shared prefix, as :func:`shared_prefixes`. All their pictures are in the prefix.
+
+        Sequences with gradients are computed in full under gradient checkpointing, where a pass cannot continue
+        another, and with compiled layers, which would be recompiled for each layer's cache. With sharded models all
+        are computed in full.
+        """
+        # Train mode means gradient checkpointing (see set_recomputing).
+        in_full = torch.is_grad_enabled() and (model.training or self._compiled is not None)
+        if in_full or self._sharded or not self._continues:
+            return []
+        worth_it = pass_tokens(self._kind or next(model.parameters()).device.type)
         if self._pictures is None:
-            return shared_prefixes(contexts, pass_tokens(self._kind or kind))
+            return shared_prefixes(contexts, worth_it)
         sets = {pictures: -1 - n for n, pictures in enumerate(dict.fromkeys(map(pictures_in, contexts)))}
         # Equal token ids may mean different pictures, so those of a context are a token of their own.
         told = [[sets[pictures_in(ids)], *ids] for ids in contexts]
-        groups = shared_prefixes(told, pass_tokens(self._kind or kind))
+        groups = shared_prefixes(told, worth_it)
         mark = self._pictures.token_id
         return [
             (rows, n - 1) for rows, n in groups if n > 1 and all(mark not in contexts[row][n - 1 :] for row in rows)
         ]
+
+    def _read(self, model: Any, body: Any, context: Sequence[int], length: int) -> DynamicCache:
+        """The states of a context's first tokens, among which are all its pictures."""
+        ids_BL = torch.tensor([context[:length]], device=next(model.parameters()).device)
+        seen = self._seen(model, [PromptIds(context[:length], pictures_in(context))], ids_BL)
+        cache = DynamicCache(config=model.config.get_text_config())
+        with _attention(model, ids_BL):
+            _last_hidden(body, cache, None, None, ids_BL, **seen)
+        return cache
 
     def _seen(self, model: Any, contexts: Sequence[Sequence[int]], ids_BL: Tensor) -> dict[str, Any]:
         """Inputs for the pictures of contexts that begin these sequences."""

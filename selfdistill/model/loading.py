@@ -297,9 +297,12 @@ def _end_tokens(
     model: Any, tokenizer: Any, name: str, pictures: PictureInputs | None, notes: list[str]
 ) -> tuple[list[int], str | None]:
     """Ids of the tokens that end a reply, and ``new_end``; tells the generation config of those that it lacks."""
-    saved = model.generation_config.eos_token_id if model.generation_config is not None else None
-    saved = [] if saved is None else [saved] if isinstance(saved, int) else list(saved)
-    ends = [*saved, *({tokenizer.eos_token_id} - {None, *saved})]
+    named: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+    saved = list(named) if isinstance(named, list | tuple) else [named]
+    saved = [token for token in saved if token is not None]
+    ends = list(saved)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
     written, token = ChatFormat(tokenizer, (), {}, pictures=pictures).turn_end_id, None
     if tokenizer.chat_template and written is None and ends:
         names = " or ".join(map(repr, tokenizer.convert_ids_to_tokens(ends)))
@@ -307,7 +310,8 @@ def _end_tokens(
     elif written is not None and written not in saved:
         token = tokenizer.convert_ids_to_tokens(written)
         notes.append(f"the chat template ends replies with {token!r}, so it is an end token, here and in saved models")
-        ends += [written] if written not in ends else []
+        if written not in ends:
+            ends.append(written)
     if model.generation_config is not None and ends != saved:
         model.generation_config.eos_token_id = list(ends)
     if not ends:

@@ -89,7 +89,7 @@ def load_processor(path: str, tokenizer: Any, name: str) -> Any:
     try:
         processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a missing package, an unknown file format
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         advice = "" if importlib.util.find_spec("torchvision") else "; it may need torchvision, which is not installed"
         raise UserError(f"model {name!r}: its processor cannot be loaded ({reason[:200]}){advice}") from None
     if processor.chat_template:

@@ -244,14 +244,11 @@ def _read(body: Any, config: Any, rows: Sequence[Sequence[int]], before: States)
     layers: Any = cache.layers
 
     def own(states_BHLC: Tensor, row: int) -> Tensor:
-        return _own(in_attention_dtype(states_BHLC[row, :, done : done + len(rows[row])]))
+        """A copy with its own memory: a view would keep the whole tensor alive."""
+        view = in_attention_dtype(states_BHLC[row, :, done : done + len(rows[row])])
+        return view.clone(memory_format=torch.contiguous_format)
 
     return [[(own(layer.keys, row), own(layer.values, row)) for layer in layers] for row in range(len(rows))]
-
-
-def _own(view: Tensor) -> Tensor:
-    """A copy with its own memory: a view would keep the whole tensor alive."""
-    return view.clone(memory_format=torch.contiguous_format)
 
 
 def has_full_attention(config: Any) -> bool:

@@ -98,8 +98,9 @@ def sample(
             rollouts += engine_for(loaded).sample(loaded, prompts, sampling, seeds)
         else:
             own = rank_slice(len(prompts))
+            own_prompts, own_seeds = prompts[own], None if seeds is None else seeds[own]
             with unsharded(loaded.model), cached_casts(loaded.model), any_length(loaded.device.type):
-                drawn = _sample(loaded, prompts[own], sampling, None if seeds is None else seeds[own])
+                drawn = decode(loaded, read(loaded, own_prompts), sampling, own_seeds) if own_prompts else []
             rollouts += all_gather(drawn)
     return rollouts
 
@@ -167,13 +168,6 @@ def cut_at_next_turn(loaded: LoadedModel, rollout: Rollout) -> Rollout:
         if _at_next_turn(loaded, rollout.ids[:end]):
             return Rollout(rollout.ids[:end], rollout.logps[:end], truncated=False)
     return rollout
-
-
-def _sample(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None
-) -> list[Rollout]:
-    """:func:`sample` in one process."""
-    return decode(loaded, read(loaded, prompts), sampling, seeds) if prompts else []
 
 
 def decode(
@@ -284,23 +278,21 @@ def read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> ReadRows:
     model, device = loaded.model, loaded.device
     keys = [(tuple(prompt), pictures_in(prompt)) for prompt in prompts]
     unique = dict(zip(keys, prompts, strict=True))
+    places = {key: number for number, key in enumerate(unique)}
+    index = [places[key] for key in keys]  # the row of each prompt
     rows = [ids for ids, _ in unique]
+
     cache = DynamicCache(config=model.config.get_text_config())
-    common = min(common_prefix_length(min(rows), row) for row in rows) if len(rows) > 1 else 0
-    # The padding then follows the prefix. A sliding window counts cache positions, so it must not span a gap.
-    worth_it = common * (len(rows) - 1) > pass_tokens(device.type)
-    pictured = any(pictures for _, pictures in unique)
-    if not worth_it or pictured or any(cache.is_sliding) or not can_continue_cache(loaded):
-        common = 0
+    common = _common_beginning(loaded, rows, cache, pictured=any(pictures for _, pictures in unique))
     if common:
-        beginning = torch.tensor([min(rows)[:common]], device=device)
+        beginning = torch.tensor([rows[0][:common]], device=device)
         model(input_ids=beginning, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(rows))
+
     width = max(map(len, rows))
     pads = [width - len(row) for row in rows]
-    ids_BL = torch.tensor(
-        [[loaded.pad_token_id] * pad + list(row[common:]) for pad, row in zip(pads, rows, strict=True)], device=device
-    )
+    padded_rows = [[loaded.pad_token_id] * pad + list(row[common:]) for pad, row in zip(pads, rows, strict=True)]
+    ids_BL = torch.tensor(padded_rows, device=device)
     mask_BL = torch.tensor([[1] * common + [0] * pad + [1] * (width - common - pad) for pad in pads], device=device)
     seen: dict[str, Any] = {}
     if loaded.pictures is not None:
@@ -315,13 +307,25 @@ def read(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> ReadRows:
         raise UserError(
             f"model {loaded.name!r}: does not support a key/value cache, which sampling needs; use another model"
         )
-    places = {key: number for number, key in enumerate(unique)}
-    index = [places[key] for key in keys]
     index_B = torch.tensor(index, device=device)
     if len(rows) < len(prompts):
         select_rows(cache, index_B)
     padded = [pads[place] > 0 for place in index]
     return ReadRows(cache, logits_BV[index_B], mask_BL[index_B], padded, shift_B[index_B])
+
+
+def _common_beginning(
+    loaded: LoadedModel, rows: Sequence[Sequence[int]], cache: DynamicCache, *, pictured: bool
+) -> int:
+    """Tokens with which all rows begin, if they can be read once and that is worth a pass of its own; else 0.
+
+    The padding then follows them. A sliding window counts cache positions, so it must not span a gap.
+    """
+    if len(rows) == 1 or pictured or any(cache.is_sliding):
+        return 0
+    common = min(common_prefix_length(rows[0], row) for row in rows)
+    is_worth_it = common * (len(rows) - 1) > pass_tokens(loaded.device.type)
+    return common if is_worth_it and can_continue_cache(loaded) else 0
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -143,7 +143,8 @@ class _Sums:
         if "teacher_logp" in per_token:
             self._add_gains(micro, weights_n * (per_token["teacher_logp"] - per_token["student_logp"]))
         if any(c.messages for c in micro.completions):
-            turn_N = torch.tensor([turn for c in micro.completions for turn in c.turn_of], device=weights_n.device)
+            turns = [turn for c in micro.completions for turn in c.reply_numbers]
+            turn_N = torch.tensor(turns, device=weights_n.device)
             turn_n = turn_N[has_weight_bT[micro.mask_bT].to(weights_n.device)]
             for turn in turn_n.unique().tolist():
                 chosen_n = weights_n * (turn_n == turn)

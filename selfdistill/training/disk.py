@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-
-from torch import Tensor
 
 from selfdistill.errors import UserError
 from selfdistill.model import stored_bytes
@@ -37,14 +34,14 @@ def check_disk(trainer: Trainer, output_dir: Path, checkpoint: Path | None) -> l
     """
     config, model = trainer.config, trainer.loaded.model
     adapter = hasattr(model, "peft_config") and not trainer.loaded.merged_adapter
-    final = _bytes(trained_parameters(model).values() if adapter else model.parameters())
+    weights = trained_parameters(model).values() if adapter else model.parameters()
+    final = sum(weight.nbytes for weight in weights)  # of whole tensors, also if they are sharded
     one = checkpoint_bytes(model, config.optim, trainer.teacher)
     kept = max(AT_LEAST, config.save_total_limit) + 1 if config.save_steps else 0
     if config.stop_on_collapse:
         kept += COLLAPSE_WINDOW // config.eval_steps + 2
-    left, ends = kept * one, checkpoint and saved_position(checkpoint).step >= (config.max_steps or 0)
-    if left:
-        left = 0 if ends else max(one, left - _held(output_dir))
+    is_done = checkpoint is not None and saved_position(checkpoint).step >= (config.max_steps or 0)
+    left = 0 if is_done or not kept else max(one, kept * one - _held(output_dir))
     free, needed = free_bytes(output_dir), final + left
     if free < needed:
         what, advice = "the final model needs", "free some space"
@@ -52,7 +49,7 @@ def check_disk(trainer: Trainer, output_dir: Path, checkpoint: Path | None) -> l
             lower = "lower save_total_limit, " if config.save_total_limit > AT_LEAST else ""
             what = "checkpoints and the final model need"
             advice += f", {lower}or use save_steps 0 to save only the final model"
-        raise UserError(f"{output_dir}: {_gib(free)} free, {what} about {_gib(needed)}; {advice}")
+        raise UserError(f"{output_dir}: {size_text(free)} free, {what} about {size_text(needed)}; {advice}")
     return (
         [f"disk space: {kept - 1} checkpoints of {size_text(one)}, the final model {size_text(final)}"] if kept else []
     )
@@ -66,19 +63,12 @@ def check_disk_for_merged(base: str, adapter_base: str | None, folder: Path) -> 
     """
     free, needed = free_bytes(folder), stored_bytes(base, adapter_base)
     if free < needed:
-        raise UserError(f"{folder}: {_gib(free)} free, the merged model needs about {_gib(needed)}; free some space")
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of whole tensors, also if they are sharded."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        raise UserError(
+            f"{folder}: {size_text(free)} free, the merged model needs about {size_text(needed)}; free some space"
+        )
 
 
 def _held(output_dir: Path) -> int:
     """Bytes of the checkpoints in a folder, and of what a killed process left there."""
     folders = (path for path in (*list_checkpoints(output_dir), *unfinished(output_dir)) if not path.is_symlink())
     return sum(file.stat().st_size for folder in folders for file in folder.rglob("*"))
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -25,34 +25,30 @@ def first_lines(trainer: Trainer, *, all_rows: bool = True) -> list[str]:
         trainer: of the run.
         all_rows: whether the trainer has all rows of the run; else nothing is said on whether they fill a batch.
     """
-    config, trained = trainer.config, sum(p.numel() for p in trainer.parameters)
+    config, first = trainer.config, trainer.stages[0]
+    task = first.task.method
+    scores = task.checker is not None and scorer_judges(config)
     lines = [
         f"{config.method} on {stage.task.counted}, {number_of(stage.steps, 'step')} of {config.batch_size}, "
         f"learning rate {config.learning_rate:g}"
         for stage in trainer.stages
     ]
-    lines += [
-        f"{part.name}: {part.counted}, {part.share:.1%} of every batch" for part in trainer.stages[0].own_samples[1:]
-    ]
-    lines += [
-        f"{part.name}: on the same samples, with weight {part.method.weight:g}"
-        for part in trainer.stages[0].parts
-        if part.same_samples
-    ]
-    lines += [
-        f"model: {config.model}, {_millions(trained)} trainable parameters, on {trainer.loaded.device}"
-        + (" in 4 bits" if config.load_in_4bit else "")
-        + (" with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""),
-    ]
+    lines += [f"{part.name}: {part.counted}, {part.share:.1%} of every batch" for part in first.own_samples[1:]]
+    for part in first.parts:
+        if part.same_samples:
+            lines.append(f"{part.name}: on the same samples, with weight {part.method.weight:g}")
+    trained = _millions(sum(p.numel() for p in trainer.parameters))
+    bits = " in 4 bits" if config.load_in_4bit else ""
+    arithmetic = " with bfloat16 arithmetic" if config.mixed_precision == "bf16" else ""
+    lines.append(f"model: {config.model}, {trained} trainable parameters, on {trainer.loaded.device}{bits}{arithmetic}")
     if config.lora_rank:
         lines.append(describe_lora(trainer.loaded))
-    if rules := rules_of(trainer.stage.task.method):
+    if rules := rules_of(task):
         limits = f"up to {rules.max_turns} turns and {rules.max_length} tokens"
-        by_scorer = trainer.stage.task.method.checker and scorer_judges(config)
-        judge = ", whose last replies the scorer judges" if by_scorer else ""
+        judge = ", whose last replies the scorer judges" if scores else ""
         lines.append(f"environment: {rules.environment}, episodes of {limits}{judge}")
-    if trainer.stage.task.method.checker and scorer_judges(config):
-        rows = [example.demonstration for example in trainer.stage.task.examples]
+    if scores:
+        rows = [example.demonstration for example in first.task.examples]
         lines.append(f"scorer: {', '.join(sorted({default_scorer(row, config.scorer) for row in rows}))}")
     if trainer.teacher:
         lines += [trainer.teacher.describe(), *_context(trainer)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -269,14 +270,14 @@ def _fewest(
     least = _joined(moves)
     if "lora_rank" in least:  # needs the least memory, and works with neither
         least = {name: value for name, value in least.items() if name not in WITHOUT_ADAPTER}
-    if not _smallest(planner, config, limit, least, micro_batch_choices[-1:] or [{}]):
+    if not _first_that_fits(planner, config, limit, least, micro_batch_choices[-1:] or [{}]):
         return None
     for count in range(1, MOST_CHANGES + 1):
         for chosen in combinations(moves, count - 1):
-            if found := _smallest(planner, config, limit, _joined(chosen), micro_batch_choices):
+            if found := _first_that_fits(planner, config, limit, _joined(chosen), micro_batch_choices):
                 return found
         for chosen in combinations(moves, count):
-            if found := _smallest(planner, config, limit, _joined(chosen), [{}]):
+            if found := _first_that_fits(planner, config, limit, _joined(chosen), [{}]):
                 return found
     return None
 
@@ -320,29 +321,22 @@ def _moves(config: TrainConfig, planner: MemoryPlanner) -> Iterator[Changes]:
         yield {"optim": "adamw_8bit"}
 
 
-def _smallest(
-    planner: MemoryPlanner, config: TrainConfig, limit: int, base: Changes, steps: Sequence[Changes]
+def _first_that_fits(
+    planner: MemoryPlanner, config: TrainConfig, limit: int, changes: Changes, choices: Sequence[Changes]
 ) -> Found | None:
-    """The first of these changes, ordered by decreasing memory, that fits together with the changes ``base``."""
-    adapter = base.get("lora_rank", config.lora_rank)
-    if any(name in base for name in (WITHOUT_ADAPTER if adapter else IN_4BIT)):
+    """``changes`` and the first of ``choices`` with which a run fits; each needs less memory than that before."""
+    senseless = WITHOUT_ADAPTER if changes.get("lora_rank", config.lora_rank) else IN_4BIT
+    if not changes.keys().isdisjoint(senseless):
         return None
-    changed = config.model_copy(update=base)
-    if not steps or planner.permanent(changed).total() > limit:
+    changed = config.model_copy(update=changes)
+    if not choices or planner.permanent(changed).total() > limit:
         return None
 
-    def planned(number: int) -> MemoryPlan:
-        return planner.plan(changed.model_copy(update=steps[number]))
+    def plan(choice: Changes) -> MemoryPlan:
+        return planner.plan(changed.model_copy(update=choice))  # each is planned once
 
-    low, high = 0, len(steps) - 1
-    best = planned(high)
-    if best.peak > limit:
+    *others, least = choices
+    if plan(least).peak > limit:
         return None
-    while low < high:
-        middle = (low + high) // 2
-        plan = planned(middle)
-        if plan.peak <= limit:
-            high, best = middle, plan
-        else:
-            low = middle + 1
-    return base | steps[high], best
+    chosen = choices[bisect_left(others, True, key=lambda choice: plan(choice).peak <= limit)]
+    return changes | chosen, plan(chosen)

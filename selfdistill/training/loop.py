@@ -170,19 +170,19 @@ class Loop:
         for sign in new:
             say(f"note: step {step}: the run may be collapsing: {sign}")
         if signs and self._trainer.config.stop_on_collapse:
-            self._return(step, signs[0])
+            self._stop_collapsed(step, signs[0])
         return metrics
 
     def _signs(self, metrics: dict[str, Any]) -> tuple[list[str], list[str]]:
         """The signs of a step: those new in its stage, and all of them."""
         number, _ = self._trainer.stage_of(metrics["step"] - 1)
-        signs = self._guard.look(metrics, stage=number, sampled=self._samples(metrics))
+        signs = self._guard.look(metrics, stage=number, sampled=self._is_sampled(metrics))
         new = [words for name, words in signs.items() if (number, name) not in self._said]
         self._said |= {(number, name) for name in signs}
         self.signs += [f"step {metrics['step']}: {words}" for words in new]
         return new, list(signs.values())
 
-    def _samples(self, metrics: dict[str, Any]) -> bool:
+    def _is_sampled(self, metrics: dict[str, Any]) -> bool:
         """Whether all of the task's completions of a step were the student's own samples."""
         _, stage = self._trainer.stage_of(metrics["step"] - 1)
         sequence = stage.task.method.sequence
@@ -196,7 +196,7 @@ class Loop:
 
     def truncated(self) -> str:
         """That nearly all samples were truncated, and what to do; "" if not, or if a sign of collapse has told it."""
-        sampled = [line for line in read_lines(self._output_dir / "metrics.jsonl") if self._samples(line)]
+        sampled = [line for line in read_lines(self._output_dir / "metrics.jsonl") if self._is_sampled(line)]
         lines = [line for line in sampled if "completion/truncated" in line]
         share = mean([line["completion/truncated"] for line in lines] or [0.0])
         if share < TRUNCATED or any(name == TRUNCATED_SIGN for _, name in self._said):
@@ -259,8 +259,8 @@ class Loop:
         """The evaluated steps, without 0, at least ``COLLAPSE_WINDOW`` before ``step``."""
         return [other for other in self._watch.measured if 0 < other <= step - COLLAPSE_WINDOW]
 
-    def _return(self, step: int, sign: str) -> None:
-        """Restore the model of the last evaluation before the collapse."""
+    def _stop_collapsed(self, step: int, sign: str) -> NoReturn:
+        """Restore the model of the last evaluation before the collapse, and say where the run stopped."""
         trainer, begun = self._trainer, f"{self._output_dir}: stopped after step {step}: {sign}"
         before = sorted(self._measured_before(step), reverse=True)
         whole = (s for s in before if corruption(checkpoint_at(self._output_dir, s)) is None)

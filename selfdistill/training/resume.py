@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from selfdistill.config import TrainConfig, changes, load_saved, refuse_changes
 from selfdistill.data import ContextEncoder, is_own
@@ -10,7 +12,7 @@ from selfdistill.errors import CannotResume, UserError, number_of
 from selfdistill.methods import Method, rules_of
 from selfdistill.model import LoadedModel
 from selfdistill.training.checkpoint import Position, saved_position, settings_of
-from selfdistill.training.setup import data_fingerprint, sha256_of
+from selfdistill.training.setup import EncodedPart, data_fingerprint, sha256_of
 from selfdistill.training.trainer import Trainer
 
 _OF_EXAMPLES = ("model", "data", "anchors", "general_prompts")
@@ -55,19 +57,34 @@ def digests_of(trainer: Trainer) -> dict[str, str]:
 def _of_rows(trainer: Trainer) -> dict[str, str]:
     """Digests of the examples, of the words in which the teacher sees samples, and of columns that are read later."""
     parts = [part for stage in trainer.stages for part in stage.parts]
-    encode = ContextEncoder(trainer.chat, None, trainer.config.longest_completion, None)
-    own = is_own(trainer.config.method)  # its code may be mended
-    selecting = [(part.method.select, part.examples[:1]) for part in parts if part.method.select and not own]
-    shown = [select.longest(example, 1, encode).teacher_ids for select, first in selecting for example in first]
-    read = [part for part in parts if part.method.checker or part.method.select or rules_of(part.method)]
-    rows = [example.demonstration.identity() for part in read for example in part.examples]
-    columns = {name: [row.get(name) for row in rows] for name in sorted({name for row in rows for name in row})}
     return {
         "data": data_fingerprint(trainer.stages, trainer.chat),
         "parts": sha256_of([len(part.examples) for part in parts]),
-        "shown": sha256_of(shown),
-        **{f"column {name!r}": sha256_of(values) for name, values in columns.items()},
+        "shown": sha256_of(_shown_to_teachers(trainer, parts)),
+        **{f"column {name!r}": sha256_of(values) for name, values in _read_later(parts).items()},
     }
+
+
+def _shown_to_teachers(trainer: Trainer, parts: Sequence[EncodedPart]) -> list[list[int] | None]:
+    """What the teacher sees of a sample of one token, for the first example of each part whose samples it is shown."""
+    if is_own(trainer.config.method):  # its code may be mended
+        return []
+    encode = ContextEncoder(trainer.chat, None, trainer.config.longest_completion, None)
+    return [
+        part.method.select.longest(part.examples[0], 1, encode).teacher_ids
+        for part in parts
+        if part.method.select and part.examples
+    ]
+
+
+def _read_later(parts: Sequence[EncodedPart]) -> dict[str, list[Any]]:
+    """The columns of the rows that checkers, selections and environments read during the run, by name."""
+    rows: list[dict[str, Any]] = []
+    for part in parts:
+        if part.method.checker or part.method.select or rules_of(part.method):
+            rows += [example.demonstration.identity() for example in part.examples]
+    names = sorted({name for row in rows for name in row})
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def refuse_changed_rows(checkpoint: Path, trainer: Trainer) -> None:

@@ -256,7 +256,7 @@ class Trainer:
 
     def stage_of(self, step: int) -> tuple[int, Stage]:
         """The stage of step ``step`` (from 0), with its number."""
-        return next((n, s) for n, s in reversed(list(enumerate(self.stages))) if s.first_step <= step)
+        return [(number, stage) for number, stage in enumerate(self.stages) if stage.first_step <= step][-1]
 
     def step(self, step: int) -> dict[str, Any]:
         """Run optimizer step ``step`` (from 0); returns its metrics.

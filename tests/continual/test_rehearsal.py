@@ -28,7 +28,7 @@ from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import learn
 from selfdistill.continual.ledger import Ledger
 from selfdistill.continual.pending import begin
-from selfdistill.continual.rehearsal import check_room, cost_of, run_config, total
+from selfdistill.continual.rehearsal import check_batch, cost_of, run_config, total
 from selfdistill.data import Demonstration, anchor_prompts, is_packaged, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.methods import Method, Part
@@ -329,7 +329,7 @@ def test_parts_that_learn_from_the_skills_own_samples_are_no_anchors(make: Setti
         assert cost["anchors"] == {"share": 0.125, "estimated_seconds": 2.0 if known else None}
         assert cost["memory"] == {"share": 0.375, "estimated_seconds": 4.0 if known else None}
     with pytest.raises(UserError, match=r"The parts are the skill, anchors:package and anchors:memory;"):
-        check_room(run.model_copy(update={"batch_size": 2}))
+        check_batch(run.model_copy(update={"batch_size": 2}))
 
 
 def test_parts_of_a_method_of_ones_own_are_no_anchors(make: Settings, tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_parts_of_a_method_of_ones_own_are_no_anchors(make: Settings, tmp_path: 
     cost = cost_of(run, own=1)
     assert (cost["anchors"]["share"], cost["memory"]["share"]) == (0.125, 0.375)
     with pytest.raises(UserError, match=r"The parts are the skill, old, anchors:package and anchors:memory;"):
-        check_room(run.model_copy(update={"batch_size": 3}))
+        check_batch(run.model_copy(update={"batch_size": 3}))
 
 
 def test_status_of_one_skill_leaves_out_what_is_empty(make: Settings) -> None:

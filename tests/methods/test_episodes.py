@@ -523,7 +523,7 @@ def test_metrics_are_those_of_the_episodes(talks: Settings, method: Any) -> None
     assert metrics["completion/length"] == pytest.approx(sum(own) / 6)
     assert metrics["tokens"] == sum(own)
     assert metrics["completion/truncated"] == pytest.approx(sum(c.truncated for c in found) / 6)
-    numbers = [turn for c in found for turn, is_own in zip(c.turn_of, c.is_own, strict=True) if is_own]
+    numbers = [turn for c in found for turn, is_own in zip(c.reply_numbers, c.is_own, strict=True) if is_own]
     losses = [metrics[f"turn_loss/{turn}"] for turn in numbers]
     assert sum(losses) / sum(own) == pytest.approx(metrics["loss"], abs=1e-5)
     assert {f"turn_loss/{turn}" for turn in numbers} == {name for name in metrics if name.startswith("turn_loss/")}

@@ -185,7 +185,7 @@ def test_what_needs_no_samples_is_checked_before_they_are_drawn(
     with pytest.raises(CannotResume, match="seed was 0 and is now 1"):
         train(config.model_copy(update={"seed": 1}), resume=True)
     monkeypatch.setattr("selfdistill.training.disk.free_bytes", lambda _: 0)
-    with pytest.raises(UserError, match=r"other: 0.0 GiB free, checkpoints and the final model need about"):
+    with pytest.raises(UserError, match=r"other: 0.0 MiB free, checkpoints and the final model need about"):
         train(make("other"))
     assert not Path(make("other").output_dir).exists()
 

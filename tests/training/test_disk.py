@@ -56,7 +56,7 @@ def test_a_resumed_run_needs_space_for_what_it_adds(settings: Make, free: Callab
     free(HEADERS * final)  # nothing else is left to write
     train(config, resume=True)
     free(0.8 * final)
-    with pytest.raises(UserError, match=r"the final model needs about \d\.\d GiB; free some space$"):
+    with pytest.raises(UserError, match=r"the final model needs about \d\.\d MiB; free some space$"):
         train(config, resume=True)
     with pytest.raises(UserError, match="free some space, or use save_steps 0"):
         train(config.model_copy(update={"max_steps": 7}), resume=True)
