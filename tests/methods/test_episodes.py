@@ -266,11 +266,11 @@ def test_only_the_first_episodes_are_compared_with_what_the_template_shows(
     [
         (
             {"max_completion_length": 2, "max_episode_length": 300},
-            r"100% within a reply and 0% after one, .* learnt; raise max_completion_length",
+            r"100% within a reply and 0% after one, .* learnt to end an episode; raise max_completion_length",
         ),
         (
             {"environment": "python:tiny_worlds.Unending", "max_turns": 1},
-            r"\d+% within a reply and \d+% after one, .* learnt; raise max_turns or max_episode_length",
+            r"\d+% within a reply and \d+% after one, .* learnt to end an episode; raise max_turns or max_episode_length",
         ),
     ],
 )
@@ -778,7 +778,7 @@ def test_an_episode_with_other_tools_than_its_row_shows_is_refused() -> None:
     tiny_worlds.Outlier.made = itertools.count(100)
     (row,) = begun("python:tiny_worlds.Outlier", [Demonstration("q", answer=1, source="data:1")])
     tiny_worlds.Outlier.made = itertools.count(32)
-    with Worlds("python:tiny_worlds.Outlier", [row]) as worlds, pytest.raises(UserError, match=r"tools than before"):
+    with Worlds("python:tiny_worlds.Outlier", [row]) as worlds, pytest.raises(UserError, match=r"tools from before"):
         worlds.reset()
 
 
