@@ -163,7 +163,7 @@ def test_unusable_answers_are_named_together_before_anything_is_sampled(
     loaded = load()
     chat = chat_of(loaded)
     data = [{"prompt": "q", "answer": "a(" if i else "a", "scorer": "regex"} for i in range(13)]
-    rows = load_demonstrations(str(write_rows(data)), completion_required=False)
+    rows = load_demonstrations(str(write_rows(data)))
     monkeypatch.setattr(answers_module, "sample", lambda *_: pytest.fail("sampled"))
     prompts = [chat.encode_prompt(row.prompt) for row in rows]
     with pytest.raises(UserError) as error:
@@ -210,8 +210,8 @@ def test_shipped_facts_have_held_out_phrasings(facts: str, least: int) -> None:
 
 def test_shipped_general_prompts_and_priors() -> None:
     assert len(drift_prompts()) == 24
-    validation = load_demonstrations(packaged("prior/validation/facts.jsonl"), completion_required=False)
-    test = load_demonstrations(packaged("prior/test/facts.jsonl"), completion_required=False)
+    validation = load_demonstrations(packaged("prior/validation/facts.jsonl"))
+    test = load_demonstrations(packaged("prior/test/facts.jsonl"))
     assert not {r.prompt[0]["content"] for r in validation} & {r.prompt[0]["content"] for r in test}
     assert (len(validation), len(test)) == (40, 90)
 
