@@ -250,7 +250,13 @@ def _check_unchanged(folder: Path, began: dict[str, str], config: CompareConfig)
     there = json.loads(file.read_text(encoding="utf-8"))
     before = CompareConfig(**load_saved(folder / "config.yaml", CompareConfig))
     moved = {"the base": before.model != config.model, "the anchors": before.anchors != config.anchors}
-    if changed := [what for what, new in began.items() if (there[what] != new if there.get(what) else moved.get(what))]:
+
+    def has_changed(what: str) -> bool:
+        """By fingerprint; by place where an earlier release kept none."""
+        fingerprint = there.get(what)
+        return fingerprint != began[what] if fingerprint else moved.get(what, False)
+
+    if changed := [what for what in began if has_changed(what)]:
         drops = config.on_long_prompt == "drop" and "the demonstrations" in changed
         added = ", leave out added runs that drop further rows" if drops else ""
         raise UserError(
@@ -364,7 +370,7 @@ def _summary(
 ) -> dict[str, Any]:
     steps, prompts = number_of(config.max_steps, "step"), number_of(config.batch_size, "prompt")
     budget = f"Every run has {steps} of {prompts} of the same demonstrations"
-    stages = [parts for _, run in runs_of(config) for parts in stages_of(run)]
+    stages = [parts for kind in kinds_of(config) for parts in stages_of(first_run(config, kind))]
     if beside := dict.fromkeys(part.name for parts in stages for part in parts[1:] if not part.same_samples):
         budget += f", {' and '.join(beside)} included"
     varied = {name for kind in kinds_of(config) for name in kind.values}

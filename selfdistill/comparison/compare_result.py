@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from selfdistill.comparison.conclusions import assumption
+from selfdistill.comparison.run_folders import curve_name
 from selfdistill.errors import number_of
 from selfdistill.runtime import Printable, result_table
 from selfdistill.training import Run
@@ -66,8 +67,9 @@ def _print(result: dict[str, Any], console: Console) -> None:
             shown.add_row(f"{name}{on}", "", "", f"{result[key]['accuracy']:.3f}", "", "", "")
     for row in result["table"]:
         cells = [_cell(row["accuracy"]), _cell(row["prior_accuracy"]), _cell(row["kl_base"], digits=3)]
-        name = f"{row['method']} {row['learning_rate']:g}"
-        shown.add_row(escape(name), str(row["steps"]), str(row["seeds"]), *cells, f"{row['seconds'] / 60:.1f}")
+        shown.add_row(
+            escape(curve_name(row)), str(row["steps"]), str(row["seeds"]), *cells, f"{row['seconds'] / 60:.1f}"
+        )
     console.print(shown)
     console.print(
         "KL: KL(base||model) on general prompts, nats per token. In parentheses: 95% intervals over seeds.",

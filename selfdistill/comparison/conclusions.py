@@ -165,40 +165,31 @@ def _unlike_bases(runs: Sequence[Compared]) -> list[str]:
     ]
 
 
-def _against(pairs: Sequence[tuple[Compared, Compared]]) -> str:
+Pairs = Sequence[tuple[Compared, Compared]]
+"""Runs of the reference method and of another, seed by seed."""
+Difference = tuple[float, float | None, float | None, float]
+"""Of prior accuracies: mean over seeds, the ends of its interval, p-value over questions."""
+
+
+def _against(pairs: Pairs) -> str:
     """Compare the reference method at its last step with another method at equal accuracy, seed by seed."""
     mine, method = (run.method for run in pairs[0])
-    rate, their_rate = (run.learning_rate for run in pairs[0])
     own = [matched([run.evaluations[-1]], 0) for run, _ in pairs]
     theirs = [matched(other.evaluations, point.accuracy) for point, (_, other) in zip(own, pairs, strict=True)]
-    ends = mean(other.evaluations[-1]["accuracy"] for _, other in pairs)
+    text = _ends(pairs)
+    if nothing := _learnt_nothing(pairs):
+        return text + nothing
     count, reached = len(pairs), sum(point.reached for point in theirs)
-    named = method if their_rate == rate else f"at learning rate {their_rate:g} {method}"
-    text = (
-        f"At learning rate {rate:g} {mine} ends at {_mean(own, 'accuracy'):.2f} on the new task, {named} at "
-        f"{ends:.2f} ({f'means of {count} seeds' if count > 1 else '1 seed'}). "
-    )
-    start = mean(run.evaluations[0]["accuracy"] for run, _ in pairs)
-    idle = sum(run.evaluations[-1]["accuracy"] <= run.evaluations[0]["accuracy"] for run, _ in pairs)
-    if 0 < idle < count:
-        text += f"The base is at {start:.2f}: in {idle} of {count} runs {mine} learnt nothing, so forgetting at equal "
-        return f"{text}accuracy cannot be compared."
-    if idle:
-        both = all(other.evaluations[-1]["accuracy"] <= other.evaluations[0]["accuracy"] for _, other in pairs)
-        who = f"neither {mine} nor {method} learnt anything" if both else f"{mine} learnt nothing"
-        return f"{text}The base is at {start:.2f}: {who}, so there is nothing to compare."
-    distances = _mean(own, "kl_base"), _mean(theirs, "kl_base")
-    drift = f"KL(base||model) is {distances[0]:.2f} for {mine} and {distances[1]:.2f} for {method}"
-    if distances[0] > 0.001:
-        drift += f": {method} drifted {distances[1] / distances[0]:.2f} times as far"
     if reached < count:
         text += f"{method} reaches that accuracy in only {reached} of {count} runs; in the others its best evaluation "
         text += f"counts (mean {_mean(theirs, 'accuracy'):.2f}). "
     else:
         text += "At equal accuracy, "
+    drift = _drift(mine, method, own, theirs)
     if not own[0].right:
         return f"{text}{drift}. No prior abilities were measured, so forgetting is unknown."
-    difference, low, high, p = _difference(own, theirs)
+    found = _difference(own, theirs)
+    difference, low, high, p = found
     interval = "" if low == high else f"95% interval over seeds {low:+.3f} to {high:+.3f}, "
     base = mean(run.evaluations[0]["prior_accuracy"] for run, _ in pairs)
     text += (
@@ -208,20 +199,72 @@ def _against(pairs: Sequence[tuple[Compared, Compared]]) -> str:
     )
     if reached < count:
         return text + f"As {method} did not reach that accuracy, forgetting cannot be compared."
+    return text + _verdict(pairs, own, theirs, found)
+
+
+def _ends(pairs: Pairs) -> str:
+    """The accuracies with which both methods end."""
+    (one, other), count = pairs[0], len(pairs)
+    same_rate = other.learning_rate == one.learning_rate
+    named = other.method if same_rate else f"at learning rate {other.learning_rate:g} {other.method}"
+    mine = mean(run.evaluations[-1]["accuracy"] for run, _ in pairs)
+    theirs = mean(run.evaluations[-1]["accuracy"] for _, run in pairs)
+    return (
+        f"At learning rate {one.learning_rate:g} {one.method} ends at {mine:.2f} on the new task, {named} at "
+        f"{theirs:.2f} ({f'means of {count} seeds' if count > 1 else '1 seed'}). "
+    )
+
+
+def _learnt_nothing(pairs: Pairs) -> str | None:
+    """Why forgetting cannot be compared; None if the reference method learnt something in every run."""
+    mine, method = (run.method for run in pairs[0])
+    start = mean(run.evaluations[0]["accuracy"] for run, _ in pairs)
+    idle = sum(not _learnt(run) for run, _ in pairs)
+    if not idle:
+        return None
+    if idle < len(pairs):
+        return (
+            f"The base is at {start:.2f}: in {idle} of {len(pairs)} runs {mine} learnt nothing, so forgetting at equal "
+            "accuracy cannot be compared."
+        )
+    both = not any(_learnt(other) for _, other in pairs)
+    who = f"neither {mine} nor {method} learnt anything" if both else f"{mine} learnt nothing"
+    return f"The base is at {start:.2f}: {who}, so there is nothing to compare."
+
+
+def _learnt(run: Compared) -> bool:
+    """Whether it ends with a higher accuracy than the base."""
+    return bool(run.evaluations[-1]["accuracy"] > run.evaluations[0]["accuracy"])
+
+
+def _drift(mine: str, method: str, own: Sequence[Matched], theirs: Sequence[Matched]) -> str:
+    """The distances of both methods from the base."""
+    one, other = _mean(own, "kl_base"), _mean(theirs, "kl_base")
+    text = f"KL(base||model) is {one:.2f} for {mine} and {other:.2f} for {method}"
+    return f"{text}: {method} drifted {other / one:.2f} times as far" if one > 0.001 else text
+
+
+def _verdict(pairs: Pairs, own: Sequence[Matched], theirs: Sequence[Matched], found: Difference) -> str:
+    """The conclusion from the difference ``found`` if the other method reached that accuracy in every run."""
+    mine, method = (run.method for run in pairs[0])
+    _, low, high, p = found
     if low is None or high is None:
-        return text + "One seed shows at most a direction: no conclusion."
+        return "One seed shows at most a direction: no conclusion."
     if low == high:
-        return text + "All seeds have the same difference, so its spread over seeds is unknown: no conclusion."
+        return "All seeds have the same difference, so its spread over seeds is unknown: no conclusion."
+    unclear = "So there is no significant difference in forgetting; more seeds or prior questions could show one."
     if p < 0.05 and low > 0:
-        return text + f"So at equal accuracy, {mine} forgot less than {method}."
+        return f"So at equal accuracy, {mine} forgot less than {method}."
     if p < 0.05 and high < 0:
         best = [matched(run.evaluations, point.accuracy) for point, (run, _) in zip(own, pairs, strict=True)]
         fair, _, high, p = _difference(best, theirs)
         if p < 0.05 and high is not None and high < 0:
-            return text + f"So at equal accuracy, {mine} forgot more than {method}."
-        text += f"The best evaluation counts for {method} and the last for {mine}; with the best of both, the "
-        text += f"difference is {fair:+.3f}. "
-    return text + "So there is no significant difference in forgetting; more seeds or prior questions could show one."
+            return f"So at equal accuracy, {mine} forgot more than {method}."
+        return (
+            f"The best evaluation counts for {method} and the last for {mine}; with the best of both, the difference "
+            f"is {fair:+.3f}. {unclear}"
+        )
+    return unclear
 
 
 def assumption(teacher: dict[str, Any], moved: dict[str, float]) -> str:
@@ -240,8 +283,8 @@ def assumption(teacher: dict[str, Any], moved: dict[str, float]) -> str:
     )
 
 
-def _difference(own: Sequence[Matched], theirs: Sequence[Matched]) -> tuple[float, float | None, float | None, float]:
-    """The difference of prior accuracies, own minus theirs: mean over seeds, its interval, p-value over questions."""
+def _difference(own: Sequence[Matched], theirs: Sequence[Matched]) -> Difference:
+    """The difference of prior accuracies, own minus theirs."""
     differences = [a.prior_accuracy - b.prior_accuracy for a, b in zip(own, theirs, strict=True)]
     return *seeds_interval(differences), _over_items(own, theirs)
 

@@ -65,7 +65,7 @@ def report(config: ReportConfig) -> Json:
     """
     check_writable(config.output, config.output)
     parts = read_folders(config.runs)
-    summary = [sentence for part in parts for sentence in _summary(part)]
+    shown = [_shown(part) for part in parts]
     environment = Environment(
         loader=PackageLoader("selfdistill", "comparison"),
         autoescape=True,
@@ -76,7 +76,7 @@ def report(config: ReportConfig) -> Json:
     page = environment.get_template("report.html").render(
         version=__version__,
         title=", ".join(part.title for part in parts),
-        parts=[_shown(part) for part in parts],
+        parts=shown,
         missing=_missing([run for part in parts for run in part.runs]),
         full_colour=FULL_COLOUR,
     )
@@ -85,7 +85,7 @@ def report(config: ReportConfig) -> Json:
         target.write_text(page, encoding="utf-8", errors="replace")  # a token may end in the middle of a character
     except OSError as error:
         raise UserError(f"{config.output}: cannot be written ({error.strerror})") from None
-    return {"output": str(target), "summary": summary}
+    return {"output": str(target), "summary": [sentence for part in shown for sentence in part["summary"]]}
 
 
 # --- contents of the page ---
@@ -222,14 +222,11 @@ def _results(part: Part) -> list[Table]:
 
 def _no_trade_off(part: Part) -> str | None:
     """Why there is no plot of new-task score against prior score; None if there is one."""
-    differ = [name for name in SCALE if any(_setting(run, name) != _setting(part.runs[0], name) for run in part.runs)]
+    configs = [run.config for run in part.runs]
+    differ = [name for name in SCALE if any(getattr(one, name) != getattr(configs[0], name) for one in configs)]
     if part.comparison is None and differ:
         return f"runs that differ in {', '.join(differ)} have scores that cannot be compared"
     return None if any(_points(run.evaluations) for run in part.runs) else "no run here has a prior score"
-
-
-def _setting(run: RunFolder, name: str) -> object:
-    return getattr(run.config, name)
 
 
 def _trade_off(part: Part) -> Json:
@@ -238,7 +235,8 @@ def _trade_off(part: Part) -> Json:
     befores = [line for run in part.runs for line in run.evaluations[:1]]
     if comparison:
         befores.insert(0, comparison["base"])
-    bases = list(dict.fromkeys(at[0] for line in befores if 0 in (at := _points([line]))))
+    starts = [_points([line]).get(0) for line in befores]
+    bases = list(dict.fromkeys(point for point in starts if point is not None))
     curves = []
     labels: dict[Point, list[str]] = {}
     for name in dict.fromkeys(run.curve for run in part.runs):

@@ -27,7 +27,7 @@ from selfdistill.config.files import (
     with_runs_of,
     without_defaults,
 )
-from selfdistill.config.method import SHORTEST, MethodName, MethodSettings
+from selfdistill.config.method import SHORTEST, UNTEMPERED, MethodName, MethodSettings
 from selfdistill.config.train import OPEN, TrainConfig, TrainingSettings, default_learning_rate
 from selfdistill.config.trl_names import trl_hint
 
@@ -36,6 +36,7 @@ __all__ = [
     "OPEN",
     "SHARED_WITH_CHECK",
     "SHORTEST",
+    "UNTEMPERED",
     "AskConfig",
     "CheckConfig",
     "CompareConfig",

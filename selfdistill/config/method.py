@@ -60,6 +60,9 @@ def _known_method(name: str) -> str:
 OwnOrMethodName = Annotated[str, BeforeValidator(partial(by_name, use="method")), AfterValidator(_known_method)]
 """One of them, or the user's function by its name."""
 
+UNTEMPERED = "untempered samples of the student: use temperature 1, top_p 1 and top_k 0"
+"""What a method needs whose loss counts samples as the student's own; the end of a message."""
+
 SHORTEST = "shortest"
 """The value of ``hint`` for the shortest beginning of each demonstration with which the teacher is right."""
 
@@ -199,3 +202,8 @@ class MethodSettings(EpisodeSettings):
         return value
 
     _sources = field_validator("anchors", mode="before")(anchor_sources)
+
+    @property
+    def is_untempered(self) -> bool:
+        """Whether samples come from the student's own distribution."""
+        return self.temperature == 1 and self.top_p == 1 and self.top_k == 0

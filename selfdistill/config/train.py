@@ -11,7 +11,7 @@ from pydantic import (
 )
 
 from selfdistill.config.base import ModelSettings, QuestionSettings, TaskSettings
-from selfdistill.config.method import MethodSettings, OwnOrMethodName
+from selfdistill.config.method import UNTEMPERED, MethodSettings, OwnOrMethodName
 from selfdistill.errors import UserError
 
 Precision = Annotated[
@@ -188,11 +188,8 @@ class TrainingSettings(MethodSettings, TaskSettings):
                 "setting 'entry_clip': the 'sampled' support has no sum over the vocabulary to clip: leave one out"
             )
         # Its expectation equals the gradient of reverse_kl only over samples of the distribution being trained.
-        if self.support == "sampled" and (self.temperature != 1 or self.top_p < 1 or self.top_k > 0):
-            raise UserError(
-                "setting 'support': 'sampled' needs untempered samples of the student: use temperature 1, top_p 1 and "
-                "top_k 0"
-            )
+        if self.support == "sampled" and not self.is_untempered:
+            raise UserError(f"setting 'support': 'sampled' needs {UNTEMPERED}")
 
 
 class TrainConfig(TrainingSettings, OneRun, QuestionSettings):

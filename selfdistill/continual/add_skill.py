@@ -127,43 +127,50 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
 
 
 def _opened(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]) -> Ledger:
-    """Open the state, creating it if it does not exist, unless rows or anchors of the first run are too long."""
+    """Open the state, creating it if it does not exist; one that does must fit the settings."""
+    if not (Path(config.state) / START).is_dir():
+        _create(config, run, rows)
+        return Ledger(config.state)
+    ledger = Ledger(config.state)
+    if config.model and ledger.base != _absolute(config.model):
+        _move_base(ledger, config, config.model)
+    if os.path.isabs(ledger.base) and not os.path.isdir(ledger.base):
+        advice = "if it was moved, give its new location as model" if ledger.weights else f"it is {_PUT_BACK}"
+        raise UserError(f"state {config.state!r}: its base {ledger.base!r} does not exist; {advice}")
+    if config.prior and _texts(config.prior) != (_texts(ledger.prior) if ledger.prior else None):
+        raise UserError(f"setting 'prior': {config.state} started with other questions, or none; leave it out")
+    if not ledger.has_date:
+        ledger.set_date(_date_of_older(ledger, run))
+    _refuse_other_measure(ledger, config)
+    return ledger
+
+
+def _move_base(ledger: Ledger, config: LearnConfig, model: str) -> None:
+    """Record that the base is now at ``model``, unless that has different weights."""
+    started = f"setting 'model': {config.state} started from {ledger.base!r}"
+    if not ledger.weights:
+        raise UserError(f"{started}, {_PUT_BACK}, and leave model out")
+    moved = load_for_training(model, dtype=ledger.measured_with["dtype"], adapter_base=config.adapter_base)
+    if start_fingerprint(moved) != ledger.weights:
+        raise UserError(f"{started}, but {model!r} has different weights; leave it out")
+    ledger.move_base(_absolute(model))
+
+
+def _refuse_other_measure(ledger: Ledger, config: LearnConfig) -> None:
+    """Refuse settings with which scores could not be compared with those in the state."""
+    fixed = dict(ledger.measured_with)
+    if config.mixed_precision == "auto":  # becomes the state's
+        del fixed["mixed_precision"]
+    if config.template_date is not None and ledger.template_date is not None:
+        fixed["template_date"] = ledger.template_date
+    for key, value in fixed.items():
+        if getattr(config, key) != value:
+            raise UserError(f"setting {key!r}: all scores in {config.state} were measured with {value!r}; use the same")
+
+
+def _create(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]) -> None:
+    """Create the state and measure its base, unless rows or anchors of the first run are too long."""
     root = Path(config.state)
-    if (root / START).is_dir():
-        ledger = Ledger(config.state)
-        if config.model and ledger.base != _absolute(config.model):
-            if not ledger.weights:
-                raise UserError(
-                    f"setting 'model': {config.state} started from {ledger.base!r}, {_PUT_BACK}, and leave model out"
-                )
-            moved = load_for_training(
-                config.model, dtype=ledger.measured_with["dtype"], adapter_base=config.adapter_base
-            )
-            if start_fingerprint(moved) != ledger.weights:
-                raise UserError(
-                    f"setting 'model': {config.state} started from {ledger.base!r}, but {config.model!r} has different "
-                    "weights; leave it out"
-                )
-            ledger.move_base(_absolute(config.model))
-        if os.path.isabs(ledger.base) and not os.path.isdir(ledger.base):
-            advice = "if it was moved, give its new location as model"
-            if not ledger.weights:
-                advice = f"it is {_PUT_BACK}"
-            raise UserError(f"state {config.state!r}: its base {ledger.base!r} does not exist; {advice}")
-        if config.prior and _texts(config.prior) != (_texts(ledger.prior) if ledger.prior else None):
-            raise UserError(f"setting 'prior': {config.state} started with other questions, or none; leave it out")
-        if not ledger.has_date:
-            ledger.set_date(_date_of_older(ledger, run))
-        fixed = dict(ledger.measured_with)
-        if config.template_date is not None and ledger.template_date is not None:
-            fixed["template_date"] = ledger.template_date
-        for key, value in fixed.items():
-            is_open = key == "mixed_precision" and config.mixed_precision == "auto"
-            if getattr(config, key) != value and not is_open:
-                raise UserError(
-                    f"setting {key!r}: all scores in {config.state} were measured with {value!r}; use the same"
-                )
-        return ledger
     if others := [path.name for path in root.iterdir() if path.name != f".{START}.unfinished"]:
         raise UserError(f"state {config.state!r}: not a state, contains {others[0]!r}; give another folder")
     if not config.model:
@@ -182,12 +189,11 @@ def _opened(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]
             refuse_float16(base.model, config.model)
         date = base.chat(date=config.template_date).date
         precision = resolved_precision(config.mixed_precision)
-        config = config.model_copy(update={"template_date": date, "mixed_precision": precision})
-        write_json(folder / "base.json", measure_model(base, [], prior, config))
+        settled = config.model_copy(update={"template_date": date, "mixed_precision": precision})
+        write_json(folder / "base.json", measure_model(base, [], prior, settled))
         state = {"model": _absolute(config.model), "weights": start_fingerprint(base), "template_date": date}
-        state |= {key: getattr(config, key) for key in MEASURED_WITH}
+        state |= {key: getattr(settled, key) for key in MEASURED_WITH}
         (folder / "state.yaml").write_text(yaml.safe_dump(state), encoding="utf-8")
-    return Ledger(config.state)
 
 
 def _date_of_older(ledger: Ledger, run: TrainConfig) -> str | None:

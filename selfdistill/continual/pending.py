@@ -141,4 +141,6 @@ def _take(file: Path, config: LearnConfig) -> None:
 def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:
     """The differences between the request and the addition in ``pending``."""
     changed = changes(there["settings"], here["settings"])
-    return "; ".join(changed + ["its rows or test rows differ"] * (there["data"] != here["data"]))
+    if there["data"] != here["data"]:
+        changed.append("its rows or test rows differ")
+    return "; ".join(changed)

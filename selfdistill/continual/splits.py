@@ -35,7 +35,9 @@ def split_rows(config: LearnConfig, lacks: Lacks, in_memory: Mapping[str, Rows])
 
     data: Rows = in_memory.get("data", config.data)
     rows = load_demonstrations(data, split=config.split, turns=config.turns, note=say_note, lacks=lacks_either)
-    held = ["validation"] * (config.action == "stream") + ["test"] * (not config.test)
+    held = ["validation"] if config.action == "stream" else []
+    if not config.test:
+        held.append("test")
     count = max(len(held), round(len(rows) * config.test_share)) if held else 0
     if held and count >= len(rows):
         advice = "give more, or a lower test_share" if config.test else "give a test"

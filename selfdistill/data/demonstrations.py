@@ -140,7 +140,6 @@ Lacks = Callable[[Demonstration], str | None]
 def load_demonstrations(
     data: Rows,
     *,
-    completion_required: bool = False,
     split: str | None = "train",
     split_advice: str | None = None,
     note: Note | None = None,
@@ -156,7 +155,6 @@ def load_demonstrations(
             ``.gz`` or ``.zst``; a folder of such files, read in name order; a folder written by ``datasets``
             ``save_to_disk``; if there is no such path, the name of a hub data set, or of a file of the package as in
             ``bundled:shop.test.jsonl``; or in-memory rows: dicts, demonstrations, a ``datasets.Dataset``.
-        completion_required: every row must have a completion. Otherwise it may be "".
         split: split of a folder or data set with several; None: ``test``, or the only one. Files and a single
             ``Dataset`` are read in full. A folder has splits if the names of its files, or of folders in it, say so,
             as in ``test.jsonl`` or ``data/test-00000-of-00001.parquet``.
@@ -193,7 +191,7 @@ def load_demonstrations(
 
     def make(raw: RawRow, form: str, number: int, problems: list[str]) -> Demonstration:
         pictures = pictures_of(raw.value, raw.folder, problems)
-        made = _demonstration(raw, number, form, completion_required, prompts_only, turns, pictures, problems)
+        made = _demonstration(raw, number, form, prompts_only, turns, pictures, problems)
         if lacks and not problems:
             problems += filter(None, [_of_form(lacks(made), form, made, raw.value)])
         return made
@@ -324,7 +322,6 @@ def _demonstration(
     raw: RawRow,
     number: int,
     form: str,
-    completion_required: bool,
     prompts_only: bool,
     learnt: LearntTurns,
     pictures: Sequence[Picture],
@@ -336,7 +333,7 @@ def _demonstration(
         row = {**row, "completion": None}
     others = {name: row.get(name) for name in ("document", "privileged_context", "answer", "scorer")}
     chat = marked(chat_of(row[form], form, problems), form, pictures, problems)
-    turns, replies = _prompt_and_replies(row, form, chat, completion_required, learnt, problems)
+    turns, replies = _prompt_and_replies(row, form, chat, learnt, problems)
     if not problems and (not turns or turns[-1]["role"] not in ("user", "tool")):
         found = _end_of(turns) if turns else "is empty"
         problems.append(f"column '{form}': the prompt {found}, expected it to end with a user turn")
@@ -363,7 +360,7 @@ def _demonstration(
 
 
 def _prompt_and_replies(
-    row: dict[str, Any], form: str, chat: Any, required: bool, learnt: LearntTurns, problems: list[str]
+    row: dict[str, Any], form: str, chat: Any, learnt: LearntTurns, problems: list[str]
 ) -> tuple[list[Message], list[Message]]:
     """The turns up to the one that is answered, and the replies that are learnt; ``chat`` is the column ``form``."""
     if form == "messages":
@@ -371,12 +368,10 @@ def _prompt_and_replies(
         if turns and turns[-1]["role"] == "assistant":
             first = first_learnt(turns, learnt)
             return turns[:first], turns[first:]
-        if turns and required:
-            problems.append(f"column 'messages': {_end_of(turns)}, expected an assistant turn")
         return turns, []
     if isinstance(row["prompt"], str) and isinstance(chat, list):  # then the completion may be such a text, too
         row = {**row, "completion": chat_of(row.get("completion"), "completion", problems)}
-    replies = replies_of(row, required, problems)
+    replies = replies_of(row, problems)
     if isinstance(chat, list):
         turns = messages_of(chat, form, problems)
     else:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from selfdistill.data.call_results import in_call_order
-from selfdistill.data.columns import FROM_SHAREGPT, is_empty, missing
+from selfdistill.data.columns import FROM_SHAREGPT, is_empty
 from selfdistill.data.rows import LONE_SURROGATE, describe_value, from_text, one_of, quoted
 from selfdistill.data.thinking import split_thinking
 from selfdistill.data.tool_calls import written
@@ -291,12 +291,10 @@ def check_order(replies: Sequence[Message], form: str, problems: list[str]) -> N
         )
 
 
-def replies_of(row: dict[str, Any], required: bool, problems: list[str]) -> list[Message]:
+def replies_of(row: dict[str, Any], problems: list[str]) -> list[Message]:
     """The completion's messages; none without a completion."""
     value = row.get("completion")
-    if value is None and not (required and "completion" in row):
-        if required:
-            problems.append(missing(row, "completion", want=f"expected {_WANT_COMPLETION}"))
+    if value is None:
         return []
     if not isinstance(value, list) or not value:
         return [{"role": "assistant", "content": text_of(value, "completion", _WANT_COMPLETION, problems)}]

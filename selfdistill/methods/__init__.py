@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-from selfdistill.config import MethodName, MethodSettings, TrainConfig, without_defaults
+from selfdistill.config import UNTEMPERED, MethodName, MethodSettings, TrainConfig, without_defaults
 from selfdistill.data import Demonstration, Lacks, is_own
 from selfdistill.errors import UserError
 from selfdistill.methods.anchors import anchors
@@ -119,13 +119,9 @@ def stages_of(config: TrainConfig) -> tuple[Parts, ...]:
         )
     anchored = anchors(config)
     stages = tuple(_parts(config, method, anchored) for method in with_environment(config, _made(config)))
-    untempered = config.temperature == 1 and config.top_p == 1 and config.top_k == 0
     scored = any(part.method.checker for parts in stages for part in parts if not part.same_samples)
-    if scored and not untempered:  # they are weighed as the student's own
-        raise UserError(
-            f"setting 'method': {config.method} needs untempered samples of the student: use temperature 1, top_p 1 "
-            "and top_k 0"
-        )
+    if scored and not config.is_untempered:  # they are weighed as the student's own
+        raise UserError(f"setting 'method': {config.method} needs {UNTEMPERED}")
     return stages
 
 
@@ -221,17 +217,20 @@ _OF_METHODS = (*(name for name in MethodSettings.model_fields if name != "max_co
 """Settings that only some methods read. ``max_completion_length`` limits every run's prompts and evaluations."""
 
 
+def _unread(config: TrainConfig) -> set[str]:
+    """The settings of methods that the method does not read; none if it rejects what it reads."""
+    try:
+        return set(_OF_METHODS) - _settings_read(config)
+    except UserError:
+        return set()
+
+
 def uses(config: TrainConfig, name: str) -> bool:
     """Whether the method reads the setting ``name``; True for settings that do not belong to methods."""
-    if name not in _OF_METHODS:
-        return True
-    try:
-        return name in _settings_read(config)
-    except UserError:  # the method reads it and rejects the combination
-        return True
+    return name not in _OF_METHODS or name not in _unread(config)
 
 
 def unused_settings(config: TrainConfig) -> list[str]:
     """Settings with non-default values that the method does not use."""
-    given = without_defaults(config)
-    return [name for name in _OF_METHODS if name in given and not uses(config, name)]
+    given, unread = without_defaults(config), _unread(config)
+    return [name for name in _OF_METHODS if name in given and name in unread]

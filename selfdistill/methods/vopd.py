@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from selfdistill.config import Settings, TrainConfig
+from selfdistill.config import UNTEMPERED, Settings, TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.loss import Divergence
 from selfdistill.methods.on_policy import on_policy
@@ -31,10 +31,8 @@ class VopdSettings(Settings):
 
 def vopd(config: TrainConfig) -> tuple[Method, ...]:
     """Untempered student samples, a teacher with the demonstration, the sampled token's reverse KL."""
-    if config.temperature != 1 or config.top_p < 1 or config.top_k > 0:
-        raise UserError(
-            "setting 'method': vopd needs untempered samples of the student: use temperature 1, top_p 1 and top_k 0"
-        )
+    if not config.is_untempered:
+        raise UserError(f"setting 'method': vopd needs {UNTEMPERED}")
     own = own_settings(config, VopdSettings)
     loss = Divergence("reverse_kl", "sampled", baseline_top_k=own.baseline_top_k)
     return (on_policy(config, loss, teacher_of(config)),)

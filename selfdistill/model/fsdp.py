@@ -26,7 +26,7 @@ def shard(
     layers: Sequence[nn.Module],
     device: torch.device,
     read: Callable[[nn.Module], object],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None,
 ) -> None:
     """Shard the model's weights on ``device``: each layer separately, and the rest together.
 

@@ -255,7 +255,7 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, -1)  # never
 
 
-def with_special_tokens(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | None = None) -> LoadedModel:
+def with_special_tokens(model: Any, tokenizer: Any, name: str, pictures: PictureInputs | None) -> LoadedModel:
     """The model with its end and pad tokens, its window, and notes on what was decided.
 
     The tokenizer and the generation config, which saved models have, get the tokens that they lack.

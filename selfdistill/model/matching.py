@@ -42,7 +42,7 @@ def matched(loaded: LoadedModel, other: LoadedModel, *, reads_chats: bool = Fals
     return loaded
 
 
-def refuse_unlike(name: str, config: Any, tokenizer: Any, other: LoadedModel, *, reads_chats: bool = False) -> None:
+def refuse_unlike(name: str, config: Any, tokenizer: Any, other: LoadedModel, *, reads_chats: bool) -> None:
     """Refuse a model if tokens differ from those of ``other``, or the width of the logits does.
 
     Compared are the tokens of ordinary texts whose ids both have: one tokenizer may have more, and fine-tuning may have

@@ -131,7 +131,7 @@ class Teacher:
         """Networks of the teacher other than the student."""
         return [] if self._copy is None else [self._copy]
 
-    def rate(self, step: int, *, student_moved: bool = True) -> float:
+    def rate(self, step: int, *, student_moved: bool) -> float:
         """Share of the student in the teacher's update after step ``step`` (from 1)."""
         if self.kind == "ema":
             return self.rule.ema_rate if student_moved else 0.0

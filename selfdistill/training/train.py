@@ -138,7 +138,7 @@ def train(
 
 
 def with_context(
-    config: TrainConfig, demonstrations: Sequence[Demonstration] | None = None, loaded: LoadedModel | None = None
+    config: TrainConfig, demonstrations: Sequence[Demonstration], loaded: LoadedModel | None
 ) -> TrainConfig:
     """Replace the context ``auto`` by the best one, if the method's teacher sees a context.
 

@@ -276,11 +276,6 @@ def test_missing_path_is_not_looked_for_on_the_hub(path: str, tmp_path: Path, mo
 
 CHAT_ROLES = "system, user, assistant or tool"
 BAD_ROWS: list[tuple[Any, str]] = [
-    (
-        {"prompt": "q", "completion": None},
-        "column 'completion': found null, expected text or a list of one assistant message",
-    ),
-    ({"prompt": "q"}, "column 'completion': missing, expected text or a list of one assistant message"),
     ({"prompt": "q", "response": "r"}, "column 'completion': missing, found 'response'; rename it to 'completion'"),
     ({"prompt": "q", "Completion": "r"}, "column 'completion': missing, found 'Completion'; rename it to 'completion'"),
     (
@@ -437,7 +432,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("row", "problem"), BAD_ROWS)
 def test_bad_row(row: Any, problem: str) -> None:
     path = write("train.jsonl", GOOD, row)
-    assert message_of(path, completion_required=True) == f"train.jsonl: 1 bad row: line 2, {problem}"
+    assert message_of(path) == f"train.jsonl: 1 bad row: line 2, {problem}"
 
 
 @pytest.mark.parametrize(
@@ -446,7 +441,6 @@ def test_bad_row(row: Any, problem: str) -> None:
         ({"messages": []}, "column 'messages': found an empty list, expected a list of messages"),
         ({"messages": None}, "column 'messages': found null, expected a list of messages"),
         ({"messages": "q"}, "column 'messages': found 'q', expected a list of messages"),
-        ({"messages": [USER]}, "column 'messages': ends with a user turn, expected an assistant turn"),
         ({"messages": [ASSISTANT]}, "column 'messages': the prompt is empty, expected it to end with a user turn"),
         (
             {"messages": [USER, ASSISTANT, ASSISTANT]},
@@ -460,7 +454,7 @@ def test_bad_row(row: Any, problem: str) -> None:
 )
 def test_bad_messages(row: Any, problem: str) -> None:
     path = write("train.jsonl", row)
-    assert message_of(path, completion_required=True) == f"train.jsonl: 1 bad row: line 1, {problem}"
+    assert message_of(path) == f"train.jsonl: 1 bad row: line 1, {problem}"
 
 
 @pytest.mark.parametrize(
@@ -479,7 +473,7 @@ def test_bad_messages(row: Any, problem: str) -> None:
         ),
     ],
 )
-def test_bad_row_without_required_completion(row: Any, problem: str) -> None:
+def test_bad_row_without_completion(row: Any, problem: str) -> None:
     assert message_of(write("test.jsonl", row)) == f"test.jsonl: 1 bad row: line 1, {problem}"
 
 
@@ -508,14 +502,14 @@ def test_a_value_in_memory_that_is_not_json_is_refused(column: str) -> None:
 
 
 def test_equal_mistakes_are_told_once_with_their_lines() -> None:
-    bad = {"prompt": "q", "completion": None}
+    bad = {"prompt": "q", "completion": ""}
     want = "expected text or a list of one assistant message"
-    assert message_of(write("train.jsonl", GOOD, *[bad] * 12), completion_required=True) == (
-        f"train.jsonl: 12 bad rows: lines 2, 3, 4 and 9 more: column 'completion': found null, {want}"
+    assert message_of(write("train.jsonl", GOOD, *[bad] * 12)) == (
+        f"train.jsonl: 12 bad rows: lines 2, 3, 4 and 9 more: column 'completion': found empty text, {want}"
     )
     rows = [GOOD, bad, {"question": "q", "completion": "r"}, bad | {"completion": 1}, bad | {"completion": True}]
-    assert message_of(write("train.jsonl", *rows), completion_required=True) == (
-        f"train.jsonl: 4 bad rows: lines 2, 4, 5: column 'completion': found null, the number 1, ..., {want}; "
+    assert message_of(write("train.jsonl", *rows)) == (
+        f"train.jsonl: 4 bad rows: lines 2, 4, 5: column 'completion': found empty text, the number 1, ..., {want}; "
         "line 3, column 'prompt': missing, found 'question'; rename it to 'prompt'"
     )
 

@@ -22,7 +22,7 @@ PRIOR = {"validation": (40, 20), "test": (90, 30)}
 
 
 def rows(skill: str) -> list[list[Demonstration]]:
-    return [load_demonstrations(packaged(f"{skill}.{part}.jsonl"), completion_required=True) for part in PARTS]
+    return [load_demonstrations(packaged(f"{skill}.{part}.jsonl")) for part in PARTS]
 
 
 def prior(part: str, kind: str) -> list[Demonstration]:

@@ -19,7 +19,7 @@ SCORERS = {"strings": "code", "sums": FIELDS, "tickets": FIELDS, "chains": FIELD
 
 
 def rows(task: str) -> list[list[Demonstration]]:
-    return [load_demonstrations(packaged(f"{task}.{part}.jsonl"), completion_required=True) for part in PARTS]
+    return [load_demonstrations(packaged(f"{task}.{part}.jsonl")) for part in PARTS]
 
 
 def chat(row: Demonstration) -> str:

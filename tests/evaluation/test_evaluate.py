@@ -159,7 +159,7 @@ def test_the_smallest_difference_is_said(items: int, unlike: float, said: str) -
 
 def test_unusable_answers_are_named_together(write_rows: Callable[..., Path]) -> None:
     data = [{"prompt": "q", "answer": "a(" if i else "a", "scorer": "regex"} for i in range(13)]
-    rows = load_demonstrations(str(write_rows(data)), completion_required=False)
+    rows = load_demonstrations(str(write_rows(data)))
     with pytest.raises(UserError) as error:
         check_answers(rows, None)
     message = str(error.value)
@@ -215,8 +215,8 @@ def test_shipped_facts_have_held_out_phrasings(facts: str, least: int) -> None:
 
 def test_shipped_general_prompts_and_priors() -> None:
     assert len(drift_prompts()) == 24
-    validation = load_demonstrations(packaged("prior/validation/facts.jsonl"), completion_required=False)
-    test = load_demonstrations(packaged("prior/test/facts.jsonl"), completion_required=False)
+    validation = load_demonstrations(packaged("prior/validation/facts.jsonl"))
+    test = load_demonstrations(packaged("prior/test/facts.jsonl"))
     assert not {r.prompt[0]["content"] for r in validation} & {r.prompt[0]["content"] for r in test}
     assert (len(validation), len(test)) == (40, 90)
 

@@ -265,7 +265,7 @@ def test_files_of_messages_are_questions_and_mixed_files_are_refused(tmp_path: P
     path = tmp_path / "p.jsonl"
     question = {"messages": [{"role": "user", "content": "q"}], "answer": "a"}
     path.write_text(json.dumps(question) + "\n", encoding="utf-8")
-    assert load_prior(str(path)) == {"p": load_demonstrations(str(path), completion_required=False)}
+    assert load_prior(str(path)) == {"p": load_demonstrations(str(path))}
     for rows in ([question, CHOICES[0]], [CHOICES[0], question], [CHOICES[0], {"prompt": "q", "answer": "a"}]):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         with pytest.raises(UserError, match="1 bad row: line 2, "):

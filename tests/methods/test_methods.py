@@ -516,6 +516,20 @@ def test_a_setting_that_a_method_does_not_use_changes_nothing(all_of_them: Setti
     assert same(*map(weights_of, runs))
 
 
+def test_one_call_of_a_method_tells_which_settings_it_does_not_use(
+    all_of_them: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, sft = [], METHODS["sft"]
+
+    def counted(config: TrainConfig) -> tuple[Method, ...]:
+        calls.append(config)
+        return sft(config)
+
+    monkeypatch.setitem(METHODS, "sft", counted)
+    assert {"top_k", "ema_rate"} <= set(unused_settings(all_of_them(method="sft", top_k=3, ema_rate=0.5)))
+    assert len(calls) == 1
+
+
 @pytest.fixture
 def halved(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From its call on, every scorer gives half of its reward."""
