@@ -270,7 +270,7 @@ def test_only_the_first_episodes_are_compared_with_what_the_template_shows(
         ),
         (
             {"environment": "python:tiny_worlds.Unending", "max_turns": 1},
-            r"\d+% within a reply and \d+% after one, .* learnt to end an episode; raise max_turns or max_episode_length",
+            r"\d+% within a reply and \d+% after one, .* an episode; raise max_turns or max_episode_length",
         ),
     ],
 )
