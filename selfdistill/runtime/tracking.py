@@ -151,11 +151,11 @@ def _in_table(metric: str) -> str:
 def public_name(name: str) -> str:
     """A model or data set name safe to publish: the hub id, or a path's last part; a file's name is a path.
 
-    Of ``run/final`` it is the run, and of a state's ``0001-skill/model`` and ``0001-skill/run`` the skill.
+    Of ``run/final`` it is the run, and of a state's ``0001-skill/model`` the skill.
     """
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or is_data_file(name) or os.path.exists(name):
         path = Path(os.path.abspath(name))
-        of_skill = path.name in ("model", "run") and re.match(r"\d{4}-", path.parent.name)
+        of_skill = path.name == "model" and re.match(r"\d{4}-", path.parent.name)
         name = path.parent.name if path.name == "final" or of_skill else path.name
     return " ".join(name.encode("utf-8", "replace").decode().split())
 

@@ -375,7 +375,7 @@ def test_a_disk_without_room_for_the_merged_model_is_told_before_training(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(disk, "free_bytes", lambda _: 10_000)
-        with pytest.raises(UserError, match=r"free, the merged model needs about \d\.\d GiB; free some space$"):
+        with pytest.raises(UserError, match=r"free, the merged model needs about \d\.\d MiB; free some space$"):
             add(make(lora_rank=2))
     assert not (tmp_path / "state/pending/run").exists()
     assert add(make(lora_rank=2))["accepted"]

@@ -433,6 +433,15 @@ def test_an_engine_that_fails_leaves_no_layout_out(
         check(config_of(model_folder(), write_rows(count=3), contexts=["turns:repeats=1", "turns"]))
 
 
+def test_answers_that_scorers_cannot_use_are_refused_before_anything_is_sampled(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "answer", lambda *_, **__: pytest.fail("sampled"))
+    rows = write_rows([{"prompt": "q", "privileged_context": "a", "answer": "a("}] * 2)
+    with pytest.raises(UserError, match=r"2 rows cannot be scored: .*scorer 'regex' cannot use answer"):
+        check(config_of(model_folder(), rows, scorer="regex", contexts=["turns"]))
+
+
 def verdict(student: float, logp: float, best: Layout, layouts: int = 1) -> tuple[str, int]:
     """The verdict where the weaker is right on no row on which the stronger is wrong."""
     right = [[row < round(share * best.items) for row in range(best.items)] for share in (student, best.accuracy or 0)]

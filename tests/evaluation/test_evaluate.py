@@ -171,6 +171,19 @@ def test_unusable_answers_are_named_together(write_rows: Callable[..., Path]) ->
     assert str(error.value).startswith(f"{rows[1].source}: scorer 'regex'")
 
 
+def test_unusable_and_missing_answers_are_refused_before_anything_is_sampled(
+    model_folder: Callable[..., Path], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(answers_module, "sample", lambda *_: pytest.fail("sampled"))
+    bad = write_rows([{"prompt": "q", "answer": "a("}])
+    with pytest.raises(UserError, match="scorer 'regex' cannot use answer"):
+        evaluate(EvalConfig(model=str(model_folder()), data=str(bad), scorer="regex"))
+    lacking = write_rows([{"prompt": "q", "completion": "a"}])
+    for scorer, what in (("regex", "a pattern"), ("code", "tests")):
+        with pytest.raises(UserError, match=f"scorer '{scorer}' needs {what}; add the column 'answer'$"):
+            evaluate(EvalConfig(model=str(tmp_path / "not read"), data=str(lacking), scorer=scorer))
+
+
 def test_each_model_checks_the_tests_of_rows_once(
     model_folder: Callable[..., Path], write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

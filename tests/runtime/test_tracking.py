@@ -289,7 +289,6 @@ def test_public_settings_hold_no_folder_and_no_address(tmp_path: Path, monkeypat
         ("../tiny", "tiny"),
         ("runs/skill/final", "skill"),
         ("state/skills/0002-skill/model", "0002-skill"),
-        ("state/skills/0002-skill/run", "0002-skill"),
         ("data/model", "data/model"),
         ("data/tickets.jsonl", "tickets.jsonl"),  # which need not be there
         ("data/tickets.csv.gz", "tickets.csv.gz"),
