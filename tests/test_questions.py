@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -672,13 +673,20 @@ def test_a_file_that_ends_in_the_middle_of_a_line_is_mended(
 def test_replies_that_came_before_a_failure_are_kept(
     make: Callable[..., QuestionsConfig], server: Server, tmp_path: Path
 ) -> None:
+    file = tmp_path / "out" / "asked.jsonl"
+
     def fails_once(body: dict[str, Any]) -> tuple[int, str]:
-        return (400, "no") if len(server.asked) == 4 else writes_well(body)
+        if len(server.asked) != 4:
+            return writes_well(body)
+        until = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < until:  # an earlier reply may still be on its way
+            time.sleep(0.01)
+        return 400, "no"
 
     server.reply = fails_once
     with pytest.raises(UserError, match=r"writer http.*status 400"):
         make_questions(make())
-    kept = len(lines(tmp_path / "out" / "asked.jsonl"))
+    kept = len(lines(file))
     server.reply = writes_well
     before = len(server.asked)
     assert make_questions(make())["train"] == 10
