@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ CHUNK_LOGITS = 5 * 2**19
 CHUNK_TOKENS = 53
 """Default minimum of tokens per chunk, whatever the vocabulary size. Matrix products with fewer rows are slow, and each
 chunk reads and writes the head's whole gradient."""
+CAST_WEIGHTS = 2**22
+"""Weights of a bfloat16 head that are copied to float32 at a time: 16 MiB. With 64 MiB the loss took 1.5 to 1.7 times
+as long as through autograd on a CPU, with 1 to 16 MiB about as long."""
 
 
 def chunked_loss(
@@ -127,6 +130,7 @@ class _Chunks:
         self.scale = torch.cat([weights_N.detach().abs(), weights_N.new_full((1,), tiny)]).amax()
         self.scaled_N = weights_N.detach() / self.scale
         self.weight_VD = plain_weight(self.head, None if teacher is None else teacher[1])
+        """The weight of the student's head if logits and gradients are computed from it, without autograd."""
 
     def run(self, size: int, base: tuple[Tensor, Head] | None, weighting: Weighting | None) -> dict[str, Tensor]:
         """Add every chunk to ``gradients``; returns the statistics of all tokens."""
@@ -134,7 +138,8 @@ class _Chunks:
         device = self.hidden_ND.device.type
         autocast = torch.is_autocast_enabled(device)
         plain = self.weight_VD is not None
-        with torch.autocast(device, enabled=autocast and not plain), _rounded_factors(autocast and plain):
+        rounded = plain and (autocast or self.weight_VD.dtype == torch.bfloat16)
+        with torch.autocast(device, enabled=autocast and not plain), _rounded_factors(rounded):
             starts = range(0, max(1, len(self.tokens_N)), size)
             chunks = [self._one(slice(start, start + size), base, weighting) for start in starts]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -145,10 +150,10 @@ class _Chunks:
         dtype = None if weight_VD is None else torch.float32
         hidden_nD = self.hidden_ND[rows].detach().to(dtype).requires_grad_(self.hidden_moves)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight_VD is None):
-            logits_nV = self.head(hidden_nD)
+            logits_nV = _logits(hidden_nD, self.head)
         with torch.no_grad():
-            teacher_nV = None if self.teacher is None else self.teacher[1](self.teacher[0][rows].to(dtype))
-            base_nV = None if base is None else base[1](base[0][rows].to(dtype))
+            teacher_nV = None if self.teacher is None else _logits(self.teacher[0][rows].to(dtype), self.teacher[1])
+            base_nV = None if base is None else _logits(base[0][rows].to(dtype), base[1])
             pair = Pair(logits_nV, teacher_nV, base_nV)
             del teacher_nV, base_nV
             logits_dtype = logits_nV.dtype
@@ -172,7 +177,8 @@ class _Chunks:
                 total += gradient
             return statistics
         if self.hidden_moves:
-            torch.mm(slope_nV, weight_VD, out=sums[0])
+            for entries, block_vD in _float32_blocks(weight_VD):
+                sums[0].addmm_(slope_nV[:, entries], block_vD)
         if self.trainable:
             sums[-1].addmm_(slope_nV.T, hidden_nD.detach())
         return statistics
@@ -183,8 +189,8 @@ def _rounded_factors(enabled: bool) -> Iterator[None]:
     """Let float32 matrix products round their factors; sums and results stay float32.
 
     On a CPU with AMX they are rounded to bfloat16, as autocast would, and the head's products take 0.3 to 0.5 of the
-    time. On a GPU they are rounded to TF32, which keeps 3 more bits. Other hardware is unaffected. The setting is
-    process-wide while the context is active.
+    time. On a GPU they are rounded to TF32, which keeps 3 more bits. Neither rounds factors that were bfloat16. Other
+    hardware is unaffected. The setting is process-wide while the context is active.
     """
     if not enabled:
         yield
@@ -198,17 +204,43 @@ def _rounded_factors(enabled: bool) -> Iterator[None]:
 
 
 def plain_weight(head: Head, teacher_head: Head | None = None) -> Tensor | None:
-    """The weight of a head that is a single float32 matrix product; None for any other head.
+    """The weight of a head that is a single matrix product in float32 or bfloat16; None for any other head.
 
     The product accumulates its gradient in place. With autograd, each chunk would first allocate another tensor of the
     head's size: 1.5 times the total time of loss and gradients, measured at V = 49,152 and 64 tokens per chunk. Under
-    autocast to bfloat16 it would allocate three.
+    autocast to bfloat16 it would allocate three. And the logits of a bfloat16 head would be rounded to bfloat16.
     """
-    for module in (head, teacher_head or head):
-        if type(module) is not torch.nn.Linear or module.bias is not None or module.weight.dtype != torch.float32:
-            return None
-    assert isinstance(head, torch.nn.Linear)
-    return head.weight.detach()
+    if _is_plain(head) and (teacher_head is None or _is_plain(teacher_head)):
+        return head.weight.detach()
+    return None
+
+
+def _is_plain(head: Head) -> TypeGuard[torch.nn.Linear]:
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return False
+    return head.weight.dtype in (torch.float32, torch.bfloat16)
+
+
+def _logits(hidden_nD: Tensor, head: Head) -> Tensor:
+    """The head's logits; from float32 hidden states and bfloat16 weights also in float32, without rounding them."""
+    if hidden_nD.dtype != torch.float32 or not _is_plain(head) or head.weight.dtype == torch.float32:
+        return head(hidden_nD)
+    logits_nV = hidden_nD.new_empty(len(hidden_nD), len(head.weight))
+    for entries, block_vD in _float32_blocks(head.weight):
+        logits_nV[:, entries] = hidden_nD @ block_vD.T
+    return logits_nV
+
+
+def _float32_blocks(weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a weight as float32: all at once if they are, else in copies of ``CAST_WEIGHTS`` numbers."""
+    if weight_VD.dtype == torch.float32:
+        yield slice(None), weight_VD
+        return
+    vocabulary, size = weight_VD.shape
+    rows = max(1, CAST_WEIGHTS // size)
+    for start in range(0, vocabulary, rows):
+        entries = slice(start, start + rows)
+        yield entries, weight_VD[entries].float()
 
 
 class _Attach(torch.autograd.Function):

@@ -958,3 +958,26 @@ def test_a_plain_head_sums_in_float32_under_autocast():
         found.append((value.detach(), statistics["reverse_kl"], head.weight.grad, leaf.grad))
     for mine, expected in zip(*found, strict=True):
         assert norm_error(mine, expected.double()) < 8e-3
+
+
+@each_loss
+def test_a_bfloat16_head_gives_float32_logits(loss):
+    """The products of bfloat16 numbers are exact in float32, so only the gradient handed back is rounded."""
+    generator = torch.Generator().manual_seed(5)
+    head = torch.nn.Linear(D, V, bias=False).bfloat16()
+    hidden, teacher = torch.randn(2, N, D, generator=generator).bfloat16()
+    tokens, weights = torch.randint(V, (N,), generator=generator), torch.rand(N, generator=generator)
+    leaf = hidden.clone().requires_grad_()
+    value, statistics = chunked_loss(loss, leaf, head, [head.weight], tokens, weights, (teacher, head), chunk_size=3)
+    exact_value, *exact = exact_gradients(loss, hidden, head.weight, teacher, tokens, weights)
+    assert value.dtype == statistics["loss"].dtype == torch.float32
+    assert error(value, exact_value) < 1e-5
+    value.backward()
+    for gradient, expected in zip((leaf.grad, head.weight.grad), exact, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert norm_error(gradient, expected) < 4e-3
+
+
+def test_a_bfloat16_head_is_cast_in_blocks(monkeypatch):
+    monkeypatch.setattr("selfdistill.loss.chunked.CAST_WEIGHTS", 4 * D)
+    test_a_bfloat16_head_gives_float32_logits(Divergence("forward_kl"))
