@@ -69,7 +69,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "sft+anchors": WITH | {"method": "sft"},
     "sdft+anchors": WITH | {"method": "sdft"},
     "sdft+anchors@16": WITH | {"method": "sdft", "batch_size": 16},
+    "sdft+anchors+rates": WITH | {"method": "sdft", "batch_size": 16},
 }
+OF_SKILL: dict[str, dict[str, dict[str, Any]]] = {
+    "sdft+anchors+rates": {"tools": {"batch_size": 8, "learning_rate": 1e-4}},
+}
+"""What an arm changes for one skill, chosen on validation parts."""
 LOOKS = 2
 """Measurements along each skill."""
 WHERE = "where.json"
@@ -92,7 +97,8 @@ def learn(state: Path, arm: str, seed: int, skills: list[str], part: str) -> dic
         own = {"max_steps": steps, "seed": seed, "name": skill, "state": str(state)}
         looks = {"eval_steps": steps // LOOKS} if len(skills) > 1 else {}
         files = {"data": packaged(f"{skill}.train.jsonl"), "test": packaged(f"{skill}.{part}.jsonl")}
-        config = LearnConfig(**COMMON | SKILLS[skill] | ARMS[arm] | own | base | looks | files)
+        settings = COMMON | SKILLS[skill] | ARMS[arm] | OF_SKILL.get(arm, {}).get(skill, {})
+        config = LearnConfig(**settings | own | base | looks | files)
         result = add(config)
         assert result["accepted"], result["reasons"]
         here = json.dumps(where(config.mixed_precision))
