@@ -259,7 +259,9 @@ def test_a_task_with_its_own_metrics_is_tried_on_one_item(
         with (folder / f"{name}.yaml").open("a", encoding="utf-8") as file:
             file.write(f"process_results: !function scores.{name}\n")
     loaded = load()
-    with pytest.raises(UserError, match="task 'share' measures acc, expected .* that is 0 or 1 per item; leave it out"):
+    with pytest.raises(
+        UserError, match=r"task 'share' measures acc, expected .* that is 0 or 1 per item; leave it out"
+    ):
         measure(loaded, ["flies", "share"], folder)
     assert seen.pop() == (["share"], 1)
     flies, likeliest = measure(loaded, ["flies", "likeliest"], folder)
