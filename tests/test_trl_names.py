@@ -18,9 +18,9 @@ HERE = {*TrainConfig.model_fields, *ARGUMENTS}
 
 
 def rows() -> list[tuple[str, str]]:
-    """The rows of the page's tables: what is TRL's, and what is here. ``a; b`` on both sides are two rows."""
+    """The rows of the tables with two columns: what is TRL's, and what is here. ``a; b`` on both sides are two rows."""
     found = []
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
+    for line in re.findall(r"^\| [^|]* \| [^|]* \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE):
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("| ") and cells[0] not in ("TRL", "TRL 1.16"):
             parts = [cell.split("; ") for cell in cells]

@@ -9,7 +9,7 @@ import copy
 import functools
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +64,10 @@ def lm_eval_abilities(
 
     Raises:
         UserError: lm-eval is not installed, the folder or a task does not exist, or a task cannot be loaded, cannot run
-            or has no metric in ``METRICS``.
+            or has no metric in ``METRICS``. The last is told before the tasks run: by the names of a task's metrics,
+            and where the task computes them itself, by its first item.
     """
     try:
-        import lm_eval.evaluator
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UserError(
@@ -91,15 +91,13 @@ def lm_eval_abilities(
                 # It would switch autocast off.
                 mixed_precision_dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
             )
-        try:
-            # Not simple_evaluate: it also queries the hub about the model, and git and pip about the machine.
-            results = lm_eval.evaluator.evaluate(language_model, found, limit=limit, bootstrap_iters=0)
-        except Exception as error:
-            if isinstance(error, RuntimeError):  # from PyTorch: out of memory, or a bug
-                raise
-            names = ", ".join(found["tasks"])
-            raise UserError(f"lm-eval: cannot run {names}: {named_error(error)}") from error
-    return [_result(name, samples) for name, samples in results["samples"].items()]
+        own = {name: task for name, task in found["tasks"].items() if callable(task.get_config("process_results"))}
+        if own:
+            with _undisturbed(loaded.model):
+                _run(language_model, {"tasks": own, "groups": {}}, limit=1)
+            for task in own.values():  # the trial has drawn few-shot examples
+                task.set_fewshot_seed(_OTHER_SEED)
+        return _run(language_model, found, limit)
 
 
 def _load(tasks: Sequence[str], include_path: str | None) -> dict[str, Any]:
@@ -118,6 +116,9 @@ def _load(tasks: Sequence[str], include_path: str | None) -> dict[str, Any]:
                 loaded = manager.load([name])
         except Exception as error:  # from datasets, the hub or the task's own code
             raise UserError(f"lm_eval_tasks: task {name!r} cannot be loaded: {named_error(error)}") from error
+        for part, task in loaded["tasks"].items():
+            if not set(METRICS) & set(task.aggregation()):
+                raise _unfit(part, task.aggregation())
         found = {kind: found[kind] | loaded[kind] for kind in found}
     for task in found["tasks"].values():
         if task.get_config("num_fewshot") is None:
@@ -134,19 +135,37 @@ def _manager(include_path: str | None) -> Any:
     return TaskManager(include_path=include_path)
 
 
+def _run(language_model: Any, found: dict[str, Any], limit: int | None) -> list[TaskResult]:
+    import lm_eval.evaluator
+
+    try:
+        # Not simple_evaluate: it also queries the hub about the model, and git and pip about the machine.
+        results = lm_eval.evaluator.evaluate(language_model, found, limit=limit, bootstrap_iters=0)
+    except Exception as error:
+        if isinstance(error, RuntimeError):  # from PyTorch: out of memory, or a bug
+            raise
+        names = ", ".join(found["tasks"])
+        raise UserError(f"lm-eval: cannot run {names}: {named_error(error)}") from error
+    return [_result(name, samples) for name, samples in results["samples"].items()]
+
+
 def _result(name: str, samples: Sequence[dict[str, Any]]) -> TaskResult:
     first = samples[0]["filter"]  # a task with several filters lists its items once per filter
     items = sorted((item for item in samples if item["filter"] == first), key=lambda item: item["doc_id"])
     metric = next((metric for metric in METRICS if metric in items[0]), None)
     values = [item[metric] for item in items] if metric else []
     if not metric or not all(value in (0, 1) for value in values):
-        raise UserError(
-            f"lm_eval_tasks: task {name!r} measures {', '.join(items[0]['metrics'])}, expected one of "
-            f"{', '.join(METRICS)} that is 0 or 1 per item; leave it out"
-        )
+        raise _unfit(name, items[0]["metrics"])
     norm = float(sum(item["acc_norm"] for item in items)) / len(items) if "acc_norm" in items[0] else None
     correct = [bool(value == 1) for value in values]
     return TaskResult(name, len(items), sum(correct) / len(items), norm, correct, f"{metric},{first}")
+
+
+def _unfit(name: str, metrics: Iterable[str]) -> UserError:
+    return UserError(
+        f"lm_eval_tasks: task {name!r} measures {', '.join(metrics)}, expected one of {', '.join(METRICS)} that is 0 "
+        "or 1 per item; leave it out"
+    )
 
 
 @contextmanager

@@ -202,6 +202,7 @@ def test_mistakes_are_one_line(
     text = {"output_type": "loglikelihood", "doc_to_choice": None, "doc_to_text": "", "doc_to_target": "{{ query }}"}
     metric = [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]
     write_task("texts", QUESTIONS, metric_list=metric, **text)
+    write_task("loose", QUESTIONS, metric_list=[metric[0] | {"metric": "acc_norm", "aggregation": "mean"}])
     write_task("lost", QUESTIONS, dataset_kwargs={"data_files": {"test": str(folder / "none.jsonl")}})
     cases = [
         (["flis"], folder, f"lm_eval_tasks: no task 'flis' in lm-eval or {folder}; did you mean flies?"),
@@ -213,7 +214,9 @@ def test_mistakes_are_one_line(
             folder,
             "lm_eval_tasks: task 'texts' measures perplexity, expected one of acc, exact_match, em that",
         ),
+        (["flies", "loose"], folder, "lm_eval_tasks: task 'loose' measures acc_norm, expected one of acc, exact_match"),
     ]
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", lambda *_, **__: pytest.fail("something was run"))
     for tasks, path, message in cases:
         with pytest.raises(UserError) as error:
             measure(loaded, tasks, path)
@@ -222,6 +225,50 @@ def test_mistakes_are_one_line(
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     with pytest.raises(UserError, match=r"pip install 'selfdistill\[lm-eval\]'$"):
         measure(loaded, ["flies"], folder)
+
+
+SCORES = """
+def share(doc, results):
+    return {"acc": 0.5 if doc["gold"] else 0.25}
+
+def likeliest(doc, results):
+    lengths = [value for value, _ in results]
+    return {"acc": float(lengths.index(max(lengths)) == doc["gold"])}
+"""
+
+
+def test_a_task_with_its_own_metrics_is_tried_on_one_item(
+    load: Callable[..., LoadedModel], write_task: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval.evaluator
+
+    real, seen, results = lm_eval.evaluator.evaluate, [], []
+
+    def spy(model: Any, tasks: dict[str, Any], **settings: Any) -> Any:
+        seen.append((list(tasks["tasks"]), settings["limit"]))
+        results.append(real(model, tasks, **settings))
+        return results[-1]
+
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", spy)
+    shots = {"num_fewshot": 2, "fewshot_split": "test", "fewshot_config": {"sampler": "default"}}
+    accuracy = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    folder = write_task("flies", QUESTIONS, metric_list=accuracy, **shots)
+    (folder / "scores.py").write_text(SCORES, encoding="utf-8")
+    for name in ("share", "likeliest"):
+        write_task(name, QUESTIONS, metric_list=accuracy, **shots)
+        with (folder / f"{name}.yaml").open("a", encoding="utf-8") as file:
+            file.write(f"process_results: !function scores.{name}\n")
+    loaded = load()
+    with pytest.raises(
+        UserError, match=r"task 'share' measures acc, expected .* that is 0 or 1 per item; leave it out"
+    ):
+        measure(loaded, ["flies", "share"], folder)
+    assert seen.pop() == (["share"], 1)
+    flies, likeliest = measure(loaded, ["flies", "likeliest"], folder)
+    assert seen == [(["likeliest"], 1), (["flies", "likeliest"], None)]
+    assert likeliest.correct == flies.correct
+    prompts = [[item["arguments"] for item in samples] for samples in results[-1]["samples"].values()]
+    assert prompts[0] == prompts[1]  # the trial has used up no few-shot examples
 
 
 def test_settings() -> None:
