@@ -114,7 +114,7 @@ def begin(
     if config.anchor_share and again:
         of_all = f"{again} of {number_of(again + len(memory), 'prompt')} of earlier skills"
         say_note(f"{config.name} teaches {of_all} again, so they are not rehearsed")
-    if config.anchor_share and (known := rehearsed_and_asked(memory, as_shown(config, splits["test"]))):
+    if config.anchor_share and (known := rehearsed_and_asked(config, memory, splits["test"])):
         say_note(
             f"{known} of {number_of(len(memory), 'prompt')} of earlier skills are also test questions of "
             f"{config.name}; on these, rehearsal preserves the replies from before the addition"

@@ -18,6 +18,7 @@ from picture_models import FAMILIES
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_worlds import LOOK_UP
+from tool_templates import HERMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.cli import main
@@ -94,6 +95,14 @@ def anchors_of(folder: Path) -> list[str]:
     return list(found["anchors"])
 
 
+def state_without_skills(folder: Path, model: Path) -> Ledger:
+    """A state of which nothing was measured."""
+    (folder / "start").mkdir(parents=True)
+    state = {"model": str(model), "dtype": "float32", "mixed_precision": "no", "chat_template_kwargs": None}
+    (folder / "start" / "state.yaml").write_text(yaml.safe_dump(state), encoding="utf-8")
+    return Ledger(str(folder))
+
+
 # --- what stays, and what is rehearsed ---
 
 
@@ -127,6 +136,59 @@ def test_tools_and_template_arguments_of_a_row_stay_with_its_prompt(
     assert found
     assert all(row.keys() == {"prompt", "tools", "chat_template_kwargs"} for row in found)
     assert all(row["tools"] == tools and row["chat_template_kwargs"] == {"hint": "h"} for row in found)
+
+
+def weather(city: str) -> dict[str, Any]:
+    """A row with two replies: a call, and what the model says to its result."""
+    call = {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": {"city": city}}]}
+    said = [call, {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "Wet."}]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    return {"prompt": f"Weather in {city}?", "completion": said, "tools": tools}
+
+
+CITIES = ("Oslo", "Rome", "Bern")
+
+
+@pytest.mark.parametrize(
+    ("values", "learnt"),
+    [
+        ({}, [["user"], ["user", "assistant", "tool"]]),
+        ({"method": "sdft", "context": "turns"}, [["user"], ["user", "assistant", "tool"]]),
+        ({"method": "grpo", "num_generations": 2}, [["user", "assistant", "tool"]]),
+        ({"method": "sdft", "context": "turns", "max_prompt_length": 450, "on_long_prompt": "drop"}, [["user"]]),
+    ],
+)
+def test_of_an_episode_the_prompts_of_all_replies_that_are_learnt_are_rehearsed(
+    make: Settings,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    values: dict[str, Any],
+    learnt: list[list[str]],
+) -> None:
+    model = model_folder(layers=1, template=HERMES, room=1024)
+    ledger = state_without_skills(tmp_path / "state", model)
+
+    def begun(skill: str, rows: list[dict[str, Any]], **own: Any) -> None:
+        config = make(skill, rows, name=skill, max_completion_length=100, **own)
+        taught = load_demonstrations(config.data, turns="auto")
+        begin(ledger, config, {"train": taught, "test": load_demonstrations(test, turns="auto")})
+
+    test = str(tmp_path / "first.jsonl")
+    begun("first", [weather(city) for city in CITIES], **values)
+    kept = rows_of(ledger.pending / "prompts.jsonl")
+    assert [[turn["role"] for turn in row["prompt"]] for row in kept] == learnt * len(CITIES)
+    (ledger.pending / "model").symlink_to(model)
+    (ledger.pending / "result.json").write_text("{}", encoding="utf-8")
+    ledger.accept("first")
+
+    begun("second", [{"prompt": "Hello?", "completion": "Hello."}])
+    assert rows_of(ledger.pending / "memory.jsonl") == kept
+    asked = len(CITIES) if len(learnt[-1]) > 1 else 0
+    said = f"note: {asked} of {len(kept)} prompts of earlier skills are also test questions of second;"
+    assert (said in capsys.readouterr().err) == bool(asked)
+    begun("third", [weather(city) for city in CITIES])
+    assert f"third teaches {len(kept)} of {len(kept)} prompts of earlier" in capsys.readouterr().err
 
 
 def test_a_prompt_in_an_environment_stays_as_the_model_saw_it(make: Settings, tmp_path: Path) -> None:
