@@ -55,7 +55,8 @@ def check_anchor_lengths(run: TrainConfig, config: LearnConfig, memory: Sequence
 def fitting_rows(run: TrainConfig, config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demonstration]:
     """What can be learnt, within all limits on lengths: rows, or their turns where some may be too long.
 
-    In the order of the rows. The teacher's prompt counts only with a context other than ``auto``, which is not chosen yet.
+    In the order of the rows. The teacher's prompt counts only with a context other than ``auto``, which is not chosen
+    yet.
 
     Args:
         run: settings of the training.

@@ -103,6 +103,13 @@ def state_without_skills(folder: Path, model: Path) -> Ledger:
     return Ledger(str(folder))
 
 
+def accept_unmeasured(ledger: Ledger, name: str) -> None:
+    """Accept the pending addition with the model before it."""
+    (ledger.pending / "model").symlink_to(ledger.model)
+    (ledger.pending / "result.json").write_text("{}", encoding="utf-8")
+    ledger.accept(name)
+
+
 # --- what stays, and what is rehearsed ---
 
 
@@ -170,7 +177,7 @@ def test_of_an_episode_the_prompts_of_all_replies_that_are_learnt_are_rehearsed(
     ledger = state_without_skills(tmp_path / "state", model)
 
     def begun(skill: str, rows: list[dict[str, Any]], **own: Any) -> None:
-        config = make(skill, rows, name=skill, max_completion_length=100, **own)
+        config = make(skill, rows, name=skill, test=test, max_completion_length=100, **own)
         taught = load_demonstrations(config.data, turns="auto")
         begin(ledger, config, {"train": taught, "test": load_demonstrations(test, turns="auto")})
 
@@ -178,9 +185,7 @@ def test_of_an_episode_the_prompts_of_all_replies_that_are_learnt_are_rehearsed(
     begun("first", [weather(city) for city in CITIES], **values)
     kept = rows_of(ledger.pending / "prompts.jsonl")
     assert [[turn["role"] for turn in row["prompt"]] for row in kept] == learnt * len(CITIES)
-    (ledger.pending / "model").symlink_to(model)
-    (ledger.pending / "result.json").write_text("{}", encoding="utf-8")
-    ledger.accept("first")
+    accept_unmeasured(ledger, "first")
 
     begun("second", [{"prompt": "Hello?", "completion": "Hello."}])
     assert rows_of(ledger.pending / "memory.jsonl") == kept
@@ -286,6 +291,44 @@ def test_rehearsed_prompts_that_test_the_new_skill_are_noted(
     assert texts_of(tmp_path / "state/pending/memory.jsonl") == [row.prompt[0]["content"] for row in known[:2]]
     said = "note: 2 of 2 prompts of earlier skills are also test questions of new; on these, rehearsal preserves"
     assert (said in capsys.readouterr().err) == bool(share)
+
+
+def test_rows_that_test_an_earlier_skill_are_not_learnt_or_noted(
+    make: Settings, model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = state_without_skills(tmp_path / "state", model_folder(layers=1))
+
+    def learnt(skill: str, train: str, asked: str, **values: Any) -> tuple[list[str], str]:
+        """The completions of the rows that are learnt, which are letters, and what is said about them."""
+        rows = {
+            split: [Demonstration(f"q {x.lower()}", x, answer=2, row=number) for number, x in enumerate(letters)]
+            for split, letters in (("train", train), ("test", asked))
+        }
+        used = begin(ledger, make(name=skill, **values), rows)
+        written = [row["completion"] for row in rows_of(ledger.pending / "train.jsonl")]
+        assert written == [row.completion for row in used["train"]]
+        return written, capsys.readouterr().err
+
+    assert learnt("first", "abcd", "efgh") == ([*"abcd"], "")
+    accept_unmeasured(ledger, "first")
+    assert learnt("second", "aei", "j")[0] == [*"ai"]
+    accept_unmeasured(ledger, "second")
+
+    written, said = learnt("third", "aEgjkx", "yz")
+    assert written == [*"akx"]
+    told = "3 of 6 rows to train on are test questions of earlier skills (2 of 4 of first, 1 of 1 of second)"
+    assert f"note: {told}, so they are left out; to learn them, give a test\n" in said
+    written, said = learnt("third", "aEgkx", "yz", test="its own")
+    assert written == [*"aEgkx"]
+    told = "third teaches test questions of earlier skills (2 of 4 of first)"
+    assert f"note: {told}, so their scores no longer tell what is retained\n" in said
+    with pytest.raises(
+        UserError, match=r"first\.jsonl: all rows to train on are test questions of earlier skills; give"
+    ):
+        learnt("third", "efg", "x")
+    assert "test questions" not in learnt("third", "ax", "e")[1]
+    asks = {"environment": "python:tiny_worlds.Asks"}  # in an environment, prompts may be the same
+    assert learnt("third", "aeE", "z", **asks)[0] == [*"aE"]
 
 
 def test_without_memory_and_anchors_a_step_is_the_skill_alone(make: Settings, tmp_path: Path) -> None:
