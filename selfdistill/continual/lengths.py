@@ -49,7 +49,8 @@ def check_anchor_lengths(run: TrainConfig, config: LearnConfig, memory: Sequence
     try:
         examples_of_prompts(run, memory, loaded, chat, run.on_long_prompt)
     except UserError as error:
-        raise UserError(f"prompts of earlier skills: {error}; anchor_share 0 rehearses none") from None
+        advice = "; anchor_share 0 rehearses none" if isinstance(error, NothingFits) else ""
+        raise UserError(f"prompts of earlier skills: {error}{advice}") from None
 
 
 def fitting_rows(run: TrainConfig, config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demonstration]:

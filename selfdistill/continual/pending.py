@@ -22,6 +22,7 @@ from selfdistill.continual.rehearsal import (
     as_shown,
     check_batch,
     keep_prompts,
+    longer_replies,
     rehearsed,
     rehearsed_and_asked,
     run_config,
@@ -122,6 +123,11 @@ def begin(
         say_note(
             f"{known} of {number_of(len(memory), 'prompt')} of earlier skills are also test questions of "
             f"{config.name}; on these, rehearsal preserves the replies from before the addition"
+        )
+    if config.anchor_share and memory and (longer := longer_replies(config, ledger.skills)):
+        say_note(
+            f"rehearsed replies end after {config.max_completion_length} tokens, but {longer[0]} was learnt with up to "
+            f"{longer[1]}; raise max_completion_length"
         )
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
         for split, rows in used.items():

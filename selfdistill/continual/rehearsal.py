@@ -99,6 +99,17 @@ def rehearsed_and_asked(config: LearnConfig, memory: Sequence[Demonstration], te
     return sum(_key(prompt) in asked for prompt in memory)
 
 
+def longer_replies(config: LearnConfig, skills: Sequence[Skill]) -> tuple[str, int] | None:
+    """Of skills learnt with a larger ``max_completion_length``, the name and limit of the one with the largest."""
+    limits = {
+        skill.name: settings.max_completion_length
+        for skill in skills
+        if (settings := settings_of(skill.folder)).remember != "none"
+    }
+    found = max(limits.items(), key=lambda item: item[1], default=None)
+    return found if found and found[1] > config.max_completion_length else None
+
+
 def _key(row: Demonstration) -> str:
     """What the model sees of a row."""
     return json.dumps([row.prompt, row.template_options])

@@ -331,6 +331,40 @@ def test_rows_that_test_an_earlier_skill_are_not_learnt_or_noted(
     assert learnt("third", "aeE", "z", **asks)[0] == [*"aE"]
 
 
+@pytest.mark.parametrize(
+    ("values", "remember", "noted"),
+    [
+        ({}, "all", True),
+        ({"max_completion_length": 30}, "all", False),
+        ({"anchor_share": 0}, "all", False),
+        ({}, "none", False),
+    ],
+)
+def test_replies_that_are_rehearsed_to_a_part_are_noted(
+    make: Settings,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    values: dict[str, Any],
+    remember: str,
+    noted: bool,
+) -> None:
+    ledger = state_without_skills(tmp_path / "state", model_folder(layers=1))
+
+    def begun(skill: str, length: int, **own: Any) -> None:
+        rows = {split: [Demonstration(f"{split} {skill}", "x")] for split in ("train", "test")}
+        begin(ledger, make(name=skill, **{"max_completion_length": length} | own), rows)
+
+    for skill, length in (("short", 9), ("reports", 30)):
+        begun(skill, length, remember="all" if skill == "short" else remember)
+        accept_unmeasured(ledger, skill)
+    capsys.readouterr()
+    begun("new", 9, **values)
+    told = "rehearsed replies end after 9 tokens, but reports was learnt with up to 30; raise max_completion_length"
+    said = capsys.readouterr().err
+    assert (f"note: {told}\n" in said) == ("rehearsed replies" in said) == noted
+
+
 def test_without_memory_and_anchors_a_step_is_the_skill_alone(make: Settings, tmp_path: Path) -> None:
     add(make(remember="none", anchors="none"))
     add(make("second", anchors="none"))
@@ -504,10 +538,14 @@ def test_anchors_that_are_too_long_are_told_before_anything_is_measured(
         patch.setattr(add_skill, "measure_model", lambda *_: pytest.fail("it was measured"))
         told = (
             r"^prompts of earlier skills: 1 of 3 rows do not fit: skill first, prompt 3: prompt has \d+ tokens, limit "
-            r"60; raise max_prompt_length, or drop them with on_long_prompt drop; anchor_share 0 rehearses none$"
+            r"60; raise max_prompt_length, or drop them with on_long_prompt drop$"
         )
         with pytest.raises(UserError, match=told):
             add(make("second", **limits))
+        told = r"^prompts of earlier skills: 3 of 3 .* raise max_prompt_length; anchor_share 0 rehearses none$"
+        short = [{"prompt": str(i), "completion": "x"} for i in range(10)]
+        with pytest.raises(UserError, match=told):
+            add(make("second", short, **limits | {"max_prompt_length": 21}, on_long_prompt="drop"))
         told = r"^1 of 1 rows do not fit: own\.txt:1: prompt has \d+ tokens, limit 60;"
         for state in ("state", "new"):
             with pytest.raises(UserError, match=told):
