@@ -1124,6 +1124,28 @@ def test_a_prior_file_may_have_any_name(make: Settings, tmp_path: Path) -> None:
         assert add(make(skill, prior=str(prior), max_steps=1))["after"]["prior"].keys() == {"choices"}
 
 
+def test_what_is_not_measured_without_prior_questions_is_noted(
+    make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def noted(**values: Any) -> list[str]:
+        with pytest.raises(UserError, match="too few to hold some out"):
+            learn(make(test_share=0.99, **values))
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+
+    state = tmp_path / "state"
+    created = (
+        f"note: {state} is created without prior questions, so what the model loses outside its skills is not "
+        "measured; they can only be given now, with prior"
+    )
+    gate = f"note: max_prior_drop has no effect: {state} has no prior questions"
+    assert noted(prior=None) == [created, gate]
+    assert not noted()
+    (state / "start").mkdir(parents=True)
+    assert noted(prior=None) == [gate]
+    (state / "start" / "prior").mkdir()
+    assert not noted(prior=None)
+
+
 @pytest.mark.parametrize("action", ["status", "history", "rollback", "discard", "export"])
 def test_an_action_without_data_refuses_it(make: Settings, action: str) -> None:
     with pytest.raises(UserError, match=f"^learn {action}: takes no data, found 'x.jsonl'; leave it out$"):
