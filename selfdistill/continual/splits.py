@@ -14,6 +14,9 @@ from selfdistill.methods import scorer_judges
 from selfdistill.runtime import say_note
 from selfdistill.training import chosen_rows
 
+HELD_OUT = "; the test is rows that were not learnt: for facts, give other phrasings of the learnt ones as test"
+"""Advice on a test that was split off."""
+
 
 def split_rows(config: LearnConfig, lacks: Lacks, in_memory: Mapping[str, Rows]) -> dict[str, list[Demonstration]]:
     """Split the data into ``train``, ``validation`` (of a stream) and ``test``.

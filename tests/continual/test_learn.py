@@ -519,13 +519,14 @@ def test_a_skill_is_compared_with_its_score_when_it_was_learnt_however_many_came
             0.5,
             {"max_skill_drop": 0.05},
             [
-                "note: first: 0.500 before, 0.500 after on 20 items: no improvement; to undo: UNDO",
+                "note: first: 0.500 before, 0.500 after on 20 items: no improvement; the test is rows that were not "
+                "learnt: for facts, give other phrasings of the learnt ones as test; to undo: UNDO",
                 "accepted: first is skill 1 of STATE; it counts as retained at 0.450 or more (20 test items)",
             ],
         ),
         (
             0.45,
-            {"max_skill_drop": 0.9},
+            {"max_skill_drop": 0.9, "test": "test.jsonl"},
             [
                 "note: first: 0.500 before, 0.450 after on 20 items: no improvement; to undo: UNDO",
                 "accepted: first is skill 1 of STATE; it counts as retained at any score (20 test items)",
@@ -535,12 +536,16 @@ def test_a_skill_is_compared_with_its_score_when_it_was_learnt_however_many_came
 )
 def test_what_is_accepted_is_said_with_what_it_must_keep(
     make: Settings,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     after: float,
     values: dict[str, Any],
     said: list[str],
 ) -> None:
+    write_rows([{"prompt": "p", "completion": "f"}], name="test.jsonl")
+    monkeypatch.chdir(tmp_path)
     fixed(monkeypatch, {"first": [0.5, after]}, [0.5, 0.5])
     config = make(max_steps=1, **({"max_skill_drop": None} | values))
     assert add(config)["accepted"]
