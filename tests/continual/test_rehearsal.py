@@ -199,11 +199,13 @@ def test_of_an_episode_the_prompts_of_all_replies_that_are_learnt_are_rehearsed(
 def test_a_prompt_in_an_environment_stays_as_the_model_saw_it(make: Settings, tmp_path: Path) -> None:
     shutil.copytree(WRITTEN / "memory", tmp_path / "state")
     ledger, config = Ledger(str(tmp_path / "state")), make(name="new", environment="python:tiny_worlds.Asks")
-    row = Demonstration("q", "ab", answer=2)
+    said = [{"role": role, "content": text} for role, text in (("assistant", "a"), ("user", "!"), ("assistant", "b"))]
+    row = Demonstration("q", "b", answer=2, episode=tuple(said))
     begin(ledger, config, {"train": [row], "test": []})
-    (kept,) = rows_of(ledger.pending / "prompts.jsonl")
-    assert [turn["content"] for turn in kept["prompt"]] == ["q", "Go on, 2 times."]
-    assert kept["tools"] == [LOOK_UP]
+    first, last = rows_of(ledger.pending / "prompts.jsonl")
+    assert [turn["content"] for turn in first["prompt"]] == ["q", "Go on, 2 times."]
+    assert last["prompt"] == [*first["prompt"], *said[:-1]]
+    assert first["tools"] == last["tools"] == [LOOK_UP]
     (taught,) = load_demonstrations(str(ledger.pending / "train.jsonl"))
     assert taught.prompt == row.prompt
 
@@ -287,7 +289,11 @@ def test_rehearsed_prompts_that_test_the_new_skill_are_noted(
     (skill,) = Ledger(str(tmp_path / "state")).skills
     known = load_demonstrations(str(skill.folder / "train.jsonl"))
     new = [replace(row, completion="new") for row in known]
-    begin(Ledger(str(tmp_path / "state")), make(name="new", anchor_share=share), {"train": new[2:], "test": new[:2]})
+    begin(
+        Ledger(str(tmp_path / "state")),
+        make(name="new", anchor_share=share, test="own"),
+        {"train": new[2:], "test": new[:2]},
+    )
     assert texts_of(tmp_path / "state/pending/memory.jsonl") == [row.prompt[0]["content"] for row in known[:2]]
     said = "note: 2 of 2 prompts of earlier skills are also test questions of new; on these, rehearsal preserves"
     assert (said in capsys.readouterr().err) == bool(share)
