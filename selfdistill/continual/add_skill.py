@@ -24,7 +24,7 @@ from selfdistill.continual.ledger import MEASURED_WITH, NO_IMPROVEMENT, PENDING,
 from selfdistill.continual.lengths import check_anchor_lengths, date_shown, fitting_rows
 from selfdistill.continual.pending import begin
 from selfdistill.continual.rehearsal import MEMORY, as_shown, check_batch, cost_of, keep_prompts, run_config, total
-from selfdistill.continual.splits import split_rows
+from selfdistill.continual.splits import HELD_OUT, split_rows
 from selfdistill.continual.stream import learn_stream
 from selfdistill.data import JUDGE, Demonstration, Rows, load_demonstrations, load_prompts, located
 from selfdistill.errors import RERUN, RESUME, CannotResume, RunFailed, RunStopped, UserError
@@ -114,7 +114,7 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
             if score <= before:
                 said = f"{before:.3f} before, {score:.3f} after on {items} items: {NO_IMPROVEMENT}"
                 undo = f"selfdistill learn --state {shlex.quote(config.state)} rollback"
-                say(f"note: {name}: {said}; to undo: {undo}")
+                say(f"note: {name}: {said}{'' if config.test else HELD_OUT}; to undo: {undo}")
             least = least_retained(after, config)
             kept = f"it counts as retained at {least:.3f} or more ({items} test items)"
             if least <= 0:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from selfdistill.config import ExportConfig, LearnConfig
 from selfdistill.continual.add_skill import add
-from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger, settings_of
+from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, START, UNDONE, Ledger, settings_of
 from selfdistill.continual.rehearsal import remembered, sum_if_known
 from selfdistill.continual.retention import transfer
 from selfdistill.continual.stream import OF_CHUNKS
@@ -83,6 +83,7 @@ def learn(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> L
         say_note(f"learn {config.action} ignores these settings: {', '.join(ignored)}")
     if not adds:
         return LearnResult(config.action, config.state, _ACTIONS[config.action](config))
+    _note_on_prior(config)
     details = add(config, in_memory)
     return LearnResult(config.action, config.state, details, _status(config) if details["accepted"] else None)
 
@@ -95,6 +96,20 @@ def _unused(action: str) -> set[str]:
         return {"output_dir", "max_steps", "num_train_epochs", "eval_steps", "save_total_limit", *OF_CHUNKS}
     used = {"state", "action"} | ({"output_dir"} if action == "export" else set())
     return LearnConfig.model_fields.keys() - used
+
+
+def _note_on_prior(config: LearnConfig) -> None:
+    """Say that prior abilities are not measured, where that is decided or their gate is set."""
+    start = Path(config.state) / START
+    if config.prior or (start / "prior").is_dir():
+        return
+    if not start.is_dir():
+        say_note(
+            f"{config.state} is created without prior questions, so what the model loses outside its skills is not "
+            "measured; they can only be given now, with prior"
+        )
+    if "max_prior_drop" in config.model_fields_set:
+        say_note(f"max_prior_drop has no effect: {config.state} has no prior questions")
 
 
 def _export(config: LearnConfig) -> dict[str, Any]:

@@ -49,13 +49,15 @@ def check_anchor_lengths(run: TrainConfig, config: LearnConfig, memory: Sequence
     try:
         examples_of_prompts(run, memory, loaded, chat, run.on_long_prompt)
     except UserError as error:
-        raise UserError(f"prompts of earlier skills: {error}; anchor_share 0 rehearses none") from None
+        advice = "; anchor_share 0 rehearses none" if isinstance(error, NothingFits) else ""
+        raise UserError(f"prompts of earlier skills: {error}{advice}") from None
 
 
 def fitting_rows(run: TrainConfig, config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demonstration]:
-    """The rows that can be learnt: within all limits on lengths, for an episode at least one of its turns.
+    """What can be learnt, within all limits on lengths: rows, or their turns where some may be too long.
 
-    The teacher's prompt counts only with a context other than ``auto``, which is not chosen yet.
+    In the order of the rows. The teacher's prompt counts only with a context other than ``auto``, which is not chosen
+    yet.
 
     Args:
         run: settings of the training.
@@ -66,8 +68,9 @@ def fitting_rows(run: TrainConfig, config: LearnConfig, rows: Sequence[Demonstra
         UserError: rows are too long and ``on_long_prompt`` is ``error``, or all of them are.
     """
     loaded, chat = _model_of(run)
-    is_stream = config.action == "stream"
-    found = _of_chunks(run, config, rows, loaded, chat) if is_stream else _of_method(run, rows, loaded, chat)
+    if config.action != "stream":
+        return _of_method(run, rows, loaded, chat)
+    found = _of_chunks(run, config, rows, loaded, chat)
     return [row for row in rows if row.row in found]
 
 
@@ -82,18 +85,19 @@ def date_shown(run: TrainConfig) -> str | None:
     return _model_of(run)[1].date
 
 
-def _of_method(run: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat) -> set[int]:
-    """Numbers of the rows that the method encodes; all, if it learns from something else, such as documents."""
+def _of_method(
+    run: TrainConfig, rows: Sequence[Demonstration], loaded: LoadedModel, chat: ChatFormat
+) -> list[Demonstration]:
+    """What the method encodes of the rows; all of them, if it learns from something else, such as documents."""
     own = run.model_copy(update={"anchors": ()})
     methods = [part.method for parts in stages_of(own) for part in parts if not part.same_samples]
     sources = {(method.examples, with_teachers_window(loaded, method).window) for method in methods}
     learnt = [(source, window) for source, window in sources if isinstance(source, DemonstrationExamples)]
-    found: set[int] = set() if learnt else {row.row for row in rows}
+    found = [] if learnt else list(rows)
     for source, window in learnt:
         shown = replace(source, context=None) if source.context == "auto" else source
-        encoded = [example.demonstration for example in shown(rows, replace(loaded, window=window), chat)[0]]
-        found |= {(row.turn_of or row).row for row in encoded}
-    return found
+        found += [example.demonstration for example in shown(rows, replace(loaded, window=window), chat)[0]]
+    return sorted(found, key=lambda x: ((x.turn_of or x).row, len(x.prompt)))
 
 
 def _of_chunks(

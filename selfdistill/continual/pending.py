@@ -22,14 +22,16 @@ from selfdistill.continual.rehearsal import (
     as_shown,
     check_batch,
     keep_prompts,
+    longer_replies,
     rehearsed,
     rehearsed_and_asked,
     run_config,
 )
+from selfdistill.continual.splits import rows_to_learn
 from selfdistill.data import Demonstration, write_demonstrations
 from selfdistill.errors import UserError, number_of
 from selfdistill.runtime import say, say_note, write_atomically, write_json
-from selfdistill.training import chosen_rows, whole_folder
+from selfdistill.training import whole_folder
 
 _TAKEN = (
     *("adapter_base", "logging_steps", "report_to", "save_total_limit", "judge_url"),
@@ -74,7 +76,7 @@ def begin(
         splits: its rows.
 
     Returns:
-        The splits with the training rows that ``num_demonstrations`` draws.
+        The splits, with the training rows of :func:`rows_to_learn`.
 
     Raises:
         UserError: another addition has begun training, the skill's name is taken, the batch has no room for the
@@ -84,7 +86,8 @@ def begin(
     asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
     settings = config.model_dump()
     asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
-    used: dict[str, Sequence[Demonstration]] = {**splits, "train": chosen_rows(splits["train"], config)}
+    train, note_on_rows = rows_to_learn(ledger.skills, config, splits["train"])
+    used: dict[str, Sequence[Demonstration]] = {**splits, "train": train}
     if ledger.pending.is_dir():
         found = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8"))
         here = json.loads(json.dumps(asked))
@@ -111,13 +114,20 @@ def begin(
     run = run_config(config, ledger.model, config.context, ledger.pending, rehearses=bool(memory))
     check_batch(run)
     check_anchor_lengths(run, config, memory)
+    if note_on_rows:
+        say_note(note_on_rows)
     if config.anchor_share and again:
         of_all = f"{again} of {number_of(again + len(memory), 'prompt')} of earlier skills"
         say_note(f"{config.name} teaches {of_all} again, so they are not rehearsed")
-    if config.anchor_share and (known := rehearsed_and_asked(memory, as_shown(config, splits["test"]))):
+    if config.anchor_share and (known := rehearsed_and_asked(config, memory, splits["test"])):
         say_note(
             f"{known} of {number_of(len(memory), 'prompt')} of earlier skills are also test questions of "
             f"{config.name}; on these, rehearsal preserves the replies from before the addition"
+        )
+    if config.anchor_share and memory and (longer := longer_replies(config, ledger.skills)):
+        say_note(
+            f"rehearsed replies end after {config.max_completion_length} tokens, but {longer[0]} was learnt with up to "
+            f"{longer[1]}; raise max_completion_length"
         )
     with whole_folder(ledger.pending, "free disk space, then add it again") as folder:
         for split, rows in used.items():

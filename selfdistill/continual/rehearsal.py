@@ -15,9 +15,9 @@ from typing import Any
 
 from selfdistill.config import LearnConfig, TrainConfig
 from selfdistill.continual.ledger import Skill, settings_of
-from selfdistill.data import Demonstration, load_demonstrations, load_prompts, write_demonstrations
+from selfdistill.data import Demonstration, load_demonstrations, load_prompts, turns_of, write_demonstrations
 from selfdistill.errors import UserError
-from selfdistill.methods import anchors, begun, stages_of
+from selfdistill.methods import anchors, begun, limits_of, stages_of
 from selfdistill.runtime import read_lines
 from selfdistill.training import check_parts, chosen_rows
 
@@ -27,11 +27,11 @@ PROMPTS, MEMORY = "prompts.jsonl", "memory.jsonl"
 def to_remember(config: LearnConfig, rows: Sequence[Demonstration]) -> list[Demonstration]:
     """The distinct prompts of ``rows`` that the state keeps: all, none, or a random sample drawn with the seed.
 
-    ``rows`` are those of :func:`as_shown`.
+    ``rows`` are those of :func:`as_shown`. An episode has a prompt for each reply: the conversation before it.
     """
     prompts = [
         Demonstration(x.prompt, tools=x.tools, chat_template_kwargs=x.chat_template_kwargs, images=x.images)
-        for x in rows
+        for x in _turns(rows)
     ]
     found = list({_key(prompt): prompt for prompt in prompts}.values())
     count = {"all": len(found), "none": 0}.get(str(config.remember), config.remember)
@@ -78,7 +78,7 @@ def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> tuple[l
 
     Messages about the prompts name their skill.
     """
-    taught = {_key(row) for row in rows}
+    taught = {_key(row) for row in _turns(rows)}
     pooled = {
         _key(prompt): replace(prompt, source=f"skill {skill.name}, prompt {number}")
         for skill in skills
@@ -87,10 +87,27 @@ def rehearsed(skills: Sequence[Skill], rows: Sequence[Demonstration]) -> tuple[l
     return [prompt for key, prompt in pooled.items() if key not in taught], len(pooled.keys() & taught)
 
 
-def rehearsed_and_asked(memory: Sequence[Demonstration], test: Sequence[Demonstration]) -> int:
-    """How many prompts of ``memory`` are also test questions."""
-    asked = {_key(row) for row in test}
+def _turns(rows: Sequence[Demonstration]) -> list[Demonstration]:
+    """The rows, with a turn for each reply of an episode."""
+    return [turn for row in rows for turn in turns_of(row, "each")]
+
+
+def rehearsed_and_asked(config: LearnConfig, memory: Sequence[Demonstration], test: Sequence[Demonstration]) -> int:
+    """How many prompts of ``memory`` are also test questions: of an episode in the test, its last reply is asked."""
+    replies = limits_of(config)["replies"]
+    asked = {_key(turn) for row in as_shown(config, test) for turn in turns_of(row, replies)}
     return sum(_key(prompt) in asked for prompt in memory)
+
+
+def longer_replies(config: LearnConfig, skills: Sequence[Skill]) -> tuple[str, int] | None:
+    """Of skills learnt with a larger ``max_completion_length``, the name and limit of the one with the largest."""
+    limits = {
+        skill.name: settings.max_completion_length
+        for skill in skills
+        if (settings := settings_of(skill.folder)).remember != "none"
+    }
+    found = max(limits.items(), key=lambda item: item[1], default=None)
+    return found if found and found[1] > config.max_completion_length else None
 
 
 def _key(row: Demonstration) -> str:

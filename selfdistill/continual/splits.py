@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from selfdistill.config import LearnConfig
-from selfdistill.data import Demonstration, Lacks, Rows, doubt_about, load_demonstrations
+from selfdistill.continual.ledger import Skill
+from selfdistill.data import Demonstration, Lacks, Rows, as_row, doubt_about, load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation import check_answers, unscored
 from selfdistill.methods import scorer_judges
 from selfdistill.runtime import say_note
+from selfdistill.training import chosen_rows
+
+HELD_OUT = "; the test is rows that were not learnt: for facts, give other phrasings of the learnt ones as test"
+"""Advice on a test that was split off."""
 
 
 def split_rows(config: LearnConfig, lacks: Lacks, in_memory: Mapping[str, Rows]) -> dict[str, list[Demonstration]]:
@@ -55,3 +60,40 @@ def split_rows(config: LearnConfig, lacks: Lacks, in_memory: Mapping[str, Rows])
         if doubt := doubt_about(splits["test"], config.scorer):
             say_note(doubt, topic="scorer")
     return splits
+
+
+def rows_to_learn(
+    skills: Sequence[Skill], config: LearnConfig, rows: Sequence[Demonstration]
+) -> tuple[Sequence[Demonstration], str]:
+    """The training rows that ``num_demonstrations`` draws, and a note if some are test questions of earlier skills.
+
+    Once these are learnt, the skill's score no longer tells what is retained. So they are left out, unless the addition
+    has a test of its own. The note is "" if there are none.
+
+    Raises:
+        UserError: all of them are left out.
+    """
+    drawn = chosen_rows(rows, config)
+    learnt = {_question(config, row) for row in drawn}
+    asked = {
+        skill.name: [_question(config, row) for row in load_demonstrations(str(skill.folder / "test.jsonl"))]
+        for skill in skills
+    }
+    counts = {name: sum(question in learnt for question in test) for name, test in asked.items()}
+    found = ", ".join(f"{count} of {len(asked[name])} of {name}" for name, count in counts.items() if count)
+    if not found:
+        return drawn, ""
+    if config.test:
+        lost = "their scores no longer tell what is retained"
+        return drawn, f"{config.name} teaches test questions of earlier skills ({found}), so {lost}"
+    held = {question for test in asked.values() for question in test}
+    rest = [row for row in rows if _question(config, row) not in held]
+    if not rest:
+        raise UserError(f"{config.data}: all rows to train on are test questions of earlier skills; give a test")
+    left = f"{len(rows) - len(rest)} of {len(rows)} rows to train on are test questions of earlier skills ({found})"
+    return chosen_rows(rest, config), f"{left}, so they are left out; to learn them, give a test"
+
+
+def _question(config: LearnConfig, row: Demonstration) -> str:
+    """What tells a row from others: its prompt; in an environment, where other columns matter, all of it."""
+    return repr(row.prompt if config.environment == "none" else as_row(row))

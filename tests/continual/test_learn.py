@@ -519,13 +519,14 @@ def test_a_skill_is_compared_with_its_score_when_it_was_learnt_however_many_came
             0.5,
             {"max_skill_drop": 0.05},
             [
-                "note: first: 0.500 before, 0.500 after on 20 items: no improvement; to undo: UNDO",
+                "note: first: 0.500 before, 0.500 after on 20 items: no improvement; the test is rows that were not "
+                "learnt: for facts, give other phrasings of the learnt ones as test; to undo: UNDO",
                 "accepted: first is skill 1 of STATE; it counts as retained at 0.450 or more (20 test items)",
             ],
         ),
         (
             0.45,
-            {"max_skill_drop": 0.9},
+            {"max_skill_drop": 0.9, "test": "test.jsonl"},
             [
                 "note: first: 0.500 before, 0.450 after on 20 items: no improvement; to undo: UNDO",
                 "accepted: first is skill 1 of STATE; it counts as retained at any score (20 test items)",
@@ -535,12 +536,16 @@ def test_a_skill_is_compared_with_its_score_when_it_was_learnt_however_many_came
 )
 def test_what_is_accepted_is_said_with_what_it_must_keep(
     make: Settings,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     after: float,
     values: dict[str, Any],
     said: list[str],
 ) -> None:
+    write_rows([{"prompt": "p", "completion": "f"}], name="test.jsonl")
+    monkeypatch.chdir(tmp_path)
     fixed(monkeypatch, {"first": [0.5, after]}, [0.5, 0.5])
     config = make(max_steps=1, **({"max_skill_drop": None} | values))
     assert add(config)["accepted"]
@@ -1122,6 +1127,28 @@ def test_a_prior_file_may_have_any_name(make: Settings, tmp_path: Path) -> None:
     prior = (tmp_path / "prior.jsonl").rename(tmp_path / "choices.json")
     for skill in ("first", "second"):
         assert add(make(skill, prior=str(prior), max_steps=1))["after"]["prior"].keys() == {"choices"}
+
+
+def test_what_is_not_measured_without_prior_questions_is_noted(
+    make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def noted(**values: Any) -> list[str]:
+        with pytest.raises(UserError, match="too few to hold some out"):
+            learn(make(test_share=0.99, **values))
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+
+    state = tmp_path / "state"
+    created = (
+        f"note: {state} is created without prior questions, so what the model loses outside its skills is not "
+        "measured; they can only be given now, with prior"
+    )
+    gate = f"note: max_prior_drop has no effect: {state} has no prior questions"
+    assert noted(prior=None) == [created, gate]
+    assert not noted()
+    (state / "start").mkdir(parents=True)
+    assert noted(prior=None) == [gate]
+    (state / "start" / "prior").mkdir()
+    assert not noted(prior=None)
 
 
 @pytest.mark.parametrize("action", ["status", "history", "rollback", "discard", "export"])

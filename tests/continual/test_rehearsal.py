@@ -18,6 +18,7 @@ from picture_models import FAMILIES
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_worlds import LOOK_UP
+from tool_templates import HERMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.cli import main
@@ -94,6 +95,21 @@ def anchors_of(folder: Path) -> list[str]:
     return list(found["anchors"])
 
 
+def state_without_skills(folder: Path, model: Path) -> Ledger:
+    """A state of which nothing was measured."""
+    (folder / "start").mkdir(parents=True)
+    state = {"model": str(model), "dtype": "float32", "mixed_precision": "no", "chat_template_kwargs": None}
+    (folder / "start" / "state.yaml").write_text(yaml.safe_dump(state), encoding="utf-8")
+    return Ledger(str(folder))
+
+
+def accept_unmeasured(ledger: Ledger, name: str) -> None:
+    """Accept the pending addition with the model before it."""
+    (ledger.pending / "model").symlink_to(ledger.model)
+    (ledger.pending / "result.json").write_text("{}", encoding="utf-8")
+    ledger.accept(name)
+
+
 # --- what stays, and what is rehearsed ---
 
 
@@ -129,14 +145,67 @@ def test_tools_and_template_arguments_of_a_row_stay_with_its_prompt(
     assert all(row["tools"] == tools and row["chat_template_kwargs"] == {"hint": "h"} for row in found)
 
 
+def weather(city: str) -> dict[str, Any]:
+    """A row with two replies: a call, and what the model says to its result."""
+    call = {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": {"city": city}}]}
+    said = [call, {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "Wet."}]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    return {"prompt": f"Weather in {city}?", "completion": said, "tools": tools}
+
+
+CITIES = ("Oslo", "Rome", "Bern")
+
+
+@pytest.mark.parametrize(
+    ("values", "learnt"),
+    [
+        ({}, [["user"], ["user", "assistant", "tool"]]),
+        ({"method": "sdft", "context": "turns"}, [["user"], ["user", "assistant", "tool"]]),
+        ({"method": "grpo", "num_generations": 2}, [["user", "assistant", "tool"]]),
+        ({"method": "sdft", "context": "turns", "max_prompt_length": 450, "on_long_prompt": "drop"}, [["user"]]),
+    ],
+)
+def test_of_an_episode_the_prompts_of_all_replies_that_are_learnt_are_rehearsed(
+    make: Settings,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    values: dict[str, Any],
+    learnt: list[list[str]],
+) -> None:
+    model = model_folder(layers=1, template=HERMES, room=1024)
+    ledger = state_without_skills(tmp_path / "state", model)
+
+    def begun(skill: str, rows: list[dict[str, Any]], **own: Any) -> None:
+        config = make(skill, rows, name=skill, test=test, max_completion_length=100, **own)
+        taught = load_demonstrations(config.data, turns="auto")
+        begin(ledger, config, {"train": taught, "test": load_demonstrations(test, turns="auto")})
+
+    test = str(tmp_path / "first.jsonl")
+    begun("first", [weather(city) for city in CITIES], **values)
+    kept = rows_of(ledger.pending / "prompts.jsonl")
+    assert [[turn["role"] for turn in row["prompt"]] for row in kept] == learnt * len(CITIES)
+    accept_unmeasured(ledger, "first")
+
+    begun("second", [{"prompt": "Hello?", "completion": "Hello."}])
+    assert rows_of(ledger.pending / "memory.jsonl") == kept
+    asked = len(CITIES) if len(learnt[-1]) > 1 else 0
+    said = f"note: {asked} of {len(kept)} prompts of earlier skills are also test questions of second;"
+    assert (said in capsys.readouterr().err) == bool(asked)
+    begun("third", [weather(city) for city in CITIES])
+    assert f"third teaches {len(kept)} of {len(kept)} prompts of earlier" in capsys.readouterr().err
+
+
 def test_a_prompt_in_an_environment_stays_as_the_model_saw_it(make: Settings, tmp_path: Path) -> None:
     shutil.copytree(WRITTEN / "memory", tmp_path / "state")
     ledger, config = Ledger(str(tmp_path / "state")), make(name="new", environment="python:tiny_worlds.Asks")
-    row = Demonstration("q", "ab", answer=2)
+    said = [{"role": role, "content": text} for role, text in (("assistant", "a"), ("user", "!"), ("assistant", "b"))]
+    row = Demonstration("q", "b", answer=2, episode=tuple(said))
     begin(ledger, config, {"train": [row], "test": []})
-    (kept,) = rows_of(ledger.pending / "prompts.jsonl")
-    assert [turn["content"] for turn in kept["prompt"]] == ["q", "Go on, 2 times."]
-    assert kept["tools"] == [LOOK_UP]
+    first, last = rows_of(ledger.pending / "prompts.jsonl")
+    assert [turn["content"] for turn in first["prompt"]] == ["q", "Go on, 2 times."]
+    assert last["prompt"] == [*first["prompt"], *said[:-1]]
+    assert first["tools"] == last["tools"] == [LOOK_UP]
     (taught,) = load_demonstrations(str(ledger.pending / "train.jsonl"))
     assert taught.prompt == row.prompt
 
@@ -220,10 +289,86 @@ def test_rehearsed_prompts_that_test_the_new_skill_are_noted(
     (skill,) = Ledger(str(tmp_path / "state")).skills
     known = load_demonstrations(str(skill.folder / "train.jsonl"))
     new = [replace(row, completion="new") for row in known]
-    begin(Ledger(str(tmp_path / "state")), make(name="new", anchor_share=share), {"train": new[2:], "test": new[:2]})
+    begin(
+        Ledger(str(tmp_path / "state")),
+        make(name="new", anchor_share=share, test="own"),
+        {"train": new[2:], "test": new[:2]},
+    )
     assert texts_of(tmp_path / "state/pending/memory.jsonl") == [row.prompt[0]["content"] for row in known[:2]]
     said = "note: 2 of 2 prompts of earlier skills are also test questions of new; on these, rehearsal preserves"
     assert (said in capsys.readouterr().err) == bool(share)
+
+
+def test_rows_that_test_an_earlier_skill_are_not_learnt_or_noted(
+    make: Settings, model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = state_without_skills(tmp_path / "state", model_folder(layers=1))
+
+    def learnt(skill: str, train: str, asked: str, **values: Any) -> tuple[list[str], str]:
+        """The completions of the rows that are learnt, which are letters, and what is said about them."""
+        rows = {
+            split: [Demonstration(f"q {x.lower()}", x, answer=2, row=number) for number, x in enumerate(letters)]
+            for split, letters in (("train", train), ("test", asked))
+        }
+        used = begin(ledger, make(name=skill, **values), rows)
+        written = [row["completion"] for row in rows_of(ledger.pending / "train.jsonl")]
+        assert written == [row.completion for row in used["train"]]
+        return written, capsys.readouterr().err
+
+    assert learnt("first", "abcd", "efgh") == ([*"abcd"], "")
+    accept_unmeasured(ledger, "first")
+    assert learnt("second", "aei", "j")[0] == [*"ai"]
+    accept_unmeasured(ledger, "second")
+
+    written, said = learnt("third", "aEgjkx", "yz")
+    assert written == [*"akx"]
+    told = "3 of 6 rows to train on are test questions of earlier skills (2 of 4 of first, 1 of 1 of second)"
+    assert f"note: {told}, so they are left out; to learn them, give a test\n" in said
+    written, said = learnt("third", "aEgkx", "yz", test="its own")
+    assert written == [*"aEgkx"]
+    told = "third teaches test questions of earlier skills (2 of 4 of first)"
+    assert f"note: {told}, so their scores no longer tell what is retained\n" in said
+    with pytest.raises(
+        UserError, match=r"first\.jsonl: all rows to train on are test questions of earlier skills; give"
+    ):
+        learnt("third", "efg", "x")
+    assert "test questions" not in learnt("third", "ax", "e")[1]
+    asks = {"environment": "python:tiny_worlds.Asks"}  # in an environment, prompts may be the same
+    assert learnt("third", "aeE", "z", **asks)[0] == [*"aE"]
+
+
+@pytest.mark.parametrize(
+    ("values", "remember", "noted"),
+    [
+        ({}, "all", True),
+        ({"max_completion_length": 30}, "all", False),
+        ({"anchor_share": 0}, "all", False),
+        ({}, "none", False),
+    ],
+)
+def test_replies_that_are_rehearsed_to_a_part_are_noted(
+    make: Settings,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    values: dict[str, Any],
+    remember: str,
+    noted: bool,
+) -> None:
+    ledger = state_without_skills(tmp_path / "state", model_folder(layers=1))
+
+    def begun(skill: str, length: int, **own: Any) -> None:
+        rows = {split: [Demonstration(f"{split} {skill}", "x")] for split in ("train", "test")}
+        begin(ledger, make(name=skill, **{"max_completion_length": length} | own), rows)
+
+    for skill, length in (("short", 9), ("reports", 30)):
+        begun(skill, length, remember="all" if skill == "short" else remember)
+        accept_unmeasured(ledger, skill)
+    capsys.readouterr()
+    begun("new", 9, **values)
+    told = "rehearsed replies end after 9 tokens, but reports was learnt with up to 30; raise max_completion_length"
+    said = capsys.readouterr().err
+    assert (f"note: {told}\n" in said) == ("rehearsed replies" in said) == noted
 
 
 def test_without_memory_and_anchors_a_step_is_the_skill_alone(make: Settings, tmp_path: Path) -> None:
@@ -399,10 +544,14 @@ def test_anchors_that_are_too_long_are_told_before_anything_is_measured(
         patch.setattr(add_skill, "measure_model", lambda *_: pytest.fail("it was measured"))
         told = (
             r"^prompts of earlier skills: 1 of 3 rows do not fit: skill first, prompt 3: prompt has \d+ tokens, limit "
-            r"60; raise max_prompt_length, or drop them with on_long_prompt drop; anchor_share 0 rehearses none$"
+            r"60; raise max_prompt_length, or drop them with on_long_prompt drop$"
         )
         with pytest.raises(UserError, match=told):
             add(make("second", **limits))
+        told = r"^prompts of earlier skills: 3 of 3 .* raise max_prompt_length; anchor_share 0 rehearses none$"
+        short = [{"prompt": str(i), "completion": "x"} for i in range(10)]
+        with pytest.raises(UserError, match=told):
+            add(make("second", short, **limits | {"max_prompt_length": 21}, on_long_prompt="drop"))
         told = r"^1 of 1 rows do not fit: own\.txt:1: prompt has \d+ tokens, limit 60;"
         for state in ("state", "new"):
             with pytest.raises(UserError, match=told):
