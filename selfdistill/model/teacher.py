@@ -169,6 +169,8 @@ class Teacher:
     def _move(self, rate: float, stream: torch.cuda.Stream | None) -> None:
         """Move the average and round it into the scoring weights, a part at a time."""
         assert self._staging is not None
+        if stream is not None:  # else entering the stream in this thread would make a context on GPU 0
+            torch.cuda.set_device(stream.device)
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             for average, student, scoring in self._parts():
                 if average.dtype == scoring.dtype:  # a float32 weight of a model with smaller ones
