@@ -21,6 +21,7 @@ from odd_models import MAKERS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +31,7 @@ from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.model.compiled import layers_of
-from selfdistill.model.fsdp import full_tensors, local_tensor, unsharded
+from selfdistill.model.fsdp import full_tensors, local_tensor, root_unsharded, shard, unsharded
 from selfdistill.model.loading import LoadedModel
 from selfdistill.runtime.distributed import broadcast_from_rank0, is_rank0
 from selfdistill.training.checkpoint import list_checkpoints
@@ -246,6 +247,27 @@ def test_parts_that_a_model_names_beside_its_layers_are_no_layers() -> None:
     assert {type(layer).__name__ for layer in layers_of(loaded, model, "fsdp")} == {"MambaBlock"}
     with pytest.raises(UserError, match="model 'mamba' does not declare which modules are its layers; leave fsdp out"):
         layers_of(loaded, nn.Linear(1, 1), "fsdp")
+
+
+def test_a_pytorch_that_cannot_forget_the_order_of_passes_shards_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(FSDPModule, "reset_iter_state")
+
+    def work() -> None:
+        Accelerator()
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)).requires_grad_(False)
+        inputs = torch.eye(2)
+        expected = model(inputs)
+        shard(model, [model[0]], torch.device("cpu"), lambda network: network(inputs), None)
+        for _ in range(2):
+            with root_unsharded([model]):
+                assert torch.equal(model(inputs), expected)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+
+    torch.manual_seed(0)
+    for child in started_together(work, tmp_path / "log"):
+        assert child.wait() == 0, child.log.read_text()
 
 
 def sizes(tensors: list[Tensor]) -> tuple[int, int]:
