@@ -190,7 +190,7 @@ class Trainer:
         self.teachers: dict[TeacherRule, Teacher] = {}
         for rule in teacher_rules(part.method for stage in self.stages for part in stage.parts):
             other = None if rule.model is None else self._other_teacher(rule.model)
-            self.teachers[rule] = Teacher(self.loaded, rule, other=other)
+            self.teachers[rule] = Teacher(self.loaded, rule, other=other, sharded=self.config.fsdp)
         tasks = [stage.task.method.teacher for stage in self.stages if stage.task.method.teacher]
         assert len(set(tasks)) < 2, "stages share one teacher"
         self.teacher = self.teachers[tasks[0]] if tasks else None
@@ -229,8 +229,6 @@ class Trainer:
         device = self.accelerator.device
         dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
         token = torch.tensor([[self.loaded.pad_token_id]], device=device)
-        for teacher in teachers:
-            teacher.release()
         for network in dict.fromkeys((self.loaded.model, *(n for teacher in teachers for n in teacher.networks))):
             layers = layers_of(self.loaded, network, "fsdp")
             try:

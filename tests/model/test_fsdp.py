@@ -31,8 +31,9 @@ from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.model.compiled import layers_of
-from selfdistill.model.fsdp import full_tensors, local_tensor, root_unsharded, shard, unsharded
+from selfdistill.model.fsdp import full_tensors, is_sharded, local_tensor, root_unsharded, shard, unsharded
 from selfdistill.model.loading import LoadedModel
+from selfdistill.model.teacher import Teacher
 from selfdistill.runtime.distributed import broadcast_from_rank0, is_rank0
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.train import train
@@ -276,12 +277,20 @@ def sizes(tensors: list[Tensor]) -> tuple[int, int]:
 
 
 def test_each_process_holds_half_of_weights_gradients_moments_and_teacher(
-    settings: Callable[..., TrainConfig], tmp_path: Path
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(fsdp=True, **COMMON)
+    bind, bound = Teacher.bind, list[bool]()
+
+    def noted(teacher: Teacher) -> None:
+        bound.append(all(is_sharded(network) for network in teacher.networks))
+        bind(teacher)
+
+    monkeypatch.setattr(Teacher, "bind", noted)
 
     def work() -> None:
         run = Trainer(config)
+        assert bound == [True], "no average of whole weights is made"
         gradients: list[Tensor] = []
         hook = run.optimizer.register_step_pre_hook(
             lambda *_: gradients.extend(p.grad for p in run.parameters if p.grad is not None)
