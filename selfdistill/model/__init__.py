@@ -54,7 +54,7 @@ from selfdistill.model.precision import (
     training_precision,
     with_own_dtype,
 )
-from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
+from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention
 from selfdistill.model.rollout_count import RolloutCount
 from selfdistill.model.sampling import Rollout, Sampling, check_room, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
@@ -91,6 +91,7 @@ __all__ = [
     "cached_casts",
     "can_be_in_4bit",
     "can_checkpoint",
+    "can_continue_cache",
     "check_base",
     "check_matching",
     "check_room",

@@ -316,6 +316,7 @@ def test_weights_are_whole_only_as_long_as_asked_for(settings: Callable[..., Tra
 
     def work() -> None:
         run = Trainer(config)
+        assert run.loaded.continues_cache, "probed in all processes, before each samples at its own pace"
         model: nn.Module = run.loaded.model
         apart = sizes(list(model.parameters()))
         with unsharded(model):
