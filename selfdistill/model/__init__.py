@@ -3,7 +3,15 @@
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
 from selfdistill.model.device import deterministic, has_gpu
-from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, rest_engine, use_engine
+from selfdistill.model.engine import (
+    Engine,
+    close_engine,
+    engine_for,
+    engine_runs,
+    prompts_at_a_time,
+    rest_engine,
+    use_engine,
+)
 from selfdistill.model.episode_sampling import TurnSampler
 from selfdistill.model.fake import (
     FilledCache,
@@ -102,6 +110,7 @@ __all__ = [
     "deterministic",
     "distribute_like",
     "engine_for",
+    "engine_runs",
     "fake_model",
     "files_that_go_along",
     "freeze_vision",

@@ -106,6 +106,11 @@ def prompts_at_a_time(loaded: LoadedModel, batch_size: int) -> int:
     return batch_size if loaded.engine is None else max(batch_size, _AT_A_TIME)
 
 
+def engine_runs() -> bool:
+    """Whether an engine samples in this process, in which case its library may have process groups."""
+    return _running is not None
+
+
 def rest_engine() -> None:
     """Free the memory of this process's engine, if any, until the next sample; on a GPU only. All ranks call it."""
     if _running is not None:

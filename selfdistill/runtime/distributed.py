@@ -201,6 +201,17 @@ def connect(device: torch.device) -> None:
         distributed.all_reduce(torch.zeros(count, dtype=torch.uint8, device=device))
 
 
+def leave() -> None:
+    """End the group after the last meeting, or PyTorch warns at the end of a process that has used NCCL.
+
+    All ranks call this, right after they have met.
+    """
+    if is_distributed():
+        from torch import distributed
+
+        distributed.destroy_process_group()
+
+
 def barrier() -> None:
     """Wait until all ranks reach this point."""
     if is_distributed():

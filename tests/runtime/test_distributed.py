@@ -197,6 +197,20 @@ def command_line(config: TrainConfig, folder: Path) -> Callable[[], int]:
     return lambda: main(["train", "--config", str(file)])
 
 
+def test_a_run_that_succeeds_ends_its_group(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Or PyTorch warns of what NCCL leaks."""
+    run = command_line(settings(**COMMON | {"max_steps": 1, "drift_steps": 0}), tmp_path)
+
+    def work() -> int:
+        code = run()
+        assert not torch.distributed.is_initialized()
+        return code
+
+    first, second = started_together(work, tmp_path / "log")
+    assert (first.wait(), second.wait()) == (0, 0), first.log.read_text() + second.log.read_text()
+    assert "final model: " in first.log.read_text()
+
+
 def assert_says_of_the_other(child: Child, what: str) -> None:
     said = f"another process of this run {what}; its checkpoints are intact, continue with --resume ("
     assert child.log.read_text().splitlines()[-1].startswith(f"selfdistill: error: {said}")
