@@ -219,13 +219,15 @@ def test_layers_are_gathered_in_the_data_type_of_the_arithmetic_and_let_go_again
 def test_weights_are_gathered_after_the_teachers_last_update(
     settings: Callable[..., TrainConfig], bfloat16_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread makes that update while the next step samples."""
+    """A thread makes that update while the next step samples; a longer wait counts as the teacher's time."""
     run, happened = Trainer(settings(**COMMON | {"model": bfloat16_folder, "drift_steps": 0})), list[str]()
     assert run.teacher is not None
     wait = run.teacher.wait
 
     def waited() -> None:
         wait()
+        if not happened:
+            time.sleep(0.5)
         happened.append("waited")
 
     @contextmanager
@@ -237,8 +239,9 @@ def test_weights_are_gathered_after_the_teachers_last_update(
     monkeypatch.setattr("selfdistill.training.batch_gradient.root_unsharded", gathered)
     run.step(0)
     del happened[:]
-    run.step(1)
+    metrics = run.step(1)
     assert happened[:2] == ["waited", "gathered"]
+    assert metrics["time/teacher_s"] >= 0.5
 
 
 def test_parts_that_a_model_names_beside_its_layers_are_no_layers() -> None:
