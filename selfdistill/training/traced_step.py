@@ -154,7 +154,7 @@ class TracedStep:
         return found
 
     def drawing(self, part: PlannedPart, others: dict[str, LoadedModel]) -> Segments:
-        """Draw one process's batch of samples before the first step, all of maximum length; of several models the largest.
+        """Draw a process's batch of samples before the first step, all of maximum length; of several models the most.
 
         Args:
             part: whose samples.

@@ -225,7 +225,7 @@ class Trainer:
         return other
 
     def _shard(self) -> None:
-        """Shard the student, the teacher and the base; probe on the device, not the CPU, what sampling needs to know."""
+        """Shard the student, the teacher and the base; probe on the device, not the CPU, what sampling asks."""
         device = self.accelerator.device
         dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
         token = torch.tensor([[self.loaded.pad_token_id]], device=device)

@@ -151,9 +151,7 @@ def test_an_average_beside_a_gpu_moves_there_and_never_on_the_stream_that_captur
     devices: dict[int, torch.device] = {}  # of threads; a new one has GPU 0, where entering a stream makes a context
 
     def new(where: torch.device) -> SimpleNamespace:
-        return SimpleNamespace(
-            number=next(numbers), device=where, wait_stream=lambda _: None, synchronize=lambda: None
-        )
+        return SimpleNamespace(number=next(numbers), device=where, wait_stream=lambda _: None, synchronize=lambda: None)
 
     def use(stream: SimpleNamespace) -> contextlib.AbstractContextManager[None]:
         assert devices.get(threading.get_ident(), torch.device("cuda", 0)) == stream.device
