@@ -29,6 +29,7 @@ from selfdistill.runtime import (
     finite,
     is_out_of_memory,
     is_rank0,
+    leave,
     planned_devices,
     result_console,
     say,
@@ -191,6 +192,7 @@ def _result_of(function: str) -> Callable[[dict[str, Any]], int]:
 
 def _train(given: dict[str, Any]) -> int:
     from selfdistill import api
+    from selfdistill.model import engine_runs
 
     planned_for = _planned_for(given)
     if given.pop("dry_run", False):
@@ -205,6 +207,8 @@ def _train(given: dict[str, Any]) -> int:
     if is_rank0():
         print(f"final model: {run.final}")
         say(f"to try it: {_asking(run)}")
+    if not engine_runs():
+        leave()
     return 0
 
 

@@ -3,7 +3,15 @@
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
 from selfdistill.model.device import deterministic, has_gpu
-from selfdistill.model.engine import Engine, close_engine, engine_for, prompts_at_a_time, rest_engine, use_engine
+from selfdistill.model.engine import (
+    Engine,
+    close_engine,
+    engine_for,
+    engine_runs,
+    prompts_at_a_time,
+    rest_engine,
+    use_engine,
+)
 from selfdistill.model.episode_sampling import TurnSampler
 from selfdistill.model.fake import (
     FilledCache,
@@ -54,7 +62,7 @@ from selfdistill.model.precision import (
     training_precision,
     with_own_dtype,
 )
-from selfdistill.model.prefix_cache import PrefixCache, has_full_attention
+from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention
 from selfdistill.model.rollout_count import RolloutCount
 from selfdistill.model.sampling import Rollout, Sampling, check_room, sample, sample_at_its_longest, sample_seed
 from selfdistill.model.starter import STARTER_MODELS, cache_dir
@@ -91,6 +99,7 @@ __all__ = [
     "cached_casts",
     "can_be_in_4bit",
     "can_checkpoint",
+    "can_continue_cache",
     "check_base",
     "check_matching",
     "check_room",
@@ -101,6 +110,7 @@ __all__ = [
     "deterministic",
     "distribute_like",
     "engine_for",
+    "engine_runs",
     "fake_model",
     "files_that_go_along",
     "freeze_vision",

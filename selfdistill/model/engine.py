@@ -12,7 +12,7 @@ import torch
 from selfdistill.config import EngineSettings
 from selfdistill.model.head import unwrap
 from selfdistill.model.loading import LoadedModel
-from selfdistill.runtime import say_note
+from selfdistill.runtime import say_note, world_size
 
 if TYPE_CHECKING:  # that module asks this one for the engine
     from selfdistill.model.sampling import Rollout, Sampling
@@ -102,8 +102,13 @@ def engine_for(loaded: LoadedModel) -> Engine:
 
 
 def prompts_at_a_time(loaded: LoadedModel, batch_size: int) -> int:
-    """How many prompts to sample from at once: the batch size, or more with an engine."""
-    return batch_size if loaded.engine is None else max(batch_size, _AT_A_TIME)
+    """How many prompts to sample from at once: a batch in every process, or at least 512 with an engine."""
+    return batch_size * world_size() if loaded.engine is None else max(batch_size, _AT_A_TIME)
+
+
+def engine_runs() -> bool:
+    """Whether an engine samples in this process, in which case its library may have process groups."""
+    return _running is not None
 
 
 def rest_engine() -> None:

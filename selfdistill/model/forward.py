@@ -69,7 +69,8 @@ class ForwardPass:
     Args:
         loaded: the model. All models passed to a call must have its architecture.
         compiled: its compiled layers, used in passes with gradients.
-        sharded: whether models are sharded. Then each call is one pass, because all ranks must run the same passes.
+        sharded: whether models are sharded, or will be. Then each call is one pass, because all ranks must run the same
+            passes, and it is not probed whether a pass can continue another.
         kind: the kind of device for which passes are chosen; default: the model's.
     """
 
@@ -81,10 +82,9 @@ class ForwardPass:
         sharded: bool = False,
         kind: str | None = None,
     ) -> None:
-        self._compiled, self._sharded = compiled, sharded
-        self._kind, self._window = kind, loaded.window
+        self._compiled, self._kind, self._window = compiled, kind, loaded.window
         self.fused = broadcast_from_rank0(lambda: head_agrees(loaded)) if sharded else head_agrees(loaded)
-        self._continues = can_continue_cache(loaded)
+        self._continues = not sharded and can_continue_cache(loaded)
         self._keeps = self.fused and self._continues and has_full_attention(loaded.model.config.get_text_config())
         self.pad_token_id, self._pictures = loaded.pad_token_id, loaded.pictures
 
@@ -165,7 +165,7 @@ class ForwardPass:
         """
         # Train mode means gradient checkpointing (see set_recomputing).
         in_full = torch.is_grad_enabled() and (model.training or self._compiled is not None)
-        if in_full or self._sharded or not self._continues:
+        if in_full or not self._continues:
             return []
         worth_it = pass_tokens(self._kind or next(model.parameters()).device.type)
         if self._pictures is None:

@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from selfdistill.errors import UserError
 from selfdistill.runtime import barrier, is_rank0
 
 
@@ -39,11 +38,8 @@ def shard(
             of all weights in addition to the shards. Gradients are reduced in float32. Default: the weights' own.
 
     Raises:
-        UserError: PyTorch is too old.
         AssertionError, TypeError, ValueError: PyTorch cannot shard this model.
     """
-    if not hasattr(FSDPModule, "reset_iter_state"):
-        raise UserError(f"setting 'fsdp' needs a newer PyTorch, found {torch.__version__}; update it")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
     for layer in layers:
@@ -92,8 +88,9 @@ def root_unsharded(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for unit in units:
             unit.reshard()
-            if not any(p.requires_grad for p in unit.parameters()):
-                unit.reset_iter_state()  # the recorded order of passes, which a backward pass would reset
+            if hasattr(unit, "reset_iter_state") and not any(p.requires_grad for p in unit.parameters()):
+                # The recorded order of passes, which a backward pass would reset. Older PyTorch keeps it, unused.
+                unit.reset_iter_state()
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

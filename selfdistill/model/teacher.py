@@ -64,6 +64,7 @@ class Teacher:
         loaded: the student before training; with LoRA a ``PeftModel`` whose adapter is ``default``.
         rule: whose weights score, and how they follow the student's.
         other: a separate teacher model with the student's architecture and vocabulary; requires ``frozen``.
+        sharded: whether student and ``networks`` will be sharded; :meth:`bind` must follow before any other use.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Teacher:
         rule: TeacherRule,
         *,
         other: LoadedModel | None = None,
+        sharded: bool = False,
     ) -> None:
         self.rule = rule
         self.kind = kind = rule.kind
@@ -97,7 +99,8 @@ class Teacher:
             # Frozen weights, such as those of a vision tower, never move: the two share them.
             shared = {id(p): p for p in loaded.model.parameters() if not p.requires_grad}
             self._copy = copy.deepcopy(loaded.model, dict(shared)).requires_grad_(False).eval()
-        self.bind()
+        if not sharded:  # an average of whole weights would need memory in every process, and not be used
+            self.bind()
 
     def bind(self) -> None:
         """Look up the weights, which sharding replaces, and initialise the average from them."""
@@ -120,11 +123,6 @@ class Teacher:
             return None
         place = next(a.device for name, a in self._average.items() if a.dtype != self._scoring[name].dtype)
         return staging(staging_bytes(self._followed.values()), place, next(self._student.parameters()).device.type)
-
-    def release(self) -> None:
-        """Drop references to the weights before sharding, until :meth:`bind`."""
-        self.wait()
-        self._scoring, self._followed, self._average, self._staging = {}, {}, {}, None
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -169,6 +167,8 @@ class Teacher:
     def _move(self, rate: float, stream: torch.cuda.Stream | None) -> None:
         """Move the average and round it into the scoring weights, a part at a time."""
         assert self._staging is not None
+        if stream is not None:  # else entering the stream in this thread would make a context on GPU 0
+            torch.cuda.set_device(stream.device)
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             for average, student, scoring in self._parts():
                 if average.dtype == scoring.dtype:  # a float32 weight of a model with smaller ones

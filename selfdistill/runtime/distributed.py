@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from selfdistill.errors import UserError
 
 if TYPE_CHECKING:  # importing torch takes a second; a mistake on the command line should be reported at once
+    import torch
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
@@ -184,6 +185,31 @@ def broadcast_from_rank0(make: Callable[[], Item]) -> Item:
         raise RaisedOnAllRanks(box[1])
     result: Item = box[0]
     return result
+
+
+def connect(device: torch.device) -> None:
+    """Let the group's own backend connect the devices of all ranks now, not when they first sum gradients.
+
+    NCCL then takes its memory on a GPU before a plan reads how much is free. It connects an algorithm at its first use,
+    and chooses by size, so as much is sent as in a bucket of gradients. By reading NCCL's source, not run on a GPU.
+    """
+    if is_distributed():
+        import torch
+        from torch import distributed
+
+        count = BUCKET_BYTES if device.type == "cuda" else 1
+        distributed.all_reduce(torch.zeros(count, dtype=torch.uint8, device=device))
+
+
+def leave() -> None:
+    """End the group after the last meeting, or PyTorch warns at the end of a process that has used NCCL.
+
+    All ranks call this, right after they have met.
+    """
+    if is_distributed():
+        from torch import distributed
+
+        distributed.destroy_process_group()
 
 
 def barrier() -> None:

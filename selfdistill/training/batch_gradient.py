@@ -211,7 +211,9 @@ class BatchGradient:
         """Score the part's micro-batches and run backward."""
         sums = _Sums(self.config.success_reward)
         for micro in batches:
-            with root_unsharded(self._networks()):
+            with stopwatch("teacher"):
+                networks = self._networks()
+            with root_unsharded(networks):
                 with stopwatch("teacher"):
                     taught, base = self._score_teachers(part.method, micro)
                 with stopwatch("student"):

@@ -46,7 +46,7 @@ from selfdistill.model import (
     resolved_precision,
     start_fingerprint,
 )
-from selfdistill.runtime import barrier, say_note, world_size
+from selfdistill.runtime import barrier, connect, say_note, world_size
 from selfdistill.training.schedule import check_shares, steps_of
 from selfdistill.training.selection import BatchPart
 
@@ -154,6 +154,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "set ACCELERATE_USE_CPU=true in the environment, on GPUs give each process its own"
         )
     barrier()  # a process that exits with an error must not do so while another is still joining
+    connect(accelerator.device)
     if config.fsdp and processes == 1:
         raise UserError(
             "setting 'fsdp' shards a model across processes, found only one; start several, or leave fsdp out"

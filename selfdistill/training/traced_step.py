@@ -154,7 +154,7 @@ class TracedStep:
         return found
 
     def drawing(self, part: PlannedPart, others: dict[str, LoadedModel]) -> Segments:
-        """Draw the samples of a batch before the first step, all of maximum length; of several models the largest.
+        """Draw a process's batch of samples before the first step, all of maximum length; of several models the most.
 
         Args:
             part: whose samples.
@@ -163,8 +163,7 @@ class TracedStep:
         drawn = part.method.drawn
         if drawn is None or part.sampling is None:
             return {}
-        count = math.ceil(drawn.batch_size * drawn.at_once / self._device.processes)
-        prompts = longest([drawn.prompt(x) for x in part.examples], count)
+        prompts = longest([drawn.prompt(x) for x in part.examples], drawn.batch_size * drawn.at_once)
         policy = replace(drawn.sampling, max_completion_length=part.sampling.max_completion_length)
         if not drawn.others:
             return self._sampled(self.loaded, prompts, policy, "drawing")

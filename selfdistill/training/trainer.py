@@ -26,6 +26,7 @@ from selfdistill.model import (
     Teacher,
     TeacherRule,
     cached_casts,
+    can_continue_cache,
     checkpoint_activations,
     engine_for,
     full_tensor,
@@ -190,7 +191,7 @@ class Trainer:
         self.teachers: dict[TeacherRule, Teacher] = {}
         for rule in teacher_rules(part.method for stage in self.stages for part in stage.parts):
             other = None if rule.model is None else self._other_teacher(rule.model)
-            self.teachers[rule] = Teacher(self.loaded, rule, other=other)
+            self.teachers[rule] = Teacher(self.loaded, rule, other=other, sharded=self.config.fsdp)
         tasks = [stage.task.method.teacher for stage in self.stages if stage.task.method.teacher]
         assert len(set(tasks)) < 2, "stages share one teacher"
         self.teacher = self.teachers[tasks[0]] if tasks else None
@@ -224,22 +225,21 @@ class Trainer:
         return other
 
     def _shard(self) -> None:
-        """Shard the student, the teacher and the base."""
-        teachers = self.teachers.values()
+        """Shard the student, the teacher and the base; probe on the device, not the CPU, what sampling asks."""
         device = self.accelerator.device
         dtype = torch.bfloat16 if self.config.mixed_precision == "bf16" else None
         token = torch.tensor([[self.loaded.pad_token_id]], device=device)
-        for teacher in teachers:
-            teacher.release()
-        for network in dict.fromkeys((self.loaded.model, *(n for teacher in teachers for n in teacher.networks))):
+        for network in dict.fromkeys((self.loaded.model, *(n for t in self.teachers.values() for n in t.networks))):
             layers = layers_of(self.loaded, network, "fsdp")
             try:
                 with self.accelerator.autocast():
                     shard(network, layers, device, lambda model: model(input_ids=token, use_cache=False), dtype)
             except (AssertionError, TypeError, ValueError) as error:
                 raise UserError(f"model {self.loaded.name!r} cannot be sharded: {error}; leave fsdp out") from None
-        for teacher in teachers:
+        for teacher in self.teachers.values():
             teacher.bind()
+        with unsharded(self.loaded.model), self.accelerator.autocast():
+            can_continue_cache(self.loaded)
 
     def _drift_of(self, network: Any) -> float:
         assert self.drift is not None

@@ -39,6 +39,7 @@ from selfdistill.model import (
     engine_for,
     engine_weights,
     merged,
+    prompts_at_a_time,
     sample,
     use_engine,
 )
@@ -53,6 +54,16 @@ VLLM = EngineSettings(engine="vllm")
 def saved(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     model.save_pretrained(folder)
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize(("settings", "prompts"), [(EngineSettings(), 4 * 32), (VLLM, 512)], ids=["none", "vllm"])
+def test_each_process_samples_as_many_prompts_as_one_would(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, settings: EngineSettings, prompts: int
+) -> None:
+    loaded = load()
+    use_engine(loaded, settings)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert prompts_at_a_time(loaded, 32) == prompts
 
 
 @pytest.mark.parametrize("tied", [False, True])

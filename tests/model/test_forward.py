@@ -412,6 +412,13 @@ def test_models_are_probed_and_all_are_scored_as_row_by_row(load: Loader, name: 
             torch.testing.assert_close(scores, whole, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_is_not_probed_on_the_cpu_before_it_is_sharded(load: Loader) -> None:
+    """Its passes do not continue one another, and hundreds of tokens of a large model take minutes there."""
+    loaded = replace(load(), continues_cache=None)
+    assert ForwardPass(loaded, sharded=True).fused
+    assert loaded.continues_cache is None
+
+
 def bytes_of_tensors() -> int:
     """Memory of all tensors that this process holds."""
     gc.collect()

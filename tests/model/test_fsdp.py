@@ -21,6 +21,7 @@ from odd_models import MAKERS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
@@ -30,8 +31,9 @@ from selfdistill.config.train import TrainConfig
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.model.compiled import layers_of
-from selfdistill.model.fsdp import full_tensors, local_tensor, unsharded
+from selfdistill.model.fsdp import full_tensors, is_sharded, local_tensor, root_unsharded, shard, unsharded
 from selfdistill.model.loading import LoadedModel
+from selfdistill.model.teacher import Teacher
 from selfdistill.runtime.distributed import broadcast_from_rank0, is_rank0
 from selfdistill.training.checkpoint import list_checkpoints
 from selfdistill.training.train import train
@@ -217,13 +219,15 @@ def test_layers_are_gathered_in_the_data_type_of_the_arithmetic_and_let_go_again
 def test_weights_are_gathered_after_the_teachers_last_update(
     settings: Callable[..., TrainConfig], bfloat16_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread makes that update while the next step samples."""
+    """A thread makes that update while the next step samples; a longer wait counts as the teacher's time."""
     run, happened = Trainer(settings(**COMMON | {"model": bfloat16_folder, "drift_steps": 0})), list[str]()
     assert run.teacher is not None
     wait = run.teacher.wait
 
     def waited() -> None:
         wait()
+        if not happened:
+            time.sleep(0.5)
         happened.append("waited")
 
     @contextmanager
@@ -235,8 +239,9 @@ def test_weights_are_gathered_after_the_teachers_last_update(
     monkeypatch.setattr("selfdistill.training.batch_gradient.root_unsharded", gathered)
     run.step(0)
     del happened[:]
-    run.step(1)
+    metrics = run.step(1)
     assert happened[:2] == ["waited", "gathered"]
+    assert metrics["time/teacher_s"] >= 0.5
 
 
 def test_parts_that_a_model_names_beside_its_layers_are_no_layers() -> None:
@@ -248,18 +253,47 @@ def test_parts_that_a_model_names_beside_its_layers_are_no_layers() -> None:
         layers_of(loaded, nn.Linear(1, 1), "fsdp")
 
 
+def test_a_pytorch_that_cannot_forget_the_order_of_passes_shards_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(FSDPModule, "reset_iter_state")
+
+    def work() -> None:
+        Accelerator()
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)).requires_grad_(False)
+        inputs = torch.eye(2)
+        expected = model(inputs)
+        shard(model, [model[0]], torch.device("cpu"), lambda network: network(inputs), None)
+        for _ in range(2):
+            with root_unsharded([model]):
+                assert torch.equal(model(inputs), expected)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+
+    torch.manual_seed(0)
+    for child in started_together(work, tmp_path / "log"):
+        assert child.wait() == 0, child.log.read_text()
+
+
 def sizes(tensors: list[Tensor]) -> tuple[int, int]:
     """Numbers in this process, and in all."""
     return sum(local_tensor(t).numel() for t in tensors), sum(t.numel() for t in tensors)
 
 
 def test_each_process_holds_half_of_weights_gradients_moments_and_teacher(
-    settings: Callable[..., TrainConfig], tmp_path: Path
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(fsdp=True, **COMMON)
+    bind, bound = Teacher.bind, list[bool]()
+
+    def noted(teacher: Teacher) -> None:
+        bound.append(all(is_sharded(network) for network in teacher.networks))
+        bind(teacher)
+
+    monkeypatch.setattr(Teacher, "bind", noted)
 
     def work() -> None:
         run = Trainer(config)
+        assert bound == [True], "no average of whole weights is made"
         gradients: list[Tensor] = []
         hook = run.optimizer.register_step_pre_hook(
             lambda *_: gradients.extend(p.grad for p in run.parameters if p.grad is not None)
@@ -285,6 +319,7 @@ def test_weights_are_whole_only_as_long_as_asked_for(settings: Callable[..., Tra
 
     def work() -> None:
         run = Trainer(config)
+        assert run.loaded.continues_cache, "probed in all processes, before each samples at its own pace"
         model: nn.Module = run.loaded.model
         apart = sizes(list(model.parameters()))
         with unsharded(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from itertools import cycle
 from types import SimpleNamespace
@@ -141,20 +142,24 @@ def test_an_average_is_moved_in_parts(load: Loader, monkeypatch: pytest.MonkeyPa
     assert scoring["model.norm.weight"].dtype == torch.float32
 
 
-def test_an_average_beside_a_gpu_never_moves_on_the_stream_that_captures(
+def test_an_average_beside_a_gpu_moves_there_and_never_on_the_stream_that_captures(
     load: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PyTorch's pool, on a CPU that is taken for a GPU: the 33rd new stream is the first one again."""
     device, numbers = torch.device("cuda", 89), cycle(range(32))
     used: list[int] = []
+    devices: dict[int, torch.device] = {}  # of threads; a new one has GPU 0, where entering a stream makes a context
 
-    def new(_device: torch.device) -> SimpleNamespace:
-        return SimpleNamespace(number=next(numbers), wait_stream=lambda _: None, synchronize=lambda: None)
+    def new(where: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(number=next(numbers), device=where, wait_stream=lambda _: None, synchronize=lambda: None)
 
     def use(stream: SimpleNamespace) -> contextlib.AbstractContextManager[None]:
+        assert devices.get(threading.get_ident(), torch.device("cuda", 0)) == stream.device
         used.append(stream.number)
         return contextlib.nullcontext()
 
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: devices.update({threading.get_ident(): chosen}))
+    torch.cuda.set_device(device)
     monkeypatch.setattr(torch.cuda, "Stream", new)
     monkeypatch.setattr(torch.cuda, "stream", use)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(wait_stream=lambda _: None))

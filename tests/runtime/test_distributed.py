@@ -29,6 +29,7 @@ from selfdistill import api
 from selfdistill.cli import main
 from selfdistill.config.files import dump_yaml
 from selfdistill.config.train import TrainConfig
+from selfdistill.data import load_demonstrations
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.runtime import distributed, read_lines
@@ -40,7 +41,7 @@ from selfdistill.training.checkpoint import (
     newest_whole,
     save_checkpoint,
 )
-from selfdistill.training.train import train
+from selfdistill.training.train import plan_memory, train
 from selfdistill.training.trainer import Trainer
 
 COMMON: dict[str, Any] = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "ema_rate": 0.2, "drift_steps": 2}
@@ -196,6 +197,20 @@ def command_line(config: TrainConfig, folder: Path) -> Callable[[], int]:
     return lambda: main(["train", "--config", str(file)])
 
 
+def test_a_run_that_succeeds_ends_its_group(settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Or PyTorch warns of what NCCL leaks."""
+    run = command_line(settings(**COMMON | {"max_steps": 1, "drift_steps": 0}), tmp_path)
+
+    def work() -> int:
+        code = run()
+        assert not torch.distributed.is_initialized()
+        return code
+
+    first, second = started_together(work, tmp_path / "log")
+    assert (first.wait(), second.wait()) == (0, 0), first.log.read_text() + second.log.read_text()
+    assert "final model: " in first.log.read_text()
+
+
 def assert_says_of_the_other(child: Child, what: str) -> None:
     said = f"another process of this run {what}; its checkpoints are intact, continue with --resume ("
     assert child.log.read_text().splitlines()[-1].startswith(f"selfdistill: error: {said}")
@@ -233,6 +248,33 @@ def test_a_run_whose_other_process_hangs_says_so_in_one_line(
     assert first.wait(60) == 3
     second.kill()
     assert_says_of_the_other(first, "has not answered in time")
+
+
+def test_the_backend_of_gradients_connects_before_a_plan_reads_how_much_memory_is_free(
+    settings: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    runs = sys.modules["selfdistill.training.train"]
+    summed, read = torch.distributed.all_reduce, runs.own_memory
+
+    def sums(tensor: torch.Tensor) -> None:
+        summed(tensor)
+        happened.append(f"connects the {tensor.device}")
+
+    def reads(device: torch.device) -> int | None:
+        happened.append("reads")
+        return read(device)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", sums)
+    monkeypatch.setattr(runs, "own_memory", reads)
+
+    def work() -> None:
+        config = settings()
+        plan_memory(config, load_demonstrations(config.data), None)
+        assert happened == ["connects the cpu", "reads"]
+
+    for child in started_together(work, tmp_path / "log"):
+        assert child.wait() == 0, child.log.read_text()
 
 
 def test_a_process_that_works_alone_may_take_longer_than_an_operation_on_gradients(tmp_path: Path) -> None:

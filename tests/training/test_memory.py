@@ -185,8 +185,8 @@ def test_the_plan_is_what_the_steps_hold(
     assert plan.peak + copy == pytest.approx(measured, rel=0.03)
 
 
-def phases_of(config: TrainConfig) -> dict[str, int]:
-    plan = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no")).plan(config)
+def phases_of(config: TrainConfig, processes: int = 1) -> dict[str, int]:
+    plan = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no", processes)).plan(config)
     assert plan.untraced is None
     return {phase.name: phase.total for phase in plan.phases}
 
@@ -209,6 +209,12 @@ def test_the_plan_counts_the_chunks_of_the_loss_as_they_are_on_a_gpu(
     more = [after - before for before, after in pairwise(found)]
     assert 4 * 4 * VOCABULARY <= more[0] / 192 <= 7 * 4 * (VOCABULARY + HIDDEN)  # logits and what is made of them
     assert more[1] / 256 == pytest.approx(more[0] / 192, rel=0.01)
+
+
+def test_each_of_several_processes_draws_as_much_at_once_as_one(make: Make) -> None:
+    config = make(method="ssd")
+    one, two = (phases_of(config, processes)["drawing"] for processes in (1, 2))
+    assert two == one
 
 
 DRAWN: dict[str, dict[str, Any]] = {
