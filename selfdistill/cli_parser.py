@@ -279,12 +279,12 @@ def _explained(message: str, arguments: list[str]) -> str:
         places = _POSITIONAL.get(command, ())
         known = [*(key for key in fields if key not in places), "config", *switches]
         known += ["json"] if command != "train" else []
-        first, *others = re.findall(r"(?:^|(?<=\s)(?=--))([^\s=]+)(?:[\s=](?!--)(\S*))?", unknown[1])
+        first, *others = re.findall(r"(?:^|(?<=\s)(?=--))([^\s=]*)(?:[\s=](?!--)(\S*))?", unknown[1])
         if (name := first[0].removeprefix("--")) in places and name != first[0]:
             return f"{command} takes {name} without {first[0]}: selfdistill {command} {' '.join(places).upper()}"
         if listed := _listed(first[0], arguments, fields):
             return listed
-        return "; ".join(_unknown(*found, arguments, known) for found in [first, *others])
+        return "; ".join(_unknown(word, value, arguments, known) for word, value in [first, *others])
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
     if key and value and key[1] in switches:
         return f"option --{key[1]}: found {value[1]!r}, expected true, false or no value"
