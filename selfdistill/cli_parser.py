@@ -30,7 +30,7 @@ from selfdistill.config import (
     Settings,
     TrainConfig,
     load_yaml,
-    trl_hint,
+    name_here,
 )
 from selfdistill.errors import UserError, closest
 from selfdistill.runtime import GPUS, THIS
@@ -275,22 +275,16 @@ def _explained(message: str, arguments: list[str]) -> str:
     switches = [switch for switch, wanted in SWITCHES.items() if command in wanted]
     if lacking := re.match(r"the following arguments are required: \w+\.(\w+)", message):
         return f"no {lacking[1]}: {_LACKING[lacking[1]]}; see selfdistill {command} --help"
-    if unknown := re.match(r"unrecognized arguments: ([^\s=]*)[\s=]?(\S*)", message):
+    if unknown := re.match(r"unrecognized arguments: (.*)", message):
         places = _POSITIONAL.get(command, ())
-        if (name := unknown[1].removeprefix("--")) in places and name != unknown[1]:
-            return f"{command} takes {name} without {unknown[1]}: selfdistill {command} {' '.join(places).upper()}"
-        if listed := _listed(unknown[1], arguments, fields):
+        known = [*(key for key in fields if key not in places), "config", *switches]
+        known += ["json"] if command != "train" else []
+        first, *others = re.findall(r"(?:^|(?<=\s)(?=--))([^\s=]*)(?:[\s=](?!--)(\S*))?", unknown[1])
+        if (name := first[0].removeprefix("--")) in places and name != first[0]:
+            return f"{command} takes {name} without {first[0]}: selfdistill {command} {' '.join(places).upper()}"
+        if listed := _listed(first[0], arguments, fields):
             return listed
-        if own := _own_setting(name, unknown[2], arguments):
-            return f"unknown option {unknown[1]}; {own}"
-        options = [key for key in fields if key not in places]
-        known = [*options, "config", *switches, *(["json"] if command != "train" else [])]
-        what = "option" if unknown[1].startswith("-") else "argument"
-        hint = trl_hint(name, known, "--") or closest(unknown[1], [f"--{key}" for key in known])
-        if not hint and "method_settings" in fields:
-            hint = _other_methods(name)
-        hint = hint or "; see --help for the names"
-        return f"unknown {what} {unknown[1]}{hint}"
+        return "; ".join(_unknown(word, value, arguments, known) for word, value in [first, *others])
     key, value = re.search(r'Parser key "(\w+)"', message), re.search(r"(?s)(?:Got|Given) value: (.*)\Z", message)
     if key and value and key[1] in switches:
         return f"option --{key[1]}: found {value[1]!r}, expected true, false or no value"
@@ -303,6 +297,17 @@ def _explained(message: str, arguments: list[str]) -> str:
             if parts:
                 return parts[0]
     return " ".join(message.removeprefix("argument ").split())
+
+
+def _unknown(word: str, value: str, arguments: list[str], known: list[str]) -> str:
+    """What to say about a word that is no option, and the value after it."""
+    name, what = word.removeprefix("--"), "option" if word.startswith("-") else "argument"
+    if own := _own_setting(name, value, arguments):
+        return f"unknown option {word}; {own}"
+    hint = name_here(name, known, "--")
+    if not hint and "method_settings" in known:
+        hint = _other_methods(name)
+    return f"unknown {what} {word}{hint or '; see --help for the names'}"
 
 
 def _listed(word: str, arguments: list[str], fields: dict[str, FieldInfo]) -> str:

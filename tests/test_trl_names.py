@@ -1,4 +1,4 @@
-"""Names of TRL that are unknown here: the page about TRL and the messages say the same."""
+"""Other projects' names that are unknown here: the page about TRL and the messages say the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rows() -> list[tuple[str, str]]:
     found = []
     for line in re.findall(r"^\| [^|]* \| [^|]* \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE):
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        if line.startswith("| ") and cells[0] not in ("TRL", "TRL 1.16"):
+        if line.startswith("| ") and cells[0] not in ("TRL", "TRL 1.16", "there"):
             parts = [cell.split("; ") for cell in cells]
             found += zip(*parts, strict=True) if len(parts[0]) == len(parts[1]) else [(cells[0], cells[1])]
     return found
@@ -64,6 +64,13 @@ PYTHON: list[tuple[dict[str, Any], str]] = [
     ({"torch_dtype": "bfloat16"}, "dtype"),
     ({"max_new_tokens": 32}, "max_completion_length"),
     ({"r": 16}, "lora_rank"),
+    ({"topk": 20}, "support_top_k, with support top_k"),
+    ({"alpha": 0.5}, "divergence with jsd_weight"),
+    ({"beta": 0.5}, "divergence with jsd_weight, or for a KL to a reference model anchors or target_base"),
+    ({"sync_ref_model": True}, "teacher ema, or for a KL to a reference model anchors or target_base"),
+    ({"distillation_weight": 0.5}, "1 minus it as grpo in method_settings"),
+    ({"loss_type": "dapo"}, "loss_normalisation sequence for grpo, token for dapo; no other"),
+    ({"min_p": 0.1}, "not available; sampling has temperature, top_p and top_k"),
     ({"push_to_hub": True}, "nothing is uploaded; export the run and upload that folder"),
 ]
 
@@ -72,15 +79,22 @@ PYTHON: list[tuple[dict[str, Any], str]] = [
 def test_python_says_the_name_here(settings: dict[str, Any], here: str) -> None:
     with pytest.raises(sd.UserError) as error:
         sd.train("model", "data.jsonl", output_dir="run", **settings)
-    assert str(error.value) == f"unknown setting '{next(iter(settings))}'; TRL's name, here: {here}"
+    assert str(error.value) == f"unknown setting '{next(iter(settings))}'; here: {here}"
 
 
 COMMANDS = [
-    ("train --bf16 true", "unknown option --bf16; TRL's name, here: --mixed_precision bf16"),
-    ("train --peft_config x", "unknown option --peft_config; TRL's name, here: --lora_rank and --lora_alpha"),
-    ("train --resume_from_checkpoint x", "unknown option --resume_from_checkpoint; TRL's name, here: --resume"),
-    ("train --callbacks x", "unknown option --callbacks; TRL's name, here: on_step, in Python"),
-    ("eval --bf16 true", "unknown option --bf16; TRL's name, here: --mixed_precision bf16"),
+    ("train --bf16 true", "unknown option --bf16; here: --mixed_precision bf16"),
+    ("train --peft_config x", "unknown option --peft_config; here: --lora_rank and --lora_alpha"),
+    ("train --resume_from_checkpoint x", "unknown option --resume_from_checkpoint; here: --resume"),
+    ("train --callbacks x", "unknown option --callbacks; here: on_step, in Python"),
+    ("eval --bf16 true", "unknown option --bf16; here: --mixed_precision bf16"),
+    (
+        "train --topk 20 --alpha=0.5 --batch_size 8 --seq_kd --quux x",
+        "unknown option --topk; here: --support_top_k, with --support top_k; unknown option --alpha; here: "
+        "--divergence with --jsd_weight; unknown option --seq_kd; here: --method sft_from_teacher, whose teacher is "
+        "the model itself; unknown option --quux; see --help for the names",
+    ),
+    ("eval --topk 20", "unknown option --topk; see --help for the names"),
     ("eval --teacher_update_rate x", "unknown option --teacher_update_rate; see --help for the names"),
 ]
 
@@ -92,8 +106,13 @@ def test_the_command_line_says_the_option_here(command: str, message: str) -> No
     assert str(error.value) == message
 
 
-def test_a_settings_file_says_the_name_here(tmp_path: Path) -> None:
+def test_a_settings_file_says_all_names_here(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text("reward_funcs: f\n")
-    with pytest.raises(sd.UserError, match=r"unknown setting 'reward_funcs'; TRL's name, here: scorer$"):
+    file.write_text("reward_funcs: f\nseed: 1\nlmbda: 1.0\nlearning_rte: 1\nquux: 1\n")
+    with pytest.raises(sd.UserError) as error:
         parse(["train", "--config", str(file)])
+    assert str(error.value) == (
+        f"{file}: unknown setting 'reward_funcs'; here: scorer; unknown setting 'lmbda'; here: always 1 with sdft; "
+        "unknown setting 'learning_rte'; did you mean learning_rate?; unknown setting 'quux'; there is no such setting "
+        "here"
+    )

@@ -29,7 +29,7 @@ from selfdistill.config.files import (
 )
 from selfdistill.config.method import SHORTEST, UNTEMPERED, MethodName, MethodSettings
 from selfdistill.config.train import OPEN, TrainConfig, TrainingSettings, default_learning_rate
-from selfdistill.config.trl_names import trl_hint
+from selfdistill.config.trl_names import name_here
 
 __all__ = [
     "MAY_CHANGE",
@@ -63,9 +63,9 @@ __all__ = [
     "dump_yaml",
     "load_saved",
     "load_yaml",
+    "name_here",
     "refuse_changes",
     "run_settings",
-    "trl_hint",
     "with_runs_of",
     "without_defaults",
 ]

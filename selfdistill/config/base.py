@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
-from selfdistill.config.trl_names import trl_hint
+from selfdistill.config.trl_names import unknown_setting
 from selfdistill.data import CODE, JUDGE, SCORER_NAMES, LearntTurns, by_name, known_or_own
 from selfdistill.environments import name_of_given
 from selfdistill.errors import UserError, closest, found_value
@@ -137,7 +137,7 @@ def _one_line(detail: Any, fields: Mapping[str, FieldInfo]) -> str:
     """One of pydantic's errors, in this package's words."""
     name = ".".join(part for part in detail["loc"] if isinstance(part, str))  # without list indices
     if detail["type"] == "extra_forbidden":
-        return f"unknown setting '{name}'{trl_hint(name, fields) or closest(name, fields, '; remove it')}"
+        return unknown_setting(name, fields)
     if detail["type"] == "missing":
         return f"setting '{name}' is required: {_what(fields[name])}"
     if not name:

@@ -11,9 +11,9 @@ import yaml
 from selfdistill.config.base import Settings, read_mapping
 from selfdistill.config.commands import CompareConfig
 from selfdistill.config.train import OPEN, TrainConfig
-from selfdistill.config.trl_names import trl_hint
+from selfdistill.config.trl_names import unknown_setting
 from selfdistill.data import parse_context
-from selfdistill.errors import CannotResume, UserError, closest
+from selfdistill.errors import CannotResume, UserError
 
 SettingsOfRuns = TypeVar("SettingsOfRuns", TrainConfig, CompareConfig)
 
@@ -62,13 +62,11 @@ def load_yaml(path: Path, kind: type[Settings]) -> dict[str, Any]:
     """Read a settings file; ``kind`` validates the values later.
 
     Raises:
-        UserError: the file cannot be read, is not YAML or not a mapping, or has a key unknown to ``kind``.
+        UserError: the file cannot be read, is not YAML or not a mapping, or has keys unknown to ``kind``.
     """
     values = read_mapping(path, "setting names to values")
-    for key in values:
-        if key not in kind.model_fields:
-            hint = trl_hint(str(key), kind.model_fields) or closest(str(key), kind.model_fields, "; remove it")
-            raise UserError(f"{path}: unknown setting '{key}'{hint}")
+    if unknown := [unknown_setting(str(key), kind.model_fields) for key in values if key not in kind.model_fields]:
+        raise UserError(f"{path}: {'; '.join(unknown)}")
     if values.get("anchors") == []:  # written where there were none; in Python an empty list is refused
         values["anchors"] = ()
     return values

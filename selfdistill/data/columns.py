@@ -24,7 +24,7 @@ COLUMNS = (
 OTHER_NAMES = {
     "prompt": ("question", "instruction", "input", "query"),
     "messages": ("conversation", "conversations", "chat", "dialogue"),
-    "completion": ("response", "output", "reply", "target", "chosen"),
+    "completion": ("response", "output", "reply", "target", "chosen", "golden_response", "output_text"),
     "answer": ("gold", "label", "solution", "ground_truth"),
 }
 """Other projects' names for a column."""
@@ -35,16 +35,17 @@ _IN_PROMPT = ("system", "system_prompt", "instruction", "input", "context", "his
 _MEDIA = "only text and pictures are supported; leave it out"
 _REFUSED = {
     **dict.fromkeys(("video", "videos", "audio", "audios"), _MEDIA),
-    **dict.fromkeys(("instruction", "input"), "put its text into the prompt"),
+    **dict.fromkeys(("instruction", "input"), "put its text into the prompt, or leave it out if it is there"),
     "context": "put its text into the prompt, or name it 'document' if only the teacher should read it",
     **dict.fromkeys(("system", "system_prompt"), "write it as the system message that begins the prompt"),
     "history": "write it as earlier messages of the prompt",
     **dict.fromkeys(OTHER_NAMES["messages"], "keep either the prompt or the conversation"),
     "functions": "write them as 'tools'",
+    "teacher_prompt": "write its text as 'privileged_context', with context rewritten",
     "rejected": "preference pairs are not supported; leave it out, and rename 'chosen' to 'completion'",
     "label": "it marks good and bad completions; keep the good rows, and leave it out",
 }
-"""Columns that TRL, Alpaca, ShareGPT or LLaMA-Factory read, and what to do with their content."""
+"""Columns that TRL, the SDFT authors, Alpaca, ShareGPT or LLaMA-Factory read, and what to do with their content."""
 
 _CLOSE = 0.8
 """Similarity from which a name counts as a misspelling: ``anwser`` and ``answer`` have 0.83."""

@@ -247,6 +247,14 @@ class ContextTemplate:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise UserError(f"context 'template': cannot read file {self.file!r} ({reason})") from None
+        names = ("prompt", "demonstration", "document")
+        others = ("privileged_context", "golden_answer")  # of TRL and tinker-cookbook, which use str.format
+        for word in sorted(set(re.findall(r"\{(\w+)\}", text)) - set(names)):
+            if word in others or difflib.get_close_matches(word, names, 1, 0.75):
+                raise UserError(
+                    f"context 'template': {self.file} has {{{word}}}, which is not a field; use {{prompt}}, "
+                    "{demonstration} or {document}, and write other braces once"
+                )
         if "{prompt}" not in text:
             raise UserError(f"context 'template': {self.file} has no {{prompt}}, so the question would be missing")
         if "{demonstration}" not in text and "{document}" not in text:
@@ -254,13 +262,6 @@ class ContextTemplate:
                 f"context 'template': {self.file} has neither {{demonstration}} nor {{document}}, so the teacher "
                 "would see the same as the student"
             )
-        names = ("prompt", "demonstration", "document")
-        for word in sorted(set(re.findall(r"\{(\w+)\}", text)) - set(names)):
-            if difflib.get_close_matches(word, names, 1, 0.75):
-                raise UserError(
-                    f"context 'template': {self.file} has {{{word}}}, which is not a field; use {{prompt}}, "
-                    "{demonstration} or {document}"
-                )
         object.__setattr__(self, "text", text)
 
     def messages(self, demonstration: Demonstration, pool: Sequence[Demonstration]) -> list[Message]:

@@ -79,14 +79,15 @@ class Hint:
             return self.context.messages(demonstration, pool)
         if problem := no_part(demonstration):
             raise UserError(f"{demonstration.source}: {problem}")
-        shown = self.part(demonstration.shown, self.share)
+        shown = self.part(demonstration.shown, self.share) if demonstration.has_demonstration else ""
         if not shown:
             return list(demonstration.prompt)
         return self.context.messages(replace(demonstration, privileged_context=shown), pool)
 
     def lacks(self, demonstration: Demonstration) -> str | None:
         """See :class:`selfdistill.data.Context`."""
-        return self.context.lacks(demonstration) or (no_part(demonstration) if self.share < 1 else None)
+        shows = self.context.lacks(demonstration) if self.share else None
+        return shows or (no_part(demonstration) if self.share < 1 else None)
 
 
 def no_part(demonstration: Demonstration) -> str | None:

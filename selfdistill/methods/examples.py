@@ -124,8 +124,8 @@ class DemonstrationExamples:
         problem = None
         if self.completion_must_fit and not demonstration.completion:
             problem = f"column 'completion': missing, which method {self.config.method!r} learns from"
-        elif self._shows is not None:
-            problem = self._shows(demonstration) or self._no_part(demonstration)
+        else:
+            problem = (self._shows and self._shows(demonstration)) or self._no_part(demonstration)
         return problem and problem + self._other_method(demonstration)
 
     def _no_part(self, demonstration: Demonstration) -> str | None:
@@ -144,11 +144,11 @@ class DemonstrationExamples:
 
     @cached_property
     def _shows(self) -> Lacks | None:
-        """The problem of a row that has nothing for the context to show; None without a context."""
-        if self.context is None:
-            return None
+        """The problem of a row that has nothing for the context to show; None if the teacher sees only the prompt."""
         if self.context == "auto":
             return nothing_to_show
+        if self.context is None or not self.hint:
+            return None
         return parse_context(self.context, episodes=self.config.environment != "none").lacks
 
 

@@ -85,11 +85,18 @@ def test_the_parts_of_a_prompt_are_named_together(row: dict[str, Any], problem: 
     assert problem_of(row) == problem
 
 
+@pytest.mark.parametrize("column", ["golden_response", "output_text"])
+def test_the_authors_names_of_the_completion_are_known(column: str) -> None:
+    want = f"column 'completion': missing, found {column!r}; rename it to 'completion'"
+    assert problem_of({"prompt": "q", column: "a"}) == want
+
+
 @pytest.mark.parametrize(
     ("column", "value", "advice"),
     [
-        ("input", "night", "put its text into the prompt"),
-        ("instruction", "Translate.", "put its text into the prompt"),
+        ("input", "night", "put its text into the prompt, or leave it out if it is there"),
+        ("instruction", "Translate.", "put its text into the prompt, or leave it out if it is there"),
+        ("teacher_prompt", TURNS, "write its text as 'privileged_context', with context rewritten"),
         (
             "context",
             "A text.",

@@ -310,13 +310,14 @@ def test_template_errors_name_the_file_and_the_row(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
         ContextTemplate(str(file))
-    file.write_text('{document} {promt} {prompt} {"a"} {x}', encoding="utf-8")
     want = (
         f"context 'template': {file} has {{promt}}, which is not a field; use {{prompt}}, {{demonstration}} or "
-        "{document}"
+        "{document}, and write other braces once"
     )
-    with pytest.raises(UserError, match=f"^{re.escape(want)}$"):
-        ContextTemplate(str(file))
+    for theirs in ("promt", "privileged_context", "golden_answer"):
+        file.write_text(f'{{prompt}} {{{theirs}}} {{"a"}} {{x}}', encoding="utf-8")
+        with pytest.raises(UserError, match=f"^{re.escape(want.replace('promt', theirs))}$"):
+            ContextTemplate(str(file))
     file.write_text("{document} {prompt}", encoding="utf-8")
     with pytest.raises(UserError, match=r"^context 'template' uses \{document\}, and d\.jsonl:1 has none$"):
         ContextTemplate(str(file)).messages(row(), [])

@@ -95,6 +95,18 @@ def test_the_teacher_sees_a_share_of_the_words(worded: Settings, share: str) -> 
     gradient_with_share(run, run.stage.task.method, float(share))
 
 
+def test_without_a_hint_another_model_teaches_rows_of_prompts(
+    worded: Settings, write_rows: Callable[..., Path], model_folder: Callable[..., Path]
+) -> None:
+    prompts = write_rows([{"prompt": f"q{i}"} for i in range(len(WORDS))], name="prompts.jsonl")
+    other = {"hint": 0, "teacher_model": str(model_folder(seed=1))}
+    run = moved(worded(**other, data=str(prompts)))
+    gradient_with_share(run, run.stage.task.method, 0)
+    assert same(weights_after(worded("prompts", **other, data=str(prompts))), weights_after(worded("replies", **other)))
+    with pytest.raises(UserError, match=r"column 'completion': missing, and no 'privileged_context'"):
+        train(worded("half", **other | {"hint": 0.5}, data=str(prompts)))
+
+
 def test_a_hint_of_the_whole_demonstration_is_sdft(worded: Settings) -> None:
     plain = weights_after(worded("plain"))
     for number, hint in enumerate((1, "1:1")):
