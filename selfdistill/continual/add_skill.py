@@ -22,7 +22,7 @@ from selfdistill.config import LearnConfig, TrainConfig, load_saved
 from selfdistill.continual.gates import least_retained, reasons_against
 from selfdistill.continual.ledger import MEASURED_WITH, NO_IMPROVEMENT, PENDING, START, Ledger, settings_of
 from selfdistill.continual.lengths import check_anchor_lengths, date_shown, fitting_rows
-from selfdistill.continual.pending import begin
+from selfdistill.continual.pending import already_learnt, begin
 from selfdistill.continual.rehearsal import MEMORY, as_shown, check_batch, cost_of, keep_prompts, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
@@ -95,6 +95,8 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
             config = config.model_copy(update={"template_date": ledger.template_date})
         if config.mixed_precision == "auto":
             config = config.model_copy(update={"mixed_precision": ledger.measured_with["mixed_precision"]})
+        if learnt := already_learnt(ledger, config, splits):
+            return learnt
         used = begin(ledger, config, splits)
         say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in used.items()))
         say_learnt(used["test"], used["train"])

@@ -9,13 +9,14 @@
         prompts.jsonl (its prompts for later additions to rehearse) and memory.jsonl (earlier prompts it rehearsed);
         pictures/ (copies of all pictures of these rows)
     pending/        an addition in progress or interrupted; same contents
-    refused/, undone/       additions that were refused or rolled back; read only by ``history``
+    refused/, undone/       additions that were refused or rolled back; read by ``history``, and when one is asked again
 
 A skill is accepted by renaming ``pending``. A crash before that leaves the state unchanged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -129,6 +130,12 @@ class Ledger:
         return skills[-1].model if skills else self.base
 
     @property
+    def last(self) -> str:
+        """By what an addition knows the skill that it follows: SHA-256 of its results; empty for the base."""
+        skills = self.skills
+        return hashlib.sha256((skills[-1].folder / "result.json").read_bytes()).hexdigest() if skills else ""
+
+    @property
     def prior(self) -> str | None:
         """Folder of the questions about prior abilities, or None."""
         folder = self.folder / START / "prior"
@@ -174,6 +181,12 @@ class Ledger:
     def refuse(self, name: str) -> Path:
         """Move the pending addition to ``refused``."""
         return self._move(self.pending, REFUSED, name)
+
+    def take_up(self, refused: Skill) -> None:
+        """Make a refused addition the pending one."""
+        os.rename(refused.folder, self.pending)
+        fsync(self.folder / REFUSED)
+        fsync(self.folder)
 
     def undo(self, skill: Skill) -> Path:
         """Roll back the last skill."""

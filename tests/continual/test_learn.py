@@ -486,12 +486,8 @@ def test_the_gates(
 def test_a_skill_is_compared_with_its_score_when_it_was_learnt_however_many_came_since(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = {
-        "first": [0.1, 0.8, 0.75, 0.7, 0.7],
-        "second": [0.15, 0.3, 0.6, 0.65, 0.65],
-        "third": [0.2, 0.35, 0.9, 0.2, 0.35, 0.9],
-    }
-    fixed(monkeypatch, scores, [0.5, 0.49, 0.48, 0.47, 0.46])
+    scores = {"first": [0.1, 0.8, 0.75, 0.7], "second": [0.15, 0.3, 0.6, 0.65], "third": [0.2, 0.35, 0.9]}
+    fixed(monkeypatch, scores, [0.5, 0.49, 0.48, 0.46])
     short: dict[str, Any] = {"max_steps": 1, "max_skill_drop": 0.05}
     assert add(make(**short))["accepted"]
     assert add(make("second", **short))["accepted"]
@@ -586,6 +582,72 @@ def test_a_skill_that_hurts_is_refused_by_what_is_measured(make: Settings, tmp_p
     assert [reason.partition(":")[0] for reason in result["reasons"]] == ["first"]
     assert digest(tmp_path / "state") == before
     assert add(make("hurts", **(learns | {"max_skill_drop": 1.0})))["accepted"]
+
+
+def test_a_refused_addition_is_decided_on_again_with_other_gates_and_not_trained(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed(monkeypatch, {"first": [0.1, 0.8], "second": [0.2, 0.2, 0.6, 0.2, 0.2, 0.6]}, [0.5, 0.3, 0.3])
+    gates: dict[str, Any] = {"max_prior_drop": 0.02, "min_teacher": 0.5, "max_skill_drop": None}
+    assert not add(make(**gates))["accepted"]
+    refused = tmp_path / "state" / "refused" / "first"
+    weights = (refused / "model" / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(add_skill, "train", lambda *_, **__: pytest.fail("it was learnt"))
+        assert not add(make(**gates))["accepted"]
+        assert [folder.name for folder in refused.parent.iterdir()] == ["first"]
+        result = add(make(**(gates | {"max_prior_drop": 0.2})))
+    assert "first was refused on 20" in capsys.readouterr().err
+    (skill,) = Ledger(make().state).skills
+    assert result["accepted"]
+    assert result == skill.result
+    assert (skill.folder / "model" / "model.safetensors").read_bytes() == weights
+    assert yaml.safe_load((skill.folder / "settings.yaml").read_text(encoding="utf-8"))["max_prior_drop"] == 0.2
+    assert not list(refused.parent.iterdir())
+
+
+def test_a_refused_addition_to_another_model_or_with_other_settings_is_learnt_again(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    real = add_skill.train
+    monkeypatch.setattr(add_skill, "train", lambda *given, **named: trained.append(1) or real(*given, **named))
+    fixed(monkeypatch, {"first": [0.8] * 9, "second": [0.2] * 12}, [0.5] + [0.3] * 9)
+    short: dict[str, Any] = {"max_steps": 1}
+    add(make(**short))
+    for values in (short, {"max_steps": 2}):
+        assert not add(make("second", max_prior_drop=0.02, **values))["accepted"]
+    assert len(trained) == 3
+    shutil.rmtree(tmp_path / "state" / "refused" / "second-2" / "model")  # as a user may do who needs the space
+    assert not add(make("second", max_prior_drop=0.02, max_steps=2))["accepted"]
+    assert len(trained) == 4
+    learn(make(action="rollback", data=""))
+    add(make(**short))  # the same skill, learnt another time
+    assert not add(make("second", max_prior_drop=0.02, **short))["accepted"]
+    assert len(trained) == 6
+
+
+def test_a_skill_that_was_accepted_as_it_is_asked_is_not_learnt_again(
+    make: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed(monkeypatch, {"first": [0.1, 0.8, 0.8], "second": [0.2, 0.2, 0.6]}, [0.5, 0.5, 0.5])
+    result = add(make(max_steps=1))
+    add(make("second", max_steps=1))
+    before = digest(Path(make().state))
+    code, again = main_code(make(max_steps=1))
+    assert (code, again) == (0, json.loads(json.dumps(result)))
+    said = capsys.readouterr().err.splitlines()
+    assert f"first is already skill 1 of {make().state}, learnt from these rows with these settings" in said
+    assert digest(Path(make().state)) == before
+
+
+def test_the_gates_of_an_interrupted_addition_may_change(
+    make: Settings, tmp_path: Path, cut_off: Callable[[LearnConfig], None]
+) -> None:
+    cut_off(make(max_prior_drop=0.02, max_skill_drop=None, min_teacher=0.5))
+    assert add(make(max_prior_drop=0.5, max_skill_drop=0.9, min_teacher=0))["accepted"]
+    saved = yaml.safe_load((tmp_path / "state/skills/0001-first/settings.yaml").read_text(encoding="utf-8"))
+    assert [saved[name] for name in ("max_prior_drop", "max_skill_drop", "min_teacher")] == [0.5, 0.9, 0]
 
 
 def main_code(config: LearnConfig) -> tuple[int, dict[str, Any]]:
@@ -1294,7 +1356,11 @@ def test_mistakes_about_a_state_that_exists(make: Settings, tmp_path: Path) -> N
             {"mixed_precision": "bf16"},
             "setting 'mixed_precision': all scores in .* were measured with 'no'; use the same",
         ),
-        ({}, "setting 'name': .* already has a skill 'first'; give another name, or undo it first: .* rollback$"),
+        (
+            {"max_steps": 2, "max_prior_drop": 0.5},
+            "setting 'name': .* already has a skill 'first'; give another name, or undo it first: .* rollback. "
+            "Differences: max_steps was 3 and is now 2; max_prior_drop was 1.0 and is now 0.5$",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             add(make(**values))
