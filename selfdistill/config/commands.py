@@ -268,7 +268,7 @@ class LearnConfig(TrainingSettings, OneRun):
     ends training on a chunk; without ``test``, half of it is the test."""
     min_teacher: float = Field(default=0.5, ge=0, le=1)
     """Refuse a skill before training if its teacher (the current model shown the demonstration) is right on a smaller
-    share of its rows than this, or is no better than the model itself; 0: never."""
+    share of its rows than this, by the 95% interval on 16 of them, or is no better than the model itself; 0: never."""
     max_prior_drop: float = Field(default=0.02, ge=0, le=1)
     """Gate: refuse a skill if it lowers the mean prior accuracy by more than this below the base's."""
     max_skill_drop: float | None = Field(default=None, ge=0, le=1)

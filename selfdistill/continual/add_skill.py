@@ -26,20 +26,20 @@ from selfdistill.continual.pending import already_learnt, begin
 from selfdistill.continual.rehearsal import MEMORY, as_shown, check_batch, cost_of, keep_prompts, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
+from selfdistill.continual.teacher import check_teacher, reasons_against_teacher
 from selfdistill.data import JUDGE, Demonstration, Rows, load_demonstrations, load_prompts, located
 from selfdistill.errors import RERUN, RESUME, CannotResume, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
     EvaluationSet,
     check_inputs,
-    check_run,
     encode_priors,
     judge_of,
     load_prior,
     prior_scores,
     say_learnt,
 )
-from selfdistill.methods import check_steps, lacks_of, stages_of, uses
+from selfdistill.methods import check_steps, lacks_of, stages_of
 from selfdistill.model import (
     LoadedModel,
     load_for_training,
@@ -261,21 +261,12 @@ class _NewSkill:
 
     def result(self) -> dict[str, Any]:
         """Run the remaining steps and decide whether to accept."""
-        reasons: list[str] = []
         result: dict[str, Any] = {"name": self._name, "data": self._data}
         result |= self._step("before", self._before)
-        result["check"] = self._step("check", self._check)
-        least, checked = self._config.min_teacher, result["check"]
-        if least and not checked["worth"]:
-            reasons.append(f"{checked['verdict']} (min_teacher)")
-        elif least and checked["accuracy"] is None:
-            reasons.append("the teacher cannot be scored, as rows have neither completion nor answer (min_teacher)")
-        elif least and checked["accuracy"] < least:
-            reasons.append(
-                f"the teacher with {checked['context']} has {checked['accuracy']:.0%} accuracy, but at least "
-                f"{least:.0%} is required (min_teacher)"
-            )
-        else:
+        run = run_config(self._config, self._ledger.model, self._config.context, self._folder)
+        result["check"] = self._step("check", lambda: check_teacher(run))
+        reasons = reasons_against_teacher(result["check"], self._config.min_teacher)
+        if not reasons:
             try:
                 result["training"] = self._train(result["check"]["context"])
                 result["after"] = self._step("after", lambda: self._on(str(self._folder / "model"), self._all, True))
@@ -314,17 +305,6 @@ class _NewSkill:
         base = self._on(ledger.base, self._new, False)["skills"][self._name]
         now = base if not ledger.skills else self._on(ledger.model, self._new, False)["skills"][self._name]
         return {"base": base, "before": now}
-
-    def _check(self) -> dict[str, Any]:
-        """Check whether the current model, given the demonstration, can teach itself, and find the best context."""
-        run = run_config(self._config, self._ledger.model, self._config.context, self._folder)
-        if not uses(run, "context"):
-            verdict = f"{run.method} has no teacher"
-            return {"context": self._config.context, "worth": True, "accuracy": 1.0, "verdict": verdict}
-        found = check_run(run)
-        context = found.best.context if run.context == "auto" else run.context
-        worth, accuracy = found.exit_code == 0, found.best.accuracy
-        return {"context": context, "worth": worth, "accuracy": accuracy, "verdict": found.verdict}
 
     def _train(self, context: str) -> dict[str, Any]:
         """Train and return the cost. Leaves the complete model in ``model``, and no checkpoints in ``run``.

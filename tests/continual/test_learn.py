@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 import selfdistill as sd
 from selfdistill.cli import main
 from selfdistill.config import LearnConfig, TrainConfig
-from selfdistill.continual import add_skill, stream
+from selfdistill.continual import add_skill, stream, teacher
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import LearnResult, learn, retention_matrix
 from selfdistill.continual.ledger import NEEDED, Ledger
@@ -390,17 +390,37 @@ def test_a_teacher_that_is_no_better_is_refused(make: Settings, tmp_path: Path) 
     assert add(make(method="sdft", context="turns", min_teacher=0))["accepted"]
 
 
-def test_a_weak_teacher_is_refused_before_anything_is_learnt(
-    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("items", "right", "least", "reason"),
+    [
+        (16, 4, 0.5, "4 of 16 rows (95% interval: 10% to 49%), but at least 50% is required (min_teacher)"),
+        (16, 5, 0.5, None),
+        (4, 1, 0.5, None),
+        (16, 15, 1.0, "15 of 16 rows (95% interval: 72% to 99%), but at least 100% is required (min_teacher)"),
+        (16, 16, 1.0, None),
+    ],
+)
+def test_a_teacher_is_refused_before_training_if_its_interval_is_below_what_is_asked(
+    make: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    items: int,
+    right: int,
+    least: float,
+    reason: str | None,
 ) -> None:
-    found = SimpleNamespace(exit_code=0, verdict="Worth trying", best=SimpleNamespace(context="turns", accuracy=0.4))
-    monkeypatch.setattr(add_skill, "check_run", lambda _: found)
+    best = SimpleNamespace(context="turns", accuracy=right / items, items=items)
+    monkeypatch.setattr(teacher, "check_run", lambda _: SimpleNamespace(exit_code=0, verdict="", best=best))
+    fixed(monkeypatch, {"first": [0.5, 0.5]}, [0.5, 0.5])
     with monkeypatch.context() as patch:
-        patch.setattr(add_skill, "train", lambda *_, **__: pytest.fail("it was learnt"))
-        (reason,) = add(make(method="sdft", context="turns"))["reasons"]
-    assert reason == "the teacher with turns has 40% accuracy, but at least 50% is required (min_teacher)"
-    assert not (tmp_path / "state" / "skills").exists()
-    assert add(make(method="sdft", context="turns", min_teacher=0.3))["accepted"]
+        if reason:
+            patch.setattr(add_skill, "train", lambda *_, **__: pytest.fail("it was learnt"))
+        result = add(make(method="sdft", context="turns", min_teacher=least, max_steps=1))
+    assert result["reasons"] == ([f"the teacher with turns is right on {reason}"] if reason else [])
+    assert result["check"]["items"] == items
+    said = capsys.readouterr().err.splitlines()
+    assert f"teacher: turns, {right} of {items} right" in said
+    assert Path(make().state, "skills").exists() == (reason is None)
 
 
 # --- gates ---

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfdistill.cli import main
 from selfdistill.config import TrainConfig
 from selfdistill.config.commands import LearnConfig
-from selfdistill.continual import add_skill, stream
+from selfdistill.continual import add_skill, stream, teacher
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import learn
 from selfdistill.continual.ledger import Ledger
@@ -532,8 +532,8 @@ def test_a_row_that_is_dropped_teaches_nothing_so_its_prompt_is_rehearsed(
 def test_the_context_that_is_chosen_decides_which_rows_are_remembered(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = SimpleNamespace(exit_code=0, verdict="", best=SimpleNamespace(context="turns:repeats=2", accuracy=1.0))
-    monkeypatch.setattr(add_skill, "check_run", lambda _: found)
+    best = SimpleNamespace(context="turns:repeats=2", accuracy=1.0, items=16)
+    monkeypatch.setattr(teacher, "check_run", lambda _: SimpleNamespace(exit_code=0, verdict="", best=best))
     rows = [{"prompt": f"{i} {'x' * (100 if i == 3 else 1)}", "completion": "y"} for i in range(6)]
     (tmp_path / "test.jsonl").write_text('{"prompt": "p", "completion": "y"}\n', encoding="utf-8")
     limits = {"test": str(tmp_path / "test.jsonl"), "max_prompt_length": 200, "on_long_prompt": "drop"}
