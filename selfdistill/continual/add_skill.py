@@ -294,6 +294,8 @@ class _NewSkill:
     def _on(self, model: str, folders: list[tuple[str, Path]], prior: bool) -> dict[str, Any]:
         config = self._config
         loaded = load_for_training(model, dtype=config.dtype, adapter_base=config.adapter_base)
+        if model == self._ledger.base:
+            self._ledger.refuse_other_weights(start_fingerprint(loaded))
         if not config.lora_rank:
             refuse_float16(loaded.model, model)
         found: dict[str, Any] = measure_model(loaded, folders, self._ledger.prior if prior else None, config)

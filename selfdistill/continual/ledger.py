@@ -159,6 +159,18 @@ class Ledger:
             return None
         return str(json.loads((self.pending / "asked.json").read_text(encoding="utf-8"))["name"])
 
+    def refuse_other_weights(self, found: str) -> None:
+        """Refuse a base of another fingerprint than the state began with, such as a link that leads elsewhere by now.
+
+        Raises:
+            UserError: it has other weights. A base without a fingerprint is not compared.
+        """
+        if found and self.weights and found != self.weights:
+            raise UserError(
+                f"state {str(self.folder)!r}: its base {self.base!r} had weights {self.weights[:12]} when the state "
+                f"began and has {found[:12]} now (SHA-256); put them back, or give as model where they are"
+            )
+
     def move_base(self, model: str) -> None:
         """Record the base's new location."""
         self._record({"model": model})

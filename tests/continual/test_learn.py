@@ -1330,6 +1330,31 @@ def test_a_base_that_was_moved_is_known_by_its_weights(make: Settings, tmp_path:
     assert Ledger(config.state).base == str(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize("learnt", [False, True])
+def test_a_base_whose_weights_changed_in_place_is_refused(
+    make: Settings, model_folder: Callable[..., Path], tmp_path: Path, learnt: bool
+) -> None:
+    base, link = model_folder(layers=1), tmp_path / "current"
+    link.symlink_to(base)
+    config = make(model=str(link), max_steps=1)
+    if learnt:
+        assert add(config)["accepted"]
+    else:
+        assert not add(config.model_copy(update={"method": "sdft", "context": "turns"}))["accepted"]  # by the teacher
+    shutil.copytree(base, tmp_path / "v2")
+    weights = load_file(base / "model.safetensors")
+    changed = {name: weight + 1 for name, weight in weights.items()}
+    save_file(changed, tmp_path / "v2" / "model.safetensors", {"format": "pt"})
+    link.unlink()
+    link.symlink_to(tmp_path / "v2")
+    message = r"its base '.*/current' had weights [0-9a-f]{12} when the state began and has [0-9a-f]{12} now"
+    with pytest.raises(UserError, match=message):
+        add(make("second", model=str(link)))
+    with pytest.raises(UserError, match=message):
+        add(make("second", model=""))
+    assert add(make("second", model=str(base), max_steps=1))["accepted"]
+
+
 def test_a_base_that_is_an_adapter_is_to_be_put_back(
     make: Settings, settings: Callable[..., Any], tmp_path: Path
 ) -> None:
