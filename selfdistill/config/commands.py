@@ -244,11 +244,11 @@ class LearnConfig(TrainingSettings, OneRun):
 
     state: str
     """Folder that holds one model's state: its skills in order, with their tests, models and results."""
-    action: Literal["add", "stream", "status", "history", "rollback", "discard", "export"]
+    action: Literal["add", "stream", "status", "history", "rollback", "restore", "discard", "export"]
     """``add``: learn a skill from a file, or resume an interrupted ``add``. ``stream``: the same from rows in order of
     arrival, testing each chunk before learning it. ``status``: retention of every skill. ``history``: everything that
-    was added, refused or rolled back. ``rollback``: undo the last skill. ``discard``: drop an interrupted ``add``.
-    ``export``: write the current model to ``output_dir``."""
+    was added, refused or rolled back. ``rollback``: undo the last skill. ``restore``: put back what was rolled back.
+    ``discard``: drop an interrupted ``add``. ``export``: write the current model to ``output_dir``."""
     data: str = ""
     """Demonstrations of the skill (``add``, ``stream``)."""
     model: str = ""

@@ -50,7 +50,7 @@ from selfdistill.model import (
     use_engine,
 )
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines, say, write_json
-from selfdistill.training import OnStep, check_disk_for_merged, chosen_rows, take_whole, train, whole_folder
+from selfdistill.training import OnStep, check_disk_for_merged, chosen_rows, size_text, take_whole, train, whole_folder
 
 _PUT_BACK = "an adapter, whose merged weights cannot be compared; if it was moved, put it or a link to it back there"
 """What can be done about the base of a state if it has no fingerprint."""
@@ -123,7 +123,8 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
                 kept = f"it counts as retained at any score ({items} test items)"
             say(f"accepted: {skill.name} is skill {skill.number} of {config.state}; {kept}")
         else:
-            place = ledger.refuse(name)
+            refused = ledger.refuse(name)
+            place = f"{refused.folder} ({size_text(refused.bytes)})"
             say(f"refused: {name}. {config.state} is unchanged; the attempt is in {place}")
     return result
 

@@ -9,7 +9,8 @@
         prompts.jsonl (its prompts for later additions to rehearse) and memory.jsonl (earlier prompts it rehearsed);
         pictures/ (copies of all pictures of these rows)
     pending/        an addition in progress or interrupted; same contents
-    refused/, undone/       additions that were refused or rolled back; read by ``history``, and when one is asked again
+    refused/, undone/       additions that were refused or rolled back; read by ``history``, by an ``add`` that asks for
+                    one again, and by ``restore``
 
 A skill is accepted by renaming ``pending``. A crash before that leaves the state unchanged.
 """
@@ -53,8 +54,8 @@ class Skill:
 
     @property
     def name(self) -> str:
-        """Name of the skill."""
-        return self.folder.name.partition("-")[2]
+        """Name of the skill, under which its scores are stored; its folder may be called otherwise."""
+        return str(self.result["name"])
 
     @property
     def model(self) -> str:
@@ -65,6 +66,17 @@ class Skill:
     def file(self) -> str:
         """File that its rows came from."""
         return str(yaml.safe_load((self.folder / "settings.yaml").read_text(encoding="utf-8"))["data"])
+
+    @property
+    def bytes(self) -> int:
+        """The size of all its files."""
+        return sum(path.lstat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    @property
+    def follows(self) -> str | None:
+        """What :attr:`Ledger.last` was when it was added; None if an older release added it."""
+        asked = json.loads((self.folder / "asked.json").read_text(encoding="utf-8"))
+        return None if "follows" not in asked else str(asked["follows"])
 
     @property
     def result(self) -> dict[str, Any]:
@@ -190,9 +202,9 @@ class Ledger:
         number = max((skill.number for skill in self.skills), default=0) + 1
         return Skill(self._move(self.pending, SKILLS, f"{number:04d}-{name}"))
 
-    def refuse(self, name: str) -> Path:
+    def refuse(self, name: str) -> Skill:
         """Move the pending addition to ``refused``."""
-        return self._move(self.pending, REFUSED, name)
+        return Skill(self._move(self.pending, REFUSED, name))
 
     def take_up(self, refused: Skill) -> None:
         """Make a refused addition the pending one."""
@@ -200,9 +212,13 @@ class Ledger:
         fsync(self.folder / REFUSED)
         fsync(self.folder)
 
-    def undo(self, skill: Skill) -> Path:
+    def undo(self, skill: Skill) -> Skill:
         """Roll back the last skill."""
-        return self._move(skill.folder, UNDONE, skill.folder.name)
+        return Skill(self._move(skill.folder, UNDONE, skill.folder.name))
+
+    def restore(self, undone: Skill) -> Skill:
+        """Make a rolled-back skill the last one again; it must have followed the one that is the last now."""
+        return Skill(self._move(undone.folder, SKILLS, f"{len(self.skills) + 1:04d}-{undone.name}"))
 
     def put_aside(self, place: str) -> list[Skill]:
         """Refused or rolled-back additions that have a result."""

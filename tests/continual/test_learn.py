@@ -336,6 +336,44 @@ def test_export_rollback_and_history(make: Settings, tmp_path: Path, capsys: pyt
     assert add(make("second"))["accepted"]
 
 
+def test_what_was_rolled_back_is_restored(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed(monkeypatch, {name: [0.5] * 20 for name in ("first", "second", "third")}, [0.5] * 20)
+    state = tmp_path / "state"
+    command = ["learn", "--state", str(state)]
+    for skill in ("first", "second", "third"):
+        add(make(skill, max_steps=1))
+    before = digest(state)
+    for _ in range(2):
+        assert main([*command, "rollback"]) == 0
+    size = sum(file.stat().st_size for file in (state / "undone" / "0002-second").rglob("*") if file.is_file())
+    assert f"in {state}/undone/0002-second ({size / 2**20:.1f} MiB)" in capsys.readouterr().out.replace("\n", "")
+    add(make("second", max_steps=1, seed=1))
+    assert main([*command, "restore"]) == 2  # third followed the other second
+    assert f"state '{state}': no skill that followed second was rolled back; see learn" in capsys.readouterr().err
+    learn(make(action="rollback", data=""))
+    shutil.rmtree(state / "undone" / "0002-second-2")  # else it, learnt last, is restored
+    for name in ("second", "third"):
+        assert main([*command, "restore"]) == 0
+        assert capsys.readouterr().out == f"Restored {name}\n"
+    assert digest(state) == before
+
+
+def test_of_several_the_skill_learnt_last_is_restored_under_its_name(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed(monkeypatch, {"first": [0.5] * 20}, [0.5] * 20)
+    for seed in range(2):
+        monkeypatch.setattr(time, "strftime", lambda *_, day=seed: f"2026-12-0{day + 1}")
+        add(make(max_steps=1, seed=seed))
+        learn(make(action="rollback", data=""))
+    found = learn(make(action="restore", data="")).details
+    assert found == {"skill": "first", "model": str(tmp_path / "state/skills/0001-first/model")}
+    (skill,) = Ledger(make().state).skills
+    assert skill.result["date"] == "2026-12-02"
+
+
 def test_an_adapter_is_merged_so_that_each_model_stands_alone(make: Settings, tmp_path: Path) -> None:
     for skill in ("first", "second"):
         assert add(make(skill, lora_rank=2))["accepted"]
@@ -1206,7 +1244,7 @@ def test_a_prior_file_may_have_any_name(make: Settings, tmp_path: Path) -> None:
         assert add(make(skill, prior=str(prior), max_steps=1))["after"]["prior"].keys() == {"choices"}
 
 
-@pytest.mark.parametrize("action", ["status", "history", "rollback", "discard", "export"])
+@pytest.mark.parametrize("action", ["status", "history", "rollback", "restore", "discard", "export"])
 def test_an_action_without_data_refuses_it(make: Settings, action: str) -> None:
     with pytest.raises(UserError, match=f"^learn {action}: takes no data, found 'x.jsonl'; leave it out$"):
         learn(make(action=action, data="x.jsonl", output_dir="out"))
