@@ -374,6 +374,20 @@ def test_of_several_the_skill_learnt_last_is_restored_under_its_name(
     assert skill.result["date"] == "2026-12-02"
 
 
+def test_a_skill_keeps_its_name_if_its_folder_is_renamed(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed(monkeypatch, {"first": [0.1, 0.8, 0.8], "second": [0.2, 0.2, 0.6]}, [0.5] * 3)
+    add(make(max_steps=1))
+    skills = tmp_path / "state" / "skills"
+    (skills / "0001-first").rename(skills / "0001-boxes")
+    add(make("second", max_steps=1))
+    found = retention_matrix(Ledger(make().state))
+    assert found["skills"] == ["first", "second"]
+    assert found["matrix"] == [[0.1, 0.2], [0.8, 0.2], [0.8, 0.6]]
+    assert learn(make(action="rollback", data="")).details["folder"] == str(tmp_path / "state/undone/0002-second")
+
+
 def test_an_adapter_is_merged_so_that_each_model_stands_alone(make: Settings, tmp_path: Path) -> None:
     for skill in ("first", "second"):
         assert add(make(skill, lora_rank=2))["accepted"]
