@@ -257,6 +257,9 @@ class LearnConfig(TrainingSettings, OneRun):
     """Where ``export`` writes the model."""
     name: str | None = Field(default=None, pattern=r"^\w[\w.-]*$")
     """Name of the skill; default: the name of its file."""
+    replaces: str | None = None
+    """Name of the earlier skill that this one replaces, for example with corrected rows. Its prompts are not rehearsed,
+    and no gate applies to it, in this addition and all later ones."""
     prior: str | None = None
     """File or folder of questions about the base model's prior abilities, e.g. ``bundled:prior/test``, copied into the
     state when it is created."""

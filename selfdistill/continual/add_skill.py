@@ -22,7 +22,7 @@ from selfdistill.config import LearnConfig, TrainConfig, load_saved
 from selfdistill.continual.gates import least_retained, reasons_against
 from selfdistill.continual.ledger import MEASURED_WITH, NO_IMPROVEMENT, PENDING, START, Ledger, settings_of
 from selfdistill.continual.lengths import check_anchor_lengths, date_shown, fitting_rows
-from selfdistill.continual.pending import already_learnt, begin
+from selfdistill.continual.pending import already_learnt, begin, check_replaced
 from selfdistill.continual.rehearsal import MEMORY, as_shown, check_batch, cost_of, keep_prompts, run_config, total
 from selfdistill.continual.splits import split_rows
 from selfdistill.continual.stream import learn_stream
@@ -64,12 +64,13 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
         in_memory: rows by the setting, ``data`` or ``test``, that would name their file.
 
     Returns:
-        ``name``, ``accepted``, ``reasons`` (for refusal), ``date`` (when that was decided), ``data`` (SHA-256 of its
-        rows), ``check`` (of the teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the current
-        model on the new skill). If reached, also ``training`` (its cost, see
+        ``name``, ``replaces``, ``accepted``, ``reasons`` (for refusal), ``date`` (when that was decided), ``data``
+        (SHA-256 of its rows), ``check`` (of the teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and
+        of the current model on the new skill). If reached, also ``training`` (its cost, see
         :func:`selfdistill.continual.rehearsal.cost_of`, and ``rehearsed``, the number of earlier skills' prompts used
         as anchors), ``after`` (of the new model: ``skills`` by name, and the prior abilities) and ``retained`` (for
-        each earlier skill, its score when ``learnt`` and the ``least`` score that counts as retained).
+        each earlier skill that is not replaced, its score when ``learnt`` and the ``least`` score that counts as
+        retained).
 
     Raises:
         UserError: a mistake the user can fix.
@@ -178,6 +179,7 @@ def _create(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]
         raise UserError(f"state {config.state!r}: not a state, contains {others[0]!r}; give another folder")
     if not config.model:
         raise UserError(f"state {config.state!r} does not exist yet; give the base as model")
+    check_replaced(config, [])
     first = run.model_copy(update={"model": config.model})
     fitting_rows(first, config, chosen_rows(rows, config))  # again in begin(), but the base is measured before
     check_anchor_lengths(first, config, [])
@@ -262,7 +264,7 @@ class _NewSkill:
 
     def result(self) -> dict[str, Any]:
         """Run the remaining steps and decide whether to accept."""
-        result: dict[str, Any] = {"name": self._name, "data": self._data}
+        result: dict[str, Any] = {"name": self._name, "data": self._data, "replaces": self._config.replaces}
         result |= self._step("before", self._before)
         run = run_config(self._config, self._ledger.model, self._config.context, self._folder)
         result["check"] = self._step("check", lambda: check_teacher(run))
@@ -376,7 +378,8 @@ class _NewSkill:
 
     def _retained(self) -> dict[str, dict[str, float]]:
         """For each earlier skill, its score when learnt and the minimum that counts as retained."""
-        learnt = {skill.name: skill.result["after"]["skills"][skill.name] for skill in self._ledger.skills}
+        skills = self._ledger.in_force(self._config.replaces)
+        learnt = {skill.name: skill.result["after"]["skills"][skill.name] for skill in skills}
         return {
             name: {"learnt": score["accuracy"], "least": least_retained(score, self._config)}
             for name, score in learnt.items()

@@ -270,6 +270,8 @@ def _print_history(state: str, lines: list[dict[str, Any]], console: Console) ->
         before, reasons = line["before"]["accuracy"], line["reasons"]
         if line["accepted"] and after is not None and after <= before:
             reasons = [NO_IMPROVEMENT]
+        if line.get("replaces"):  # an older release had nothing of the kind
+            reasons = [f"replaces {line['replaces']}", *reasons]
         cells = [line["what"], line["place"], line["date"], Path(line["file"]).name, line["data"][:12]]
         cells += [f"{before:.3f}", "" if after is None else f"{after:.3f}", "; ".join(reasons)]
         table.add_row(*map(escape, cells))

@@ -79,6 +79,11 @@ class Skill:
         return None if "follows" not in asked else str(asked["follows"])
 
     @property
+    def replaces(self) -> str | None:
+        """Name of the earlier skill that it replaces, or None."""
+        return settings_of(self.folder).replaces
+
+    @property
     def result(self) -> dict[str, Any]:
         """What was measured when the skill was added."""
         found: dict[str, Any] = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
@@ -134,6 +139,12 @@ class Ledger:
                 if not (skill.folder / name).exists():
                     raise UserError(f"{skill.folder / name}: no such file, but the state needs it; restore it")
         return found
+
+    def in_force(self, replaced: str | None = None) -> list[Skill]:
+        """The accepted skills that are to be retained: all but those that a later one replaces, and ``replaced``."""
+        skills = self.skills
+        gone = {replaced, *(skill.replaces for skill in skills)}
+        return [skill for skill in skills if skill.name not in gone]
 
     @property
     def model(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from selfdistill.config import OPEN, LearnConfig, changes, dump_yaml
-from selfdistill.continual.ledger import BEFORE, REFUSED, Ledger, settings_of
+from selfdistill.continual.ledger import BEFORE, REFUSED, Ledger, Skill, settings_of
 from selfdistill.continual.lengths import check_anchor_lengths, fitting_rows
 from selfdistill.continual.rehearsal import (
     MEMORY,
@@ -95,13 +95,25 @@ def already_learnt(
     for request, settings in ((asked, config), (found, learnt_with)):
         request["settings"] |= {gate: getattr(settings, gate) for gate in _GATES}
     if changed := _changes(found, asked):
-        advice = "give another name"
+        advice = f"give another name, with replaces {config.name!r} if this skill is to replace it"
         if ledger.skills[-1].name == config.name:
             advice += f", or undo it first: selfdistill learn --state {shlex.quote(config.state)} rollback"
         message = f"setting 'name': {config.state} already has a skill {config.name!r}; {advice}"
         raise UserError(f"{message}. Differences: {changed}")
     say(f"{config.name} is already skill {skill.number} of {config.state}, learnt from these rows with these settings")
     return skill.result
+
+
+def check_replaced(config: LearnConfig, skills: Sequence[Skill]) -> None:
+    """Check that what is replaced is one of ``skills``.
+
+    Raises:
+        UserError: it is not.
+    """
+    names = [skill.name for skill in skills]
+    if config.replaces is not None and config.replaces not in names:
+        known = f"give one of {', '.join(names)}" if names else "leave it out"
+        raise UserError(f"setting 'replaces': {config.state} has no skill {config.replaces!r} to replace; {known}")
 
 
 def begin(
@@ -121,8 +133,8 @@ def begin(
         The splits with the training rows that ``num_demonstrations`` draws.
 
     Raises:
-        UserError: another addition has begun training, the batch has no room for the anchors, rows or anchors are too
-            long, or ``pending`` cannot be written.
+        UserError: another addition has begun training, there is no skill to replace, the batch has no room for the
+            anchors, rows or anchors are too long, or ``pending`` cannot be written.
     """
     asked = _request(ledger, config, splits)
     used: dict[str, Sequence[Demonstration]] = {**splits, "train": chosen_rows(splits["train"], config)}
@@ -142,12 +154,15 @@ def begin(
         ledger.discard()  # training had not begun
     if _take_up(ledger, config, asked):
         return used
+    check_replaced(config, ledger.in_force())
     alone = run_config(config, ledger.model, config.context, ledger.pending, rehearses=False)
     taught = as_shown(config, fitting_rows(alone, config, used["train"]))  # a row that is dropped teaches nothing
-    memory, again = rehearsed(ledger.skills, taught)
+    memory, again = rehearsed(ledger.in_force(config.replaces), taught)
     run = run_config(config, ledger.model, config.context, ledger.pending, rehearses=bool(memory))
     check_batch(run)
     check_anchor_lengths(run, config, memory)
+    if config.replaces:
+        say_note(f"{config.name} replaces {config.replaces}, which is no longer rehearsed and has no gate any more")
     if config.anchor_share and again:
         of_all = f"{again} of {number_of(again + len(memory), 'prompt')} of earlier skills"
         say_note(f"{config.name} teaches {of_all} again, so they are not rehearsed")

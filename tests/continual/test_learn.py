@@ -1455,8 +1455,9 @@ def test_mistakes_about_a_state_that_exists(make: Settings, tmp_path: Path) -> N
         ),
         (
             {"max_steps": 2, "max_prior_drop": 0.5},
-            "setting 'name': .* already has a skill 'first'; give another name, or undo it first: .* rollback. "
-            "Differences: max_steps was 3 and is now 2; max_prior_drop was 1.0 and is now 0.5$",
+            "setting 'name': .* already has a skill 'first'; give another name, with replaces 'first' if this skill "
+            "is to replace it, or undo it first: .* rollback. Differences: "
+            "max_steps was 3 and is now 2; max_prior_drop was 1.0 and is now 0.5$",
         ),
     ):
         with pytest.raises(UserError, match=message):

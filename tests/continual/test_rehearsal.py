@@ -212,6 +212,50 @@ def test_a_prompt_taught_anew_or_remembered_twice_is_not_rehearsed_twice(
     assert "not rehearsed" not in capsys.readouterr().err
 
 
+def test_a_skill_that_is_replaced_is_neither_rehearsed_nor_required_any_more(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {"first": [0.1, 0.8, 0.2, 0.2], "second": [0.1, 0.1, 0.8, 0.8], "third": [0.1, 0.1, 0.8]}
+
+    def measured(_loaded: Any, folders: list[tuple[str, Path]], _prior: str | None, _config: Any) -> Any:
+        found = {name: scores[name].pop(0) for name, _ in folders}
+        interval = {name: [score - 0.1, score + 0.1] for name, score in found.items()}
+        return {
+            "skills": {
+                name: {"accuracy": score, "accuracy_interval": interval[name], "items": 20, "correct": []}
+                for name, score in found.items()
+            }
+        }
+
+    monkeypatch.setattr(add_skill, "measure_model", measured)
+    gated: dict[str, Any] = {"max_steps": 1, "max_skill_drop": None}
+    with pytest.raises(UserError, match=r"'replaces': .* has no skill 'first' to replace; leave it out$"):
+        add(make("second", replaces="first", **gated))
+    assert not (tmp_path / "state" / "start").exists()
+    add(make(**gated))
+    with pytest.raises(UserError, match=r"'replaces': .* has no skill 'fist' to replace; give one of first$"):
+        add(make("second", replaces="fist", **gated))
+    capsys.readouterr()
+    result = add(make("second", replaces="first", **gated))
+    assert (result["accepted"], result["replaces"], result["retained"]) == (True, "first", {})
+    assert (
+        "note: second replaces first, which is no longer rehearsed and has no gate any more\n"
+        in capsys.readouterr().err
+    )
+    folder = tmp_path / "state" / "skills" / "0002-second"
+    assert not (folder / "memory.jsonl").exists()
+    history = learn(make(action="history", data=""))
+    assert [line["replaces"] for line in history.details["history"]] == [None, "first"]
+    assert "replaces" in repr(history)
+    result = add(make("third", **gated))
+    assert (result["accepted"], [*result["retained"]]) == (True, ["second"])
+    assert texts_of(tmp_path / "state/skills/0003-third/memory.jsonl") == learnt_prompts(folder)
+    assert add(make("second", replaces="first", **gated))["accepted"]  # already
+    for _ in range(2):
+        learn(make(action="rollback", data=""))
+    assert [skill.name for skill in Ledger(make().state).in_force()] == ["first"]
+
+
 @pytest.mark.parametrize("share", [0.5, 0])
 def test_rehearsed_prompts_that_test_the_new_skill_are_noted(
     make: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float
