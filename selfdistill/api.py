@@ -273,7 +273,7 @@ def learn(
     """Teach one model skill after skill, each accepted only if earlier ones are retained.
 
     Args:
-        action: ``add``, ``stream``, ``status``, ``history``, ``rollback``, ``discard`` or ``export``.
+        action: ``add``, ``stream``, ``status``, ``history``, ``rollback``, ``restore``, ``discard`` or ``export``.
         data: demonstrations of the skill; see :data:`Rows`. In-memory rows need ``name``, the name of the skill.
         state: folder that holds one model's state.
         test: held-out rows of the skill.

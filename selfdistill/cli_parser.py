@@ -94,7 +94,8 @@ TOPICS: dict[str, str] = {
         "lm_eval_tasks lm_eval_path lm_eval_limit replies"
     ),
     "skills and gates": (
-        "action state name test_share min_teacher max_prior_drop max_skill_drop chunk_size chunk_steps remember"
+        "action state name replaces test_share min_teacher max_prior_drop max_skill_drop chunk_size chunk_steps "
+        "remember"
     ),
     "questions about documents": "writer_url writer_model passage_words tries phrasings",
     "engine": "engine engine_url engine_folder engine_memory_gib engine_timeout_s",

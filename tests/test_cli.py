@@ -432,8 +432,8 @@ CONFIG: list[tuple[str, str]] = [
     ),
     (
         "learn --state state",
-        "no action: give one of add, stream, status, history, rollback, discard, export after learn, even with "
-        "--config; see selfdistill learn --help",
+        "no action: give one of add, stream, status, history, rollback, restore, discard, export after learn, even "
+        "with --config; see selfdistill learn --help",
     ),
     (
         "compare --model m --data d.jsonl --test t.jsonl --methods sft sdft grpo --output_dir out",

@@ -244,11 +244,11 @@ class LearnConfig(TrainingSettings, OneRun):
 
     state: str
     """Folder that holds one model's state: its skills in order, with their tests, models and results."""
-    action: Literal["add", "stream", "status", "history", "rollback", "discard", "export"]
+    action: Literal["add", "stream", "status", "history", "rollback", "restore", "discard", "export"]
     """``add``: learn a skill from a file, or resume an interrupted ``add``. ``stream``: the same from rows in order of
     arrival, testing each chunk before learning it. ``status``: retention of every skill. ``history``: everything that
-    was added, refused or rolled back. ``rollback``: undo the last skill. ``discard``: drop an interrupted ``add``.
-    ``export``: write the current model to ``output_dir``."""
+    was added, refused or rolled back. ``rollback``: undo the last skill. ``restore``: put back what was rolled back.
+    ``discard``: drop an interrupted ``add``. ``export``: write the current model to ``output_dir``."""
     data: str = ""
     """Demonstrations of the skill (``add``, ``stream``)."""
     model: str = ""
@@ -257,6 +257,9 @@ class LearnConfig(TrainingSettings, OneRun):
     """Where ``export`` writes the model."""
     name: str | None = Field(default=None, pattern=r"^\w[\w.-]*$")
     """Name of the skill; default: the name of its file."""
+    replaces: str | None = None
+    """Name of the earlier skill that this one replaces, for example with corrected rows. Its prompts are not rehearsed,
+    and no gate applies to it, in this addition and all later ones."""
     prior: str | None = None
     """File or folder of questions about the base model's prior abilities, e.g. ``bundled:prior/test``, copied into the
     state when it is created."""
@@ -268,7 +271,7 @@ class LearnConfig(TrainingSettings, OneRun):
     ends training on a chunk; without ``test``, half of it is the test."""
     min_teacher: float = Field(default=0.5, ge=0, le=1)
     """Refuse a skill before training if its teacher (the current model shown the demonstration) is right on a smaller
-    share of its rows than this, or is no better than the model itself; 0: never."""
+    share of its rows than this, by the 95% interval on 16 of them, or is no better than the model itself; 0: never."""
     max_prior_drop: float = Field(default=0.02, ge=0, le=1)
     """Gate: refuse a skill if it lowers the mean prior accuracy by more than this below the base's."""
     max_skill_drop: float | None = Field(default=None, ge=0, le=1)

@@ -22,24 +22,24 @@ from selfdistill.config import LearnConfig, TrainConfig, load_saved
 from selfdistill.continual.gates import least_retained, reasons_against
 from selfdistill.continual.ledger import MEASURED_WITH, NO_IMPROVEMENT, PENDING, START, Ledger, settings_of
 from selfdistill.continual.lengths import check_anchor_lengths, date_shown, fitting_rows
-from selfdistill.continual.pending import begin
+from selfdistill.continual.pending import already_learnt, begin, check_replaced
 from selfdistill.continual.rehearsal import MEMORY, as_shown, check_batch, cost_of, keep_prompts, run_config, total
 from selfdistill.continual.splits import HELD_OUT, split_rows
 from selfdistill.continual.stream import learn_stream
+from selfdistill.continual.teacher import check_teacher, reasons_against_teacher
 from selfdistill.data import JUDGE, Demonstration, Rows, load_demonstrations, load_prompts, located
 from selfdistill.errors import RERUN, RESUME, CannotResume, RunFailed, RunStopped, UserError
 from selfdistill.evaluation import (
     Evaluation,
     EvaluationSet,
     check_inputs,
-    check_run,
     encode_priors,
     judge_of,
     load_prior,
     prior_scores,
     say_learnt,
 )
-from selfdistill.methods import check_steps, lacks_of, stages_of, uses
+from selfdistill.methods import check_steps, lacks_of, stages_of
 from selfdistill.model import (
     LoadedModel,
     load_for_training,
@@ -50,7 +50,7 @@ from selfdistill.model import (
     use_engine,
 )
 from selfdistill.runtime import StepsFile, StopRequests, folder_lock, read_lines, say, write_json
-from selfdistill.training import OnStep, check_disk_for_merged, chosen_rows, take_whole, train, whole_folder
+from selfdistill.training import OnStep, check_disk_for_merged, chosen_rows, size_text, take_whole, train, whole_folder
 
 _PUT_BACK = "an adapter, whose merged weights cannot be compared; if it was moved, put it or a link to it back there"
 """What can be done about the base of a state if it has no fingerprint."""
@@ -64,12 +64,13 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
         in_memory: rows by the setting, ``data`` or ``test``, that would name their file.
 
     Returns:
-        ``name``, ``accepted``, ``reasons`` (for refusal), ``date`` (when that was decided), ``data`` (SHA-256 of its
-        rows), ``check`` (of the teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and of the current
-        model on the new skill). If reached, also ``training`` (its cost, see
+        ``name``, ``replaces``, ``accepted``, ``reasons`` (for refusal), ``date`` (when that was decided), ``data``
+        (SHA-256 of its rows), ``check`` (of the teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and
+        of the current model on the new skill). If reached, also ``training`` (its cost, see
         :func:`selfdistill.continual.rehearsal.cost_of`, and ``rehearsed``, the number of earlier skills' prompts used
         as anchors), ``after`` (of the new model: ``skills`` by name, and the prior abilities) and ``retained`` (for
-        each earlier skill, its score when ``learnt`` and the ``least`` score that counts as retained).
+        each earlier skill that is not replaced, its score when ``learnt`` and the ``least`` score that counts as
+        retained).
 
     Raises:
         UserError: a mistake the user can fix.
@@ -95,6 +96,8 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
             config = config.model_copy(update={"template_date": ledger.template_date})
         if config.mixed_precision == "auto":
             config = config.model_copy(update={"mixed_precision": ledger.measured_with["mixed_precision"]})
+        if learnt := already_learnt(ledger, config, splits):
+            return learnt
         used = begin(ledger, config, splits)
         say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in used.items()))
         say_learnt(used["test"], used["train"])
@@ -121,7 +124,8 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
                 kept = f"it counts as retained at any score ({items} test items)"
             say(f"accepted: {skill.name} is skill {skill.number} of {config.state}; {kept}")
         else:
-            place = ledger.refuse(name)
+            refused = ledger.refuse(name)
+            place = f"{refused.folder} ({size_text(refused.bytes)})"
             say(f"refused: {name}. {config.state} is unchanged; the attempt is in {place}")
     return result
 
@@ -175,6 +179,7 @@ def _create(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]
         raise UserError(f"state {config.state!r}: not a state, contains {others[0]!r}; give another folder")
     if not config.model:
         raise UserError(f"state {config.state!r} does not exist yet; give the base as model")
+    check_replaced(config, [])
     first = run.model_copy(update={"model": config.model})
     fitting_rows(first, config, chosen_rows(rows, config))  # again in begin(), but the base is measured before
     check_anchor_lengths(first, config, [])
@@ -259,21 +264,12 @@ class _NewSkill:
 
     def result(self) -> dict[str, Any]:
         """Run the remaining steps and decide whether to accept."""
-        reasons: list[str] = []
-        result: dict[str, Any] = {"name": self._name, "data": self._data}
+        result: dict[str, Any] = {"name": self._name, "data": self._data, "replaces": self._config.replaces}
         result |= self._step("before", self._before)
-        result["check"] = self._step("check", self._check)
-        least, checked = self._config.min_teacher, result["check"]
-        if least and not checked["worth"]:
-            reasons.append(f"{checked['verdict']} (min_teacher)")
-        elif least and checked["accuracy"] is None:
-            reasons.append("the teacher cannot be scored, as rows have neither completion nor answer (min_teacher)")
-        elif least and checked["accuracy"] < least:
-            reasons.append(
-                f"the teacher with {checked['context']} has {checked['accuracy']:.0%} accuracy, but at least "
-                f"{least:.0%} is required (min_teacher)"
-            )
-        else:
+        run = run_config(self._config, self._ledger.model, self._config.context, self._folder)
+        result["check"] = self._step("check", lambda: check_teacher(run))
+        reasons = reasons_against_teacher(result["check"], self._config.min_teacher)
+        if not reasons:
             try:
                 result["training"] = self._train(result["check"]["context"])
                 result["after"] = self._step("after", lambda: self._on(str(self._folder / "model"), self._all, True))
@@ -301,6 +297,8 @@ class _NewSkill:
     def _on(self, model: str, folders: list[tuple[str, Path]], prior: bool) -> dict[str, Any]:
         config = self._config
         loaded = load_for_training(model, dtype=config.dtype, adapter_base=config.adapter_base)
+        if model == self._ledger.base:
+            self._ledger.refuse_other_weights(start_fingerprint(loaded))
         if not config.lora_rank:
             refuse_float16(loaded.model, model)
         found: dict[str, Any] = measure_model(loaded, folders, self._ledger.prior if prior else None, config)
@@ -312,17 +310,6 @@ class _NewSkill:
         base = self._on(ledger.base, self._new, False)["skills"][self._name]
         now = base if not ledger.skills else self._on(ledger.model, self._new, False)["skills"][self._name]
         return {"base": base, "before": now}
-
-    def _check(self) -> dict[str, Any]:
-        """Check whether the current model, given the demonstration, can teach itself, and find the best context."""
-        run = run_config(self._config, self._ledger.model, self._config.context, self._folder)
-        if not uses(run, "context"):
-            verdict = f"{run.method} has no teacher"
-            return {"context": self._config.context, "worth": True, "accuracy": 1.0, "verdict": verdict}
-        found = check_run(run)
-        context = found.best.context if run.context == "auto" else run.context
-        worth, accuracy = found.exit_code == 0, found.best.accuracy
-        return {"context": context, "worth": worth, "accuracy": accuracy, "verdict": found.verdict}
 
     def _train(self, context: str) -> dict[str, Any]:
         """Train and return the cost. Leaves the complete model in ``model``, and no checkpoints in ``run``.
@@ -391,7 +378,8 @@ class _NewSkill:
 
     def _retained(self) -> dict[str, dict[str, float]]:
         """For each earlier skill, its score when learnt and the minimum that counts as retained."""
-        learnt = {skill.name: skill.result["after"]["skills"][skill.name] for skill in self._ledger.skills}
+        skills = self._ledger.in_force(self._config.replaces)
+        learnt = {skill.name: skill.result["after"]["skills"][skill.name] for skill in skills}
         return {
             name: {"learnt": score["accuracy"], "least": least_retained(score, self._config)}
             for name, score in learnt.items()

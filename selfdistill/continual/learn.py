@@ -20,7 +20,7 @@ from selfdistill.continual.stream import OF_CHUNKS
 from selfdistill.data import Rows
 from selfdistill.errors import RERUN, UserError, number_of
 from selfdistill.runtime import Printable, folder_lock, result_table, say_note
-from selfdistill.training import export, state_card
+from selfdistill.training import export, size_text, state_card
 
 NOT_ACCEPTED = 4
 """Exit code of an addition that was refused."""
@@ -57,8 +57,10 @@ class LearnResult(Printable):
         elif self.action == "status":
             _print_status(self.state, details, console)
         elif self.action == "rollback":
-            line = f"Rolled back {details['skill']}; its files are in {details['folder']}"
-            console.print(line, highlight=False, markup=False)
+            files = f"its files are in {details['folder']} ({size_text(details['bytes'])})"
+            console.print(f"Rolled back {details['skill']}; {files}", highlight=False, markup=False)
+        elif self.action == "restore":
+            console.print(f"Restored {details['skill']}", highlight=False, markup=False)
         elif self.action == "discard":
             console.print("Discarded the interrupted addition.", highlight=False)
         else:
@@ -283,6 +285,8 @@ def _print_history(state: str, lines: list[dict[str, Any]], console: Console) ->
         before, reasons = line["before"]["accuracy"], line["reasons"]
         if line["accepted"] and after is not None and after <= before:
             reasons = [NO_IMPROVEMENT]
+        if line.get("replaces"):  # an older release had nothing of the kind
+            reasons = [f"replaces {line['replaces']}", *reasons]
         cells = [line["what"], line["place"], line["date"], Path(line["file"]).name, line["data"][:12]]
         cells += [f"{before:.3f}", "" if after is None else f"{after:.3f}", "; ".join(reasons)]
         table.add_row(*map(escape, cells))
@@ -294,13 +298,32 @@ def _rollback(config: LearnConfig) -> dict[str, Any]:
     with folder_lock(Path(config.state), f"state {config.state!r}"):
         if not ledger.skills:
             raise UserError(f"state {config.state!r}: no skill to roll back; see learn status")
-        if ledger.interrupted:
-            raise UserError(f"state {config.state!r}: an addition was interrupted; finish or discard it first")
-        if ledger.pending.is_dir():
-            ledger.discard()  # it was evaluated with the model being rolled back
-        skill = ledger.skills[-1]
-        place = ledger.undo(skill)
-    return {"skill": skill.name, "model": ledger.model, "folder": str(place)}
+        _drop_pending(ledger)
+        undone = ledger.undo(ledger.skills[-1])
+    size = undone.bytes
+    return {"skill": undone.name, "model": ledger.model, "folder": str(undone.folder), "bytes": size}
+
+
+def _drop_pending(ledger: Ledger) -> None:
+    """Discard what was evaluated with a model that will not be the current one, unless it has begun training."""
+    if ledger.interrupted:
+        raise UserError(f"state {str(ledger.folder)!r}: an addition was interrupted; finish or discard it first")
+    if ledger.pending.is_dir():
+        ledger.discard()
+
+
+def _restore(config: LearnConfig) -> dict[str, Any]:
+    ledger = Ledger(config.state)
+    with folder_lock(Path(config.state), f"state {config.state!r}"):
+        found = [skill for skill in ledger.put_aside(UNDONE) if skill.follows == ledger.last]
+        if not found:
+            after = ledger.skills[-1].name if ledger.skills else "the base"
+            raise UserError(
+                f"state {config.state!r}: no skill that followed {after} was rolled back; see learn history"
+            )
+        _drop_pending(ledger)
+        skill = ledger.restore(max(found, key=lambda skill: str(skill.result["date"])))
+    return {"skill": skill.name, "model": ledger.model}
 
 
 def _discard(config: LearnConfig) -> dict[str, Any]:
@@ -340,6 +363,7 @@ _ACTIONS: dict[str, Callable[[LearnConfig], dict[str, Any]]] = {
     "status": _status,
     "history": _history,
     "rollback": _rollback,
+    "restore": _restore,
     "discard": _discard,
     "export": _export,
 }

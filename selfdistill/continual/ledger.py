@@ -9,13 +9,15 @@
         prompts.jsonl (its prompts for later additions to rehearse) and memory.jsonl (earlier prompts it rehearsed);
         pictures/ (copies of all pictures of these rows)
     pending/        an addition in progress or interrupted; same contents
-    refused/, undone/       additions that were refused or rolled back; read only by ``history``
+    refused/, undone/       additions that were refused or rolled back; read by ``history``, by an ``add`` that asks for
+                    one again, and by ``restore``
 
 A skill is accepted by renaming ``pending``. A crash before that leaves the state unchanged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -52,8 +54,8 @@ class Skill:
 
     @property
     def name(self) -> str:
-        """Name of the skill."""
-        return self.folder.name.partition("-")[2]
+        """Name of the skill, under which its scores are stored; its folder may be called otherwise."""
+        return str(self.result["name"])
 
     @property
     def model(self) -> str:
@@ -64,6 +66,22 @@ class Skill:
     def file(self) -> str:
         """File that its rows came from."""
         return str(yaml.safe_load((self.folder / "settings.yaml").read_text(encoding="utf-8"))["data"])
+
+    @property
+    def bytes(self) -> int:
+        """The size of all its files."""
+        return sum(path.lstat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    @property
+    def follows(self) -> str | None:
+        """What :attr:`Ledger.last` was when it was added; None if an older release added it."""
+        asked = json.loads((self.folder / "asked.json").read_text(encoding="utf-8"))
+        return None if "follows" not in asked else str(asked["follows"])
+
+    @property
+    def replaces(self) -> str | None:
+        """Name of the earlier skill that it replaces, or None."""
+        return settings_of(self.folder).replaces
 
     @property
     def result(self) -> dict[str, Any]:
@@ -122,11 +140,23 @@ class Ledger:
                     raise UserError(f"{skill.folder / name}: no such file, but the state needs it; restore it")
         return found
 
+    def in_force(self, replaced: str | None = None) -> list[Skill]:
+        """The accepted skills that are to be retained: all but those that a later one replaces, and ``replaced``."""
+        skills = self.skills
+        gone = {replaced, *(skill.replaces for skill in skills)}
+        return [skill for skill in skills if skill.name not in gone]
+
     @property
     def model(self) -> str:
         """The current model."""
         skills = self.skills
         return skills[-1].model if skills else self.base
+
+    @property
+    def last(self) -> str:
+        """By what an addition knows the skill that it follows: SHA-256 of its results; empty for the base."""
+        skills = self.skills
+        return hashlib.sha256((skills[-1].folder / "result.json").read_bytes()).hexdigest() if skills else ""
 
     @property
     def prior(self) -> str | None:
@@ -152,6 +182,18 @@ class Ledger:
             return None
         return str(json.loads((self.pending / "asked.json").read_text(encoding="utf-8"))["name"])
 
+    def refuse_other_weights(self, found: str) -> None:
+        """Refuse a base of another fingerprint than the state began with, such as a link that leads elsewhere by now.
+
+        Raises:
+            UserError: it has other weights. A base without a fingerprint is not compared.
+        """
+        if found and self.weights and found != self.weights:
+            raise UserError(
+                f"state {str(self.folder)!r}: its base {self.base!r} had weights {self.weights[:12]} when the state "
+                f"began and has {found[:12]} now (SHA-256); put them back, or give as model where they are"
+            )
+
     def move_base(self, model: str) -> None:
         """Record the base's new location."""
         self._record({"model": model})
@@ -171,13 +213,23 @@ class Ledger:
         number = max((skill.number for skill in self.skills), default=0) + 1
         return Skill(self._move(self.pending, SKILLS, f"{number:04d}-{name}"))
 
-    def refuse(self, name: str) -> Path:
+    def refuse(self, name: str) -> Skill:
         """Move the pending addition to ``refused``."""
-        return self._move(self.pending, REFUSED, name)
+        return Skill(self._move(self.pending, REFUSED, name))
 
-    def undo(self, skill: Skill) -> Path:
+    def take_up(self, refused: Skill) -> None:
+        """Make a refused addition the pending one."""
+        os.rename(refused.folder, self.pending)
+        fsync(self.folder / REFUSED)
+        fsync(self.folder)
+
+    def undo(self, skill: Skill) -> Skill:
         """Roll back the last skill."""
-        return self._move(skill.folder, UNDONE, skill.folder.name)
+        return Skill(self._move(skill.folder, UNDONE, skill.folder.name))
+
+    def restore(self, undone: Skill) -> Skill:
+        """Make a rolled-back skill the last one again; it must have followed the one that is the last now."""
+        return Skill(self._move(undone.folder, SKILLS, f"{len(self.skills) + 1:04d}-{undone.name}"))
 
     def put_aside(self, place: str) -> list[Skill]:
         """Refused or rolled-back additions that have a result."""

@@ -1,4 +1,4 @@
-"""The start of an addition: write its rows and settings to ``pending``, or find them there.
+"""The start of an addition: write its rows and settings to ``pending``, or find it there, refused or accepted.
 
 An interrupted addition continues with the rows and settings it began with, even those of an older release.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from selfdistill.config import OPEN, LearnConfig, changes, dump_yaml
-from selfdistill.continual.ledger import BEFORE, Ledger
+from selfdistill.continual.ledger import BEFORE, REFUSED, Ledger, Skill, settings_of
 from selfdistill.continual.lengths import check_anchor_lengths, fitting_rows
 from selfdistill.continual.rehearsal import (
     MEMORY,
@@ -33,7 +33,10 @@ from selfdistill.errors import UserError, number_of
 from selfdistill.runtime import say, say_note, write_atomically, write_json
 from selfdistill.training import whole_folder
 
+_GATES = ("min_teacher", "max_prior_drop", "max_skill_drop")
+"""Settings that decide on an addition and change nothing that it learns."""
 _TAKEN = (
+    *_GATES,
     *("adapter_base", "logging_steps", "report_to", "save_total_limit", "judge_url"),
     *("engine_url", "engine_folder", "engine_memory_gib", "engine_timeout_s"),
     *OPEN,
@@ -63,12 +66,65 @@ def _with_newer_settings(settings: dict[str, Any], here: dict[str, Any]) -> dict
     return found
 
 
+def _request(ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]) -> dict[str, Any]:
+    """What is asked of an addition, by which it is known again: its rows, settings and the skill that it follows."""
+    texts = json.dumps([[_text(row) for row in rows] for rows in splits.values()])
+    settings = {key: value for key, value in config.model_dump().items() if key not in (*_FREE, "data")}
+    asked = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name, "settings": settings}
+    found: dict[str, Any] = json.loads(json.dumps(asked | {"follows": ledger.last}))
+    return found
+
+
+def _request_in(folder: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """What was asked of the addition in ``folder``, to be compared with ``here``."""
+    found: dict[str, Any] = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
+    return found | {"settings": _with_newer_settings(found["settings"], here["settings"])}
+
+
+def already_learnt(
+    ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]
+) -> dict[str, Any] | None:
+    """The result of the skill if it was accepted as it is asked now, with these gates; None if there is none.
+
+    Raises:
+        UserError: the skill of this name was learnt otherwise.
+    """
+    skill = next((skill for skill in ledger.skills if skill.name == config.name), None)
+    if skill is None:
+        return None
+    asked, learnt_with = _request(ledger, config, splits), settings_of(skill.folder)
+    found = _request_in(skill.folder, asked)
+    for request, settings in ((asked, config), (found, learnt_with)):
+        request["settings"] |= {gate: getattr(settings, gate) for gate in _GATES}
+    if changed := _changes(found, asked):
+        advice = f"give another name, with replaces {config.name!r} if this skill is to replace it"
+        if ledger.skills[-1].name == config.name:
+            advice += f", or undo it first: selfdistill learn --state {shlex.quote(config.state)} rollback"
+        message = f"setting 'name': {config.state} already has a skill {config.name!r}; {advice}"
+        raise UserError(f"{message}. Differences: {changed}")
+    say(f"{config.name} is already skill {skill.number} of {config.state}, learnt from these rows with these settings")
+    return skill.result
+
+
+def check_replaced(config: LearnConfig, skills: Sequence[Skill]) -> None:
+    """Check that what is replaced is one of ``skills``.
+
+    Raises:
+        UserError: it is not.
+    """
+    names = [skill.name for skill in skills]
+    if config.replaces is not None and config.replaces not in names:
+        known = f"give one of {', '.join(names)}" if names else "leave it out"
+        raise UserError(f"setting 'replaces': {config.state} has no skill {config.replaces!r} to replace; {known}")
+
+
 def begin(
     ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]
 ) -> dict[str, Sequence[Demonstration]]:
-    """Create ``pending`` with the rows and settings of the skill, or resume it if they match.
+    """Create ``pending`` with the rows and settings of the skill, or go on with it if it is there or was refused.
 
-    A different addition that has not begun training is discarded.
+    It must match but for its gates. A refused one must have been trained on the current model, and be complete: its
+    measurements are decided on again. A different addition that has not begun training is discarded.
 
     Args:
         ledger: the state.
@@ -79,43 +135,40 @@ def begin(
         The splits, with the training rows of :func:`rows_to_learn`.
 
     Raises:
-        UserError: another addition has begun training, the skill's name is taken, the batch has no room for the
+        UserError: another addition has begun training, there is no skill to replace, the batch has no room for the
             anchors, rows or anchors are too long, or ``pending`` cannot be written.
     """
-    texts = json.dumps([[_text(row) for row in rows] for rows in splits.values()])
-    asked: dict[str, Any] = {"data": hashlib.sha256(texts.encode()).hexdigest(), "name": config.name}
-    settings = config.model_dump()
-    asked |= {"settings": {key: value for key, value in settings.items() if key not in (*_FREE, "data")}}
-    train, note_on_rows = rows_to_learn(ledger.skills, config, splits["train"])
+    asked = _request(ledger, config, splits)
+    kept = ledger.in_force(config.replaces)
+    train, note_on_rows = rows_to_learn(kept, config, splits["train"])
     used: dict[str, Sequence[Demonstration]] = {**splits, "train": train}
     if ledger.pending.is_dir():
-        found = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8"))
-        here = json.loads(json.dumps(asked))
-        without = "" if "anchors" in found["settings"] else ", which began without anchors and continues without them"
-        found["settings"] = _with_newer_settings(found["settings"], here["settings"])
-        if found == here:
+        found = _request_in(ledger.pending, asked)
+        if not (changed := _changes(found, asked)):
+            began = json.loads((ledger.pending / "asked.json").read_text(encoding="utf-8"))["settings"]
+            without = "" if "anchors" in began else ", which began without anchors and continues without them"
             say(f"resuming {config.name}{without}")
             _take(ledger.pending / "settings.yaml", config)
             return used
         if ledger.interrupted:
             raise UserError(
                 f"{found['name']!r} is unfinished: run the same command to finish it, or discard it with selfdistill "
-                f"learn --state {shlex.quote(config.state)} discard. Differences: {_changes(found, here)}"
+                f"learn --state {shlex.quote(config.state)} discard. Differences: {changed}"
             )
         ledger.discard()  # training had not begun
-    if config.name in [skill.name for skill in ledger.skills]:
-        advice = "give another name"
-        if ledger.skills[-1].name == config.name:
-            advice += f", or undo it first: selfdistill learn --state {shlex.quote(config.state)} rollback"
-        raise UserError(f"setting 'name': {config.state} already has a skill {config.name!r}; {advice}")
+    if _take_up(ledger, config, asked):
+        return used
+    check_replaced(config, ledger.in_force())
     alone = run_config(config, ledger.model, config.context, ledger.pending, rehearses=False)
     taught = as_shown(config, fitting_rows(alone, config, used["train"]))  # a row that is dropped teaches nothing
-    memory, again = rehearsed(ledger.skills, taught)
+    memory, again = rehearsed(kept, taught)
     run = run_config(config, ledger.model, config.context, ledger.pending, rehearses=bool(memory))
     check_batch(run)
     check_anchor_lengths(run, config, memory)
     if note_on_rows:
         say_note(note_on_rows)
+    if config.replaces:
+        say_note(f"{config.name} replaces {config.replaces}, which is no longer rehearsed and has no gate any more")
     if config.anchor_share and again:
         of_all = f"{again} of {number_of(again + len(memory), 'prompt')} of earlier skills"
         say_note(f"{config.name} teaches {of_all} again, so they are not rehearsed")
@@ -124,7 +177,7 @@ def begin(
             f"{known} of {number_of(len(memory), 'prompt')} of earlier skills are also test questions of "
             f"{config.name}; on these, rehearsal preserves the replies from before the addition"
         )
-    if config.anchor_share and memory and (longer := longer_replies(config, ledger.skills)):
+    if config.anchor_share and memory and (longer := longer_replies(config, kept)):
         say_note(
             f"rehearsed replies end after {config.max_completion_length} tokens, but {longer[0]} was learnt with up to "
             f"{longer[1]}; raise max_completion_length"
@@ -142,6 +195,19 @@ def begin(
     return used
 
 
+def _take_up(ledger: Ledger, config: LearnConfig, asked: dict[str, Any]) -> bool:
+    """Whether the same addition was refused with whole measurements of a model that is still there; then it is pending
+    again, with the gates of now."""
+    for refused in ledger.put_aside(REFUSED):
+        whole = all((refused.folder / name).exists() for name in ("model", "after.json"))
+        if whole and _request_in(refused.folder, asked) == asked:
+            say(f"{config.name} was refused on {refused.result['date']}: its measurements are decided on again")
+            ledger.take_up(refused)
+            _take(ledger.pending / "settings.yaml", config)
+            return True
+    return False
+
+
 def _take(file: Path, config: LearnConfig) -> None:
     """Write to the settings of the addition those that it takes from the command that resumes it."""
     there = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -149,8 +215,10 @@ def _take(file: Path, config: LearnConfig) -> None:
 
 
 def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The differences between the request and the addition in ``pending``."""
+    """The differences between the addition ``there`` and the request; empty if there are none."""
     changed = changes(there["settings"], here["settings"])
+    if there["name"] != here["name"]:
+        changed.append(f"name was {there['name']!r} and is now {here['name']!r}")
     if there["data"] != here["data"]:
         changed.append("its rows or test rows differ")
     return "; ".join(changed)

@@ -22,7 +22,7 @@ from selfdistill.evaluation.generate import (
 )
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.priors import encode_priors, load_prior
-from selfdistill.evaluation.statistics import seeds_interval, sign_test
+from selfdistill.evaluation.statistics import seeds_interval, share_interval, sign_test
 
 __all__ = [
     "DRIFT_PROMPTS",
@@ -59,6 +59,7 @@ __all__ = [
     "run_of",
     "say_learnt",
     "seeds_interval",
+    "share_interval",
     "shared_system_turn",
     "sign_test",
     "summary",

@@ -5,7 +5,7 @@ from selfdistill.training.disk import check_disk_for_merged
 from selfdistill.training.export import export, take_whole, whole_folder
 from selfdistill.training.fitting import Fit
 from selfdistill.training.loop import OnStep
-from selfdistill.training.memory_result import MemoryPlan
+from selfdistill.training.memory_result import MemoryPlan, size_text
 from selfdistill.training.merge import merge
 from selfdistill.training.model_card import state_card
 from selfdistill.training.plan import Plan, plan, plan_for
@@ -32,6 +32,7 @@ __all__ = [
     "plan_for",
     "remove_checkpoint",
     "repeating",
+    "size_text",
     "state_card",
     "steps_of",
     "take_whole",

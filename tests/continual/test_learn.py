@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 import selfdistill as sd
 from selfdistill.cli import main
 from selfdistill.config import LearnConfig, TrainConfig
-from selfdistill.continual import add_skill, stream
+from selfdistill.continual import add_skill, stream, teacher
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import LearnResult, learn, retention_matrix
 from selfdistill.continual.ledger import NEEDED, Ledger
@@ -336,6 +336,58 @@ def test_export_rollback_and_history(make: Settings, tmp_path: Path, capsys: pyt
     assert add(make("second"))["accepted"]
 
 
+def test_what_was_rolled_back_is_restored(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed(monkeypatch, {name: [0.5] * 20 for name in ("first", "second", "third")}, [0.5] * 20)
+    state = tmp_path / "state"
+    command = ["learn", "--state", str(state)]
+    for skill in ("first", "second", "third"):
+        add(make(skill, max_steps=1))
+    before = digest(state)
+    for _ in range(2):
+        assert main([*command, "rollback"]) == 0
+    size = sum(file.stat().st_size for file in (state / "undone" / "0002-second").rglob("*") if file.is_file())
+    assert f"in {state}/undone/0002-second ({size / 2**20:.1f} MiB)" in capsys.readouterr().out.replace("\n", "")
+    add(make("second", max_steps=1, seed=1))
+    assert main([*command, "restore"]) == 2  # third followed the other second
+    assert f"state '{state}': no skill that followed second was rolled back; see learn" in capsys.readouterr().err
+    learn(make(action="rollback", data=""))
+    shutil.rmtree(state / "undone" / "0002-second-2")  # else it, learnt last, is restored
+    for name in ("second", "third"):
+        assert main([*command, "restore"]) == 0
+        assert capsys.readouterr().out == f"Restored {name}\n"
+    assert digest(state) == before
+
+
+def test_of_several_the_skill_learnt_last_is_restored_under_its_name(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed(monkeypatch, {"first": [0.5] * 20}, [0.5] * 20)
+    for seed in range(2):
+        monkeypatch.setattr(time, "strftime", lambda *_, day=seed: f"2026-12-0{day + 1}")
+        add(make(max_steps=1, seed=seed))
+        learn(make(action="rollback", data=""))
+    found = learn(make(action="restore", data="")).details
+    assert found == {"skill": "first", "model": str(tmp_path / "state/skills/0001-first/model")}
+    (skill,) = Ledger(make().state).skills
+    assert skill.result["date"] == "2026-12-02"
+
+
+def test_a_skill_keeps_its_name_if_its_folder_is_renamed(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed(monkeypatch, {"first": [0.1, 0.8, 0.8], "second": [0.2, 0.2, 0.6]}, [0.5] * 3)
+    add(make(max_steps=1))
+    skills = tmp_path / "state" / "skills"
+    (skills / "0001-first").rename(skills / "0001-boxes")
+    add(make("second", max_steps=1))
+    found = retention_matrix(Ledger(make().state))
+    assert found["skills"] == ["first", "second"]
+    assert found["matrix"] == [[0.1, 0.2], [0.8, 0.2], [0.8, 0.6]]
+    assert learn(make(action="rollback", data="")).details["folder"] == str(tmp_path / "state/undone/0002-second")
+
+
 def test_an_adapter_is_merged_so_that_each_model_stands_alone(make: Settings, tmp_path: Path) -> None:
     for skill in ("first", "second"):
         assert add(make(skill, lora_rank=2))["accepted"]
@@ -390,17 +442,37 @@ def test_a_teacher_that_is_no_better_is_refused(make: Settings, tmp_path: Path) 
     assert add(make(method="sdft", context="turns", min_teacher=0))["accepted"]
 
 
-def test_a_weak_teacher_is_refused_before_anything_is_learnt(
-    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("items", "right", "least", "reason"),
+    [
+        (16, 4, 0.5, "4 of 16 rows (95% interval: 10% to 49%), but at least 50% is required (min_teacher)"),
+        (16, 5, 0.5, None),
+        (4, 1, 0.5, None),
+        (16, 15, 1.0, "15 of 16 rows (95% interval: 72% to 99%), but at least 100% is required (min_teacher)"),
+        (16, 16, 1.0, None),
+    ],
+)
+def test_a_teacher_is_refused_before_training_if_its_interval_is_below_what_is_asked(
+    make: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    items: int,
+    right: int,
+    least: float,
+    reason: str | None,
 ) -> None:
-    found = SimpleNamespace(exit_code=0, verdict="Worth trying", best=SimpleNamespace(context="turns", accuracy=0.4))
-    monkeypatch.setattr(add_skill, "check_run", lambda _: found)
+    best = SimpleNamespace(context="turns", accuracy=right / items, items=items)
+    monkeypatch.setattr(teacher, "check_run", lambda _: SimpleNamespace(exit_code=0, verdict="", best=best))
+    fixed(monkeypatch, {"first": [0.5, 0.5]}, [0.5, 0.5])
     with monkeypatch.context() as patch:
-        patch.setattr(add_skill, "train", lambda *_, **__: pytest.fail("it was learnt"))
-        (reason,) = add(make(method="sdft", context="turns"))["reasons"]
-    assert reason == "the teacher with turns has 40% accuracy, but at least 50% is required (min_teacher)"
-    assert not (tmp_path / "state" / "skills").exists()
-    assert add(make(method="sdft", context="turns", min_teacher=0.3))["accepted"]
+        if reason:
+            patch.setattr(add_skill, "train", lambda *_, **__: pytest.fail("it was learnt"))
+        result = add(make(method="sdft", context="turns", min_teacher=least, max_steps=1))
+    assert result["reasons"] == ([f"the teacher with turns is right on {reason}"] if reason else [])
+    assert result["check"]["items"] == items
+    said = capsys.readouterr().err.splitlines()
+    assert f"teacher: turns, {right} of {items} right" in said
+    assert Path(make().state, "skills").exists() == (reason is None)
 
 
 # --- gates ---
@@ -486,12 +558,8 @@ def test_the_gates(
 def test_a_skill_is_compared_with_its_score_when_it_was_learnt_however_many_came_since(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = {
-        "first": [0.1, 0.8, 0.75, 0.7, 0.7],
-        "second": [0.15, 0.3, 0.6, 0.65, 0.65],
-        "third": [0.2, 0.35, 0.9, 0.2, 0.35, 0.9],
-    }
-    fixed(monkeypatch, scores, [0.5, 0.49, 0.48, 0.47, 0.46])
+    scores = {"first": [0.1, 0.8, 0.75, 0.7], "second": [0.15, 0.3, 0.6, 0.65], "third": [0.2, 0.35, 0.9]}
+    fixed(monkeypatch, scores, [0.5, 0.49, 0.48, 0.46])
     short: dict[str, Any] = {"max_steps": 1, "max_skill_drop": 0.05}
     assert add(make(**short))["accepted"]
     assert add(make("second", **short))["accepted"]
@@ -591,6 +659,72 @@ def test_a_skill_that_hurts_is_refused_by_what_is_measured(make: Settings, tmp_p
     assert [reason.partition(":")[0] for reason in result["reasons"]] == ["first"]
     assert digest(tmp_path / "state") == before
     assert add(make("hurts", **(learns | {"max_skill_drop": 1.0})))["accepted"]
+
+
+def test_a_refused_addition_is_decided_on_again_with_other_gates_and_not_trained(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed(monkeypatch, {"first": [0.1, 0.8], "second": [0.2, 0.2, 0.6, 0.2, 0.2, 0.6]}, [0.5, 0.3, 0.3])
+    gates: dict[str, Any] = {"max_prior_drop": 0.02, "min_teacher": 0.5, "max_skill_drop": None}
+    assert not add(make(**gates))["accepted"]
+    refused = tmp_path / "state" / "refused" / "first"
+    weights = (refused / "model" / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(add_skill, "train", lambda *_, **__: pytest.fail("it was learnt"))
+        assert not add(make(**gates))["accepted"]
+        assert [folder.name for folder in refused.parent.iterdir()] == ["first"]
+        result = add(make(**(gates | {"max_prior_drop": 0.2})))
+    assert "first was refused on 20" in capsys.readouterr().err
+    (skill,) = Ledger(make().state).skills
+    assert result["accepted"]
+    assert result == skill.result
+    assert (skill.folder / "model" / "model.safetensors").read_bytes() == weights
+    assert yaml.safe_load((skill.folder / "settings.yaml").read_text(encoding="utf-8"))["max_prior_drop"] == 0.2
+    assert not list(refused.parent.iterdir())
+
+
+def test_a_refused_addition_to_another_model_or_with_other_settings_is_learnt_again(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    real = add_skill.train
+    monkeypatch.setattr(add_skill, "train", lambda *given, **named: trained.append(1) or real(*given, **named))
+    fixed(monkeypatch, {"first": [0.8] * 9, "second": [0.2] * 12}, [0.5] + [0.3] * 9)
+    short: dict[str, Any] = {"max_steps": 1}
+    add(make(**short))
+    for values in (short, {"max_steps": 2}):
+        assert not add(make("second", max_prior_drop=0.02, **values))["accepted"]
+    assert len(trained) == 3
+    shutil.rmtree(tmp_path / "state" / "refused" / "second-2" / "model")  # as a user may do who needs the space
+    assert not add(make("second", max_prior_drop=0.02, max_steps=2))["accepted"]
+    assert len(trained) == 4
+    learn(make(action="rollback", data=""))
+    add(make(**short))  # the same skill, learnt another time
+    assert not add(make("second", max_prior_drop=0.02, **short))["accepted"]
+    assert len(trained) == 6
+
+
+def test_a_skill_that_was_accepted_as_it_is_asked_is_not_learnt_again(
+    make: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed(monkeypatch, {"first": [0.1, 0.8, 0.8], "second": [0.2, 0.2, 0.6]}, [0.5, 0.5, 0.5])
+    result = add(make(max_steps=1))
+    add(make("second", max_steps=1))
+    before = digest(Path(make().state))
+    code, again = main_code(make(max_steps=1))
+    assert (code, again) == (0, json.loads(json.dumps(result)))
+    said = capsys.readouterr().err.splitlines()
+    assert f"first is already skill 1 of {make().state}, learnt from these rows with these settings" in said
+    assert digest(Path(make().state)) == before
+
+
+def test_the_gates_of_an_interrupted_addition_may_change(
+    make: Settings, tmp_path: Path, cut_off: Callable[[LearnConfig], None]
+) -> None:
+    cut_off(make(max_prior_drop=0.02, max_skill_drop=None, min_teacher=0.5))
+    assert add(make(max_prior_drop=0.5, max_skill_drop=0.9, min_teacher=0))["accepted"]
+    saved = yaml.safe_load((tmp_path / "state/skills/0001-first/settings.yaml").read_text(encoding="utf-8"))
+    assert [saved[name] for name in ("max_prior_drop", "max_skill_drop", "min_teacher")] == [0.5, 0.9, 0]
 
 
 def main_code(config: LearnConfig) -> tuple[int, dict[str, Any]]:
@@ -1151,7 +1285,7 @@ def test_what_is_not_measured_without_prior_questions_is_noted(
     assert not noted(prior=None)
 
 
-@pytest.mark.parametrize("action", ["status", "history", "rollback", "discard", "export"])
+@pytest.mark.parametrize("action", ["status", "history", "rollback", "restore", "discard", "export"])
 def test_an_action_without_data_refuses_it(make: Settings, action: str) -> None:
     with pytest.raises(UserError, match=f"^learn {action}: takes no data, found 'x.jsonl'; leave it out$"):
         learn(make(action=action, data="x.jsonl", output_dir="out"))
@@ -1275,6 +1409,31 @@ def test_a_base_that_was_moved_is_known_by_its_weights(make: Settings, tmp_path:
     assert Ledger(config.state).base == str(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize("learnt", [False, True])
+def test_a_base_whose_weights_changed_in_place_is_refused(
+    make: Settings, model_folder: Callable[..., Path], tmp_path: Path, learnt: bool
+) -> None:
+    base, link = model_folder(layers=1), tmp_path / "current"
+    link.symlink_to(base)
+    config = make(model=str(link), max_steps=1)
+    if learnt:
+        assert add(config)["accepted"]
+    else:
+        assert not add(config.model_copy(update={"method": "sdft", "context": "turns"}))["accepted"]  # by the teacher
+    shutil.copytree(base, tmp_path / "v2")
+    weights = load_file(base / "model.safetensors")
+    changed = {name: weight + 1 for name, weight in weights.items()}
+    save_file(changed, tmp_path / "v2" / "model.safetensors", {"format": "pt"})
+    link.unlink()
+    link.symlink_to(tmp_path / "v2")
+    message = r"its base '.*/current' had weights [0-9a-f]{12} when the state began and has [0-9a-f]{12} now"
+    with pytest.raises(UserError, match=message):
+        add(make("second", model=str(link)))
+    with pytest.raises(UserError, match=message):
+        add(make("second", model=""))
+    assert add(make("second", model=str(base), max_steps=1))["accepted"]
+
+
 def test_a_base_that_is_an_adapter_is_to_be_put_back(
     make: Settings, settings: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -1321,7 +1480,12 @@ def test_mistakes_about_a_state_that_exists(make: Settings, tmp_path: Path) -> N
             {"mixed_precision": "bf16"},
             "setting 'mixed_precision': all scores in .* were measured with 'no'; use the same",
         ),
-        ({}, "setting 'name': .* already has a skill 'first'; give another name, or undo it first: .* rollback$"),
+        (
+            {"max_steps": 2, "max_prior_drop": 0.5},
+            "setting 'name': .* already has a skill 'first'; give another name, with replaces 'first' if this skill "
+            "is to replace it, or undo it first: .* rollback. Differences: "
+            "max_steps was 3 and is now 2; max_prior_drop was 1.0 and is now 0.5$",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             add(make(**values))

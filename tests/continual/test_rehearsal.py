@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfdistill.cli import main
 from selfdistill.config import TrainConfig
 from selfdistill.config.commands import LearnConfig
-from selfdistill.continual import add_skill, stream
+from selfdistill.continual import add_skill, stream, teacher
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.learn import learn
 from selfdistill.continual.ledger import Ledger
@@ -279,6 +279,50 @@ def test_a_prompt_taught_anew_or_remembered_twice_is_not_rehearsed_twice(
     assert len(pooled) == len(set(pooled))
     assert set(pooled) == {*first, *taught}
     assert "not rehearsed" not in capsys.readouterr().err
+
+
+def test_a_skill_that_is_replaced_is_neither_rehearsed_nor_required_any_more(
+    make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {"first": [0.1, 0.8, 0.2, 0.2], "second": [0.1, 0.1, 0.8, 0.8], "third": [0.1, 0.1, 0.8]}
+
+    def measured(_loaded: Any, folders: list[tuple[str, Path]], _prior: str | None, _config: Any) -> Any:
+        found = {name: scores[name].pop(0) for name, _ in folders}
+        interval = {name: [score - 0.1, score + 0.1] for name, score in found.items()}
+        return {
+            "skills": {
+                name: {"accuracy": score, "accuracy_interval": interval[name], "items": 20, "correct": []}
+                for name, score in found.items()
+            }
+        }
+
+    monkeypatch.setattr(add_skill, "measure_model", measured)
+    gated: dict[str, Any] = {"max_steps": 1, "max_skill_drop": None}
+    with pytest.raises(UserError, match=r"'replaces': .* has no skill 'first' to replace; leave it out$"):
+        add(make("second", replaces="first", **gated))
+    assert not (tmp_path / "state" / "start").exists()
+    add(make(**gated))
+    with pytest.raises(UserError, match=r"'replaces': .* has no skill 'fist' to replace; give one of first$"):
+        add(make("second", replaces="fist", **gated))
+    capsys.readouterr()
+    result = add(make("second", replaces="first", **gated))
+    assert (result["accepted"], result["replaces"], result["retained"]) == (True, "first", {})
+    assert (
+        "note: second replaces first, which is no longer rehearsed and has no gate any more\n"
+        in capsys.readouterr().err
+    )
+    folder = tmp_path / "state" / "skills" / "0002-second"
+    assert not (folder / "memory.jsonl").exists()
+    history = learn(make(action="history", data=""))
+    assert [line["replaces"] for line in history.details["history"]] == [None, "first"]
+    assert "replaces" in repr(history)
+    result = add(make("third", **gated))
+    assert (result["accepted"], [*result["retained"]]) == (True, ["second"])
+    assert texts_of(tmp_path / "state/skills/0003-third/memory.jsonl") == learnt_prompts(folder)
+    assert add(make("second", replaces="first", **gated))["accepted"]  # already
+    for _ in range(2):
+        learn(make(action="rollback", data=""))
+    assert [skill.name for skill in Ledger(make().state).in_force()] == ["first"]
 
 
 @pytest.mark.parametrize("share", [0.5, 0])
@@ -681,8 +725,8 @@ def test_a_row_that_is_dropped_teaches_nothing_so_its_prompt_is_rehearsed(
 def test_the_context_that_is_chosen_decides_which_rows_are_remembered(
     make: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = SimpleNamespace(exit_code=0, verdict="", best=SimpleNamespace(context="turns:repeats=2", accuracy=1.0))
-    monkeypatch.setattr(add_skill, "check_run", lambda _: found)
+    best = SimpleNamespace(context="turns:repeats=2", accuracy=1.0, items=16)
+    monkeypatch.setattr(teacher, "check_run", lambda _: SimpleNamespace(exit_code=0, verdict="", best=best))
     rows = [{"prompt": f"{i} {'x' * (100 if i == 3 else 1)}", "completion": "y"} for i in range(6)]
     (tmp_path / "test.jsonl").write_text('{"prompt": "p", "completion": "y"}\n', encoding="utf-8")
     limits = {"test": str(tmp_path / "test.jsonl"), "max_prompt_length": 200, "on_long_prompt": "drop"}
