@@ -106,7 +106,7 @@ def state_without_skills(folder: Path, model: Path) -> Ledger:
 def accept_unmeasured(ledger: Ledger, name: str) -> None:
     """Accept the pending addition with the model before it."""
     (ledger.pending / "model").symlink_to(ledger.model)
-    (ledger.pending / "result.json").write_text("{}", encoding="utf-8")
+    (ledger.pending / "result.json").write_text(json.dumps({"name": name}), encoding="utf-8")
     ledger.accept(name)
 
 
