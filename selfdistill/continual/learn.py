@@ -13,6 +13,7 @@ from rich.table import Table
 
 from selfdistill.config import ExportConfig, LearnConfig
 from selfdistill.continual.add_skill import add
+from selfdistill.continual.gates import told
 from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger, settings_of
 from selfdistill.continual.rehearsal import remembered, sum_if_known
 from selfdistill.continual.retention import transfer
@@ -313,8 +314,8 @@ def _print_skill(state: str, result: dict[str, Any], status: dict[str, Any] | No
             scores = f"{retained['learnt']:.3f} when learnt, {after[other]['accuracy']:.3f} now"
             least = f"must stay at or above {max(retained['least'], 0):.3f}"
             console.print(f"{other}: {scores} ({least})", highlight=False, markup=False)
-        if "prior_accuracy" in result["after"]:
-            console.print(f"prior abilities: now {result['after']['prior_accuracy']:.3f}", highlight=False)
+        if change := result.get("prior_change"):
+            console.print(f"prior abilities: {told(change)}", highlight=False, markup=False)
     if status is not None:
         _print_status(state, status, console)
     else:

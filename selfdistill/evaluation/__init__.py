@@ -7,8 +7,15 @@ from selfdistill.evaluation.check_result import CheckResult
 from selfdistill.evaluation.distances import DRIFT_PROMPTS, DRIFT_TOKENS, Distance, drift_from, mean_loss
 from selfdistill.evaluation.endpoint import Endpoint, ask_all
 from selfdistill.evaluation.episodes import unscored
-from selfdistill.evaluation.eval_result import EvalResult, summary
-from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, prior_scores, rows_fingerprint
+from selfdistill.evaluation.eval_result import EvalResult, detected, summary
+from selfdistill.evaluation.evaluate import (
+    Evaluation,
+    EvaluationSet,
+    evaluate,
+    prior_difference,
+    prior_scores,
+    rows_fingerprint,
+)
 from selfdistill.evaluation.evaluator import Evaluator, check_inputs, say_learnt
 from selfdistill.evaluation.generate import (
     SYSTEM_TURN,
@@ -22,7 +29,7 @@ from selfdistill.evaluation.generate import (
 )
 from selfdistill.evaluation.judge import judge_of
 from selfdistill.evaluation.priors import encode_priors, load_prior
-from selfdistill.evaluation.statistics import seeds_interval, sign_test
+from selfdistill.evaluation.statistics import seeds_interval, share_interval, sign_test
 
 __all__ = [
     "DRIFT_PROMPTS",
@@ -45,6 +52,7 @@ __all__ = [
     "check_answers",
     "check_inputs",
     "check_run",
+    "detected",
     "drift_from",
     "encode_priors",
     "evaluate",
@@ -54,11 +62,13 @@ __all__ = [
     "mean_loss",
     "note_on_chats",
     "note_on_environment",
+    "prior_difference",
     "prior_scores",
     "rows_fingerprint",
     "run_of",
     "say_learnt",
     "seeds_interval",
+    "share_interval",
     "shared_system_turn",
     "sign_test",
     "summary",
