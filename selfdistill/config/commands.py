@@ -270,8 +270,8 @@ class LearnConfig(TrainingSettings, OneRun):
     """Refuse a skill before training if its teacher (the current model shown the demonstration) is right on a smaller
     share of its rows than this, or is no better than the model itself; 0: never."""
     max_prior_drop: float = Field(default=0.02, ge=0, le=1)
-    """Gate: refuse a skill if it lowers the mean prior accuracy by more than this below the base's, and the 95% interval
-    of the difference on the same questions excludes 0."""
+    """Gate: refuse a skill if it lowers the mean prior accuracy by more than this below the base's, and the 95%
+    interval of the difference on the same questions excludes 0."""
     max_skill_drop: float | None = Field(default=None, ge=0, le=1)
     """Gate: refuse a skill if an earlier one's score drops by more than this since it was learnt, or its own since
     before training. Default: a drop below the 95% interval of that score, which is wide for a small test."""

@@ -13,13 +13,14 @@ from rich.table import Table
 
 from selfdistill.config import ExportConfig, LearnConfig
 from selfdistill.continual.add_skill import add
-from selfdistill.continual.gates import told
+from selfdistill.continual.gates import GATES, told
 from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, UNDONE, Ledger, settings_of
 from selfdistill.continual.rehearsal import remembered, sum_if_known
 from selfdistill.continual.retention import transfer
 from selfdistill.continual.stream import OF_CHUNKS
 from selfdistill.data import Rows
 from selfdistill.errors import RERUN, UserError, number_of
+from selfdistill.evaluation import Evaluation
 from selfdistill.runtime import Printable, folder_lock, result_table, say_note
 from selfdistill.training import export, state_card
 
@@ -124,23 +125,36 @@ def retention_matrix(ledger: Ledger) -> dict[str, Any]:
 
     Returns:
         ``skills`` (names), ``matrix`` (first the base, then after each skill; None if not measured), ``prior`` (for the
-        same models), ``items`` (of each skill's test), ``transfer``.
+        same models), ``items`` (of each skill's test), ``prior_items``, ``transfer``; ``intervals`` and
+        ``prior_intervals`` (of ``matrix`` and ``prior``), and ``must_keep`` (the score of each skill that later
+        additions must keep by default).
     """
     skills = ledger.skills
     results = [skill.result for skill in skills]
-    matrix: list[list[float | None]] = [[result["base"]["accuracy"] for result in results]]
+    measured: list[list[Evaluation | None]] = [[result["base"] for result in results]]
     for row, result in enumerate(results):
         if row:
-            matrix[row][row] = result["before"]["accuracy"]
+            measured[row][row] = result["before"]
         after = result["after"]["skills"]
-        known = [after[skill.name]["accuracy"] for skill in skills[: row + 1]]
-        matrix.append([*known, *[None] * (len(skills) - row - 1)])
-    found = transfer(matrix)
+        known = [after[skill.name] for skill in skills[: row + 1]]
+        measured.append([*known, *[None] * (len(skills) - row - 1)])
+    matrix, intervals = (
+        [[None if score is None else score[key] for score in scores] for scores in measured]
+        for key in ("accuracy", "accuracy_interval")
+    )
+    found, priors = transfer(matrix), [ledger.base_result, *(result["after"] for result in results)]
     return {
         "skills": [skill.name for skill in skills],
         "items": [result["after"]["skills"][result["name"]]["items"] for result in results],
         "matrix": matrix,
-        "prior": [x.get("prior_accuracy") for x in (ledger.base_result, *(result["after"] for result in results))],
+        "intervals": intervals,
+        "must_keep": [
+            result["after"]["skills"][skill.name]["accuracy_interval"][0]
+            for skill, result in zip(skills, results, strict=True)
+        ],
+        "prior": [prior.get("prior_accuracy") for prior in priors],
+        "prior_intervals": [prior.get("prior_interval") for prior in priors],
+        "prior_items": sum(len(file["correct"]) for file in ledger.base_result.get("prior", {}).values()),
         "transfer": asdict(found) if found else None,
     }
 
@@ -151,9 +165,15 @@ def _status(config: LearnConfig) -> dict[str, Any]:
         {"skill": skill.name, "remembered": len(remembered(skill.folder)), "training": skill.result.get("training")}
         for skill in ledger.skills
     ]
-    pending = ledger.interrupted
-    running = pending is not None and _is_locked(config.state)
-    found = {"memory": memory, "model": ledger.model, "pending": pending, "running": running}
+    pending = ledger.pending_name
+    found = {
+        "memory": memory,
+        "gates": [settings_of(skill.folder).model_dump(include=set(GATES)) for skill in ledger.skills],
+        "model": ledger.model,
+        "pending": pending,
+        "has_begun": ledger.interrupted is not None,
+        "running": pending is not None and _is_locked(config.state),
+    }
     return retention_matrix(ledger) | found
 
 
@@ -178,10 +198,13 @@ _SKILL_WIDTH = 8
 
 def _print_retention(state: str, found: dict[str, Any], console: Console) -> None:
     """Print the retention matrix, in several tables if it is too wide for the console."""
-    of_skills = zip(found["skills"], found["items"], zip(*found["matrix"], strict=True), strict=True)
-    columns = [(f"{name} ({items})", scores) for name, items, scores in of_skills]
+    rows = ["base", *found["skills"], *(["must keep"] if found["skills"] else [])]
+    of_skills = zip(
+        found["skills"], found["items"], zip(*found["matrix"], found["must_keep"], strict=True), strict=True
+    )
+    columns = [(f"{name} ({items})", list(scores)) for name, items, scores in of_skills]
     if found["prior"][0] is not None:
-        columns.append(("prior", found["prior"]))
+        columns.append((f"prior ({found['prior_items']})", [*found["prior"], None][: len(rows)]))
     at_a_time = max((console.width - 2 * _SKILL_WIDTH) // (_SKILL_WIDTH + 3), 1)  # 3: its padding and border
     for start in range(0, max(len(columns), 1), at_a_time):
         shown = columns[start : start + at_a_time]
@@ -189,7 +212,7 @@ def _print_retention(state: str, found: dict[str, Any], console: Console) -> Non
         table = result_table("after", *(name for name, _ in shown), title=title)
         for column in table.columns[1:]:
             column.min_width = _SKILL_WIDTH
-        for name, *scores in zip(["base", *found["skills"]], *(scores for _, scores in shown), strict=True):
+        for name, *scores in zip(rows, *(scores for _, scores in shown), strict=True):
             table.add_row(escape(name), *("" if score is None else f"{score:.3f}" for score in scores))
         console.print(table)
 
@@ -206,15 +229,30 @@ def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
         ]
         explained = _TRANSFER if len(said) > 1 else ""
         console.print(f"{', '.join(said)}.{explained}", highlight=False, markup=False)
+        console.print("Later additions must keep the last line, unless they set max_skill_drop.", highlight=False)
+        _print_gates(found["skills"], found["gates"], console)
         _print_memory(found["memory"], console)
     else:
         console.print("No skills yet.", highlight=False)
     if pending := found["pending"]:
-        how = f"was interrupted: {RERUN}, or 'discard' it"
+        when = "" if found["has_begun"] else " before it began to learn"
+        how = f"was interrupted{when}: {RERUN}, or 'discard' it"
         if found["running"]:
             how = "is in progress in another process"
         console.print(f"Adding {pending!r} {how}.", highlight=False, markup=False)
     console.print(f"Current model: {found['model']}", highlight=False, markup=False)
+
+
+def _print_gates(names: list[str], gates: list[dict[str, Any]], console: Console) -> None:
+    """Print the gates that skills were accepted with where they are not the defaults."""
+    found = []
+    for name, values in zip(names, gates, strict=True):
+        other = [f"{gate} {at:g}" for gate, at in values.items() if at != LearnConfig.model_fields[gate].default]
+        found += [f"{name} ({', '.join(other)})"] if other else []
+    if found:
+        console.print(
+            f"Accepted with other gates than the defaults: {', '.join(found)}.", highlight=False, markup=False
+        )
 
 
 _COSTS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {

@@ -99,6 +99,8 @@ def begin(
                 f"{found['name']!r} is unfinished: run the same command to finish it, or discard it with selfdistill "
                 f"learn --state {shlex.quote(config.state)} discard. Differences: {_changes(found, here)}"
             )
+        if found["name"] != config.name:
+            say_note(f"{found['name']!r} was pending, but had not begun to learn; {config.name!r} replaces it")
         ledger.discard()  # training had not begun
     if config.name in [skill.name for skill in ledger.skills]:
         advice = "give another name"

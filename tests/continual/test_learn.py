@@ -544,9 +544,25 @@ def test_a_skill_is_compared_with_its_score_when_it_was_learnt_however_many_came
     assert found == {
         "skills": ["first", "second", "third"],
         "matrix": [[0.1, 0.15, 0.2], [0.8, 0.3, None], [0.75, 0.6, 0.35], [0.7, 0.65, 0.9]],
+        "intervals": [
+            [
+                [pytest.approx(max(score - 0.1, 0)), pytest.approx(score + 0.1)] if score is not None else None
+                for score in row
+            ]
+            for row in found["matrix"]
+        ],
+        "must_keep": pytest.approx([0.7, 0.5, 0.8]),
         "prior": [0.5, 0.49, 0.48, 0.46],
+        "prior_intervals": [None] * 4,
+        "prior_items": 4,
         "items": [20, 21, 22],
     }
+    status = repr(learn(make(action="status", data="")))
+    assert re.search(r"must keep +│ +0\.700 │ +0\.500 │ +0\.800 │ +│", status)
+    assert "prior (4)" in status
+    gates = "max_prior_drop 1, max_skill_drop 0.05"
+    said = f"Accepted with other gates than the defaults: first ({gates}), second ({gates}), third (max_prior_drop 1, "
+    assert said in " ".join(status.split())
 
 
 KEEP = "later additions must keep {:.3f} or more, {} of 20 test items, unless they set max_skill_drop"
@@ -1305,14 +1321,19 @@ def test_a_base_that_is_an_adapter_is_to_be_put_back(
 
 
 def test_what_has_not_begun_to_learn_does_not_keep_a_skill_from_being_taken_back(
-    make: Settings, tmp_path: Path, write_rows: Callable[..., Path]
+    make: Settings, tmp_path: Path, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     add(make())
     long = write_rows([{"prompt": "x" * 600, "completion": "y"}], name="long.jsonl")
     with pytest.raises(UserError, match="do not fit"):
         add(make("more", test=str(long)))  # a test is read after the addition has begun
     assert (tmp_path / "state" / "pending").is_dir()
-    assert learn(make(action="status", data="")).details["pending"] is None
+    status = learn(make(action="status", data=""))
+    assert (status.details["pending"], status.details["has_begun"]) == ("more", False)
+    assert "Adding 'more' was interrupted before it began to learn: rerun the same command" in repr(status)
+    with pytest.raises(UserError, match="do not fit"):
+        add(make("other", test=str(long)))
+    assert "note: 'more' was pending, but had not begun to learn; 'other' replaces it\n" in capsys.readouterr().err
     learn(make(action="rollback", data=""))
     assert not (tmp_path / "state" / "pending").exists()
     assert Ledger(make().state).skills == []
