@@ -62,6 +62,7 @@ def test_of_the_retention_of_many_skills(count: int) -> None:
         for row, line in enumerate(scores)
     ]
     details = {"skills": names, "items": [20] * count, "matrix": matrix, "prior": [0.9] * (count + 1), "transfer": None}
-    said = on_80_columns(LearnResult("status", "state", details | {"pending": None, "model": "m"}))
+    details |= {"prior_items": 240, "must_keep": [0.5] * count, "pending": None, "model": "m"}
+    said = on_80_columns(LearnResult("status", "state", details))
     numbers = [f"{score:.3f}" for line in matrix for score in line if score is not None]
     assert [number for number in numbers if number not in said] == []

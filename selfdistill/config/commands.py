@@ -264,8 +264,7 @@ class LearnConfig(TrainingSettings, OneRun):
     """File or folder of questions about the base model's prior abilities, e.g. ``bundled:prior/test``, copied into the
     state when it is created."""
     test: str | None = None
-    """Held-out rows on which the skill is evaluated, now and whenever another is added; default: a share of the data.
-    They are used only for the gates."""
+    """Held-out rows for the gates, asked now and with every later addition; default: a share of the data."""
     test_share: float = Field(default=0.2, gt=0, lt=1)
     """Share of the data held out as the test if ``test`` is not given. In a ``stream`` it is the validation set that
     ends training on a chunk; without ``test``, half of it is the test."""
@@ -273,7 +272,8 @@ class LearnConfig(TrainingSettings, OneRun):
     """Refuse a skill before training if its teacher (the current model shown the demonstration) is right on a smaller
     share of its rows than this, by the 95% interval on 16 of them, or is no better than the model itself; 0: never."""
     max_prior_drop: float = Field(default=0.02, ge=0, le=1)
-    """Gate: refuse a skill if it lowers the mean prior accuracy by more than this below the base's."""
+    """Gate: refuse a skill if it lowers the mean prior accuracy by more than this below the base's, and the 95%
+    interval of the difference on the same questions excludes 0."""
     max_skill_drop: float | None = Field(default=None, ge=0, le=1)
     """Gate: refuse a skill if an earlier one's score drops by more than this since it was learnt, or its own since
     before training. Default: a drop below the 95% interval of that score, which is wide for a small test."""

@@ -19,7 +19,15 @@ from typing import Any
 import yaml
 
 from selfdistill.config import LearnConfig, TrainConfig, load_saved
-from selfdistill.continual.gates import least_retained, reasons_against
+from selfdistill.continual.gates import (
+    compared,
+    reasons_against,
+    refuse_failed,
+    say_drop_not_shown,
+    say_if_few,
+    say_prior_detects,
+    to_keep,
+)
 from selfdistill.continual.ledger import MEASURED_WITH, NO_IMPROVEMENT, PENDING, START, Ledger, settings_of
 from selfdistill.continual.lengths import check_anchor_lengths, date_shown, fitting_rows
 from selfdistill.continual.pending import already_learnt, begin, check_replaced
@@ -68,9 +76,8 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
         (SHA-256 of its rows), ``check`` (of the teacher), ``base`` and ``before`` (:data:`Evaluation` of the base and
         of the current model on the new skill). If reached, also ``training`` (its cost, see
         :func:`selfdistill.continual.rehearsal.cost_of`, and ``rehearsed``, the number of earlier skills' prompts used
-        as anchors), ``after`` (of the new model: ``skills`` by name, and the prior abilities) and ``retained`` (for
-        each earlier skill that is not replaced, its score when ``learnt`` and the ``least`` score that counts as
-        retained).
+        as anchors), ``after`` (of the new model: ``skills`` by name, and the prior abilities), and what
+        :func:`selfdistill.continual.gates.compared` returns.
 
     Raises:
         UserError: a mistake the user can fix.
@@ -98,8 +105,11 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
             config = config.model_copy(update={"mixed_precision": ledger.measured_with["mixed_precision"]})
         if learnt := already_learnt(ledger, config, splits):
             return learnt
+        if not ledger.interrupted:
+            refuse_failed(ledger, config)
         used = begin(ledger, config, splits)
         say("rows: " + ", ".join(f"{len(rows)} for {split}" for split, rows in used.items()))
+        say_if_few(len(used["test"]), config)
         say_learnt(used["test"], used["train"])
         try:
             result = _NewSkill(ledger, stop).result()
@@ -118,11 +128,8 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
                 said = f"{before:.3f} before, {score:.3f} after on {items} items: {NO_IMPROVEMENT}"
                 undo = f"selfdistill learn --state {shlex.quote(config.state)} rollback"
                 say(f"note: {name}: {said}{'' if config.test else HELD_OUT}; to undo: {undo}")
-            least = least_retained(after, config)
-            kept = f"it counts as retained at {least:.3f} or more ({items} test items)"
-            if least <= 0:
-                kept = f"it counts as retained at any score ({items} test items)"
-            say(f"accepted: {skill.name} is skill {skill.number} of {config.state}; {kept}")
+            say_drop_not_shown(result["prior_change"], config)
+            say(f"accepted: {skill.name} is skill {skill.number} of {config.state}; {to_keep(after)}")
         else:
             refused = ledger.refuse(name)
             place = f"{refused.folder} ({size_text(refused.bytes)})"
@@ -185,6 +192,7 @@ def _create(config: LearnConfig, run: TrainConfig, rows: Sequence[Demonstration]
     check_anchor_lengths(first, config, [])
     with whole_folder(root / START, "free disk space, then add it again") as folder:
         if config.prior:
+            say_prior_detects([len(rows) for rows in load_prior(config.prior).values()])
             (folder / "prior").mkdir()
             for name, text in _texts(config.prior).items():
                 (folder / "prior" / name).write_bytes(text)
@@ -273,8 +281,8 @@ class _NewSkill:
             try:
                 result["training"] = self._train(result["check"]["context"])
                 result["after"] = self._step("after", lambda: self._on(str(self._folder / "model"), self._all, True))
-                result["retained"] = self._retained()
-                reasons += reasons_against(result, self._ledger.base_result, self._config)
+                result |= compared(self._ledger, result["after"], self._config)
+                reasons += reasons_against(result, self._config)
             except RunFailed as failed:
                 reasons.append(str(failed))
         finished = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -375,12 +383,3 @@ class _NewSkill:
                 along.write({"step": step, "skills": scores, "prior_accuracy": found.get("prior_accuracy")})
 
         return look
-
-    def _retained(self) -> dict[str, dict[str, float]]:
-        """For each earlier skill, its score when learnt and the minimum that counts as retained."""
-        skills = self._ledger.in_force(self._config.replaces)
-        learnt = {skill.name: skill.result["after"]["skills"][skill.name] for skill in skills}
-        return {
-            name: {"learnt": score["accuracy"], "least": least_retained(score, self._config)}
-            for name, score in learnt.items()
-        }

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from selfdistill.config import ExportConfig, LearnConfig
 from selfdistill.continual.add_skill import add
-from selfdistill.continual.ledger import NO_IMPROVEMENT, REFUSED, START, UNDONE, Ledger, settings_of
-from selfdistill.continual.rehearsal import remembered, sum_if_known
+from selfdistill.continual.gates import GATES
+from selfdistill.continual.ledger import REFUSED, START, UNDONE, Ledger, settings_of
+from selfdistill.continual.rehearsal import remembered
 from selfdistill.continual.retention import transfer
 from selfdistill.continual.stream import OF_CHUNKS
+from selfdistill.continual.tables import print_history, print_skill, print_status
 from selfdistill.data import Rows
-from selfdistill.errors import RERUN, UserError, number_of
-from selfdistill.runtime import Printable, folder_lock, result_table, say_note
+from selfdistill.errors import UserError
+from selfdistill.evaluation import Evaluation
+from selfdistill.runtime import Printable, folder_lock, say_note
 from selfdistill.training import export, size_text, state_card
 
 NOT_ACCEPTED = 4
@@ -51,11 +52,11 @@ class LearnResult(Printable):
         """Print a table or a line, depending on the action."""
         details = self.details
         if self.action in ("add", "stream"):
-            _print_skill(self.state, details, self.status, console)
+            print_skill(self.state, details, self.status, console)
         elif self.action == "history":
-            _print_history(self.state, details["history"], console)
+            print_history(self.state, details["history"], console)
         elif self.action == "status":
-            _print_status(self.state, details, console)
+            print_status(self.state, details, console)
         elif self.action == "rollback":
             files = f"its files are in {details['folder']} ({size_text(details['bytes'])})"
             console.print(f"Rolled back {details['skill']}; {files}", highlight=False, markup=False)
@@ -140,23 +141,36 @@ def retention_matrix(ledger: Ledger) -> dict[str, Any]:
 
     Returns:
         ``skills`` (names), ``matrix`` (first the base, then after each skill; None if not measured), ``prior`` (for the
-        same models), ``items`` (of each skill's test), ``transfer``.
+        same models), ``items`` (of each skill's test), ``prior_items``, ``transfer``; ``intervals`` and
+        ``prior_intervals`` (of ``matrix`` and ``prior``), and ``must_keep`` (the score of each skill that later
+        additions must keep by default; None if it is replaced).
     """
-    skills = ledger.skills
+    skills, in_force = ledger.skills, ledger.in_force()
     results = [skill.result for skill in skills]
-    matrix: list[list[float | None]] = [[result["base"]["accuracy"] for result in results]]
+    measured: list[list[Evaluation | None]] = [[result["base"] for result in results]]
     for row, result in enumerate(results):
         if row:
-            matrix[row][row] = result["before"]["accuracy"]
+            measured[row][row] = result["before"]
         after = result["after"]["skills"]
-        known = [after[skill.name]["accuracy"] for skill in skills[: row + 1]]
-        matrix.append([*known, *[None] * (len(skills) - row - 1)])
-    found = transfer(matrix)
+        known = [after[skill.name] for skill in skills[: row + 1]]
+        measured.append([*known, *[None] * (len(skills) - row - 1)])
+    matrix, intervals = (
+        [[None if score is None else score[key] for score in scores] for scores in measured]
+        for key in ("accuracy", "accuracy_interval")
+    )
+    found, priors = transfer(matrix), [ledger.base_result, *(result["after"] for result in results)]
     return {
         "skills": [skill.name for skill in skills],
         "items": [result["after"]["skills"][result["name"]]["items"] for result in results],
         "matrix": matrix,
-        "prior": [x.get("prior_accuracy") for x in (ledger.base_result, *(result["after"] for result in results))],
+        "intervals": intervals,
+        "must_keep": [
+            result["after"]["skills"][skill.name]["accuracy_interval"][0] if skill in in_force else None
+            for skill, result in zip(skills, results, strict=True)
+        ],
+        "prior": [prior.get("prior_accuracy") for prior in priors],
+        "prior_intervals": [prior.get("prior_interval") for prior in priors],
+        "prior_items": sum(len(file["correct"]) for file in ledger.base_result.get("prior", {}).values()),
         "transfer": asdict(found) if found else None,
     }
 
@@ -167,9 +181,15 @@ def _status(config: LearnConfig) -> dict[str, Any]:
         {"skill": skill.name, "remembered": len(remembered(skill.folder)), "training": skill.result.get("training")}
         for skill in ledger.skills
     ]
-    pending = ledger.interrupted
-    running = pending is not None and _is_locked(config.state)
-    found = {"memory": memory, "model": ledger.model, "pending": pending, "running": running}
+    pending = ledger.pending_name
+    found = {
+        "memory": memory,
+        "gates": [settings_of(skill.folder).model_dump(include=set(GATES)) for skill in ledger.skills],
+        "model": ledger.model,
+        "pending": pending,
+        "has_begun": ledger.interrupted is not None,
+        "running": pending is not None and _is_locked(config.state),
+    }
     return retention_matrix(ledger) | found
 
 
@@ -182,88 +202,6 @@ def _is_locked(state: str) -> bool:
         return True
 
 
-_TRANSFER = (
-    " Backward: change of earlier skills since they were learnt; forward: gain on a skill from earlier ones, before it "
-    "was learnt; forgetting: drop of the last model below the best earlier one (negative: above it)."
-)
-
-
-_SKILL_WIDTH = 8
-"""Least width of a skill's column: room for its score, and for its name in several lines."""
-
-
-def _print_retention(state: str, found: dict[str, Any], console: Console) -> None:
-    """Print the retention matrix, in several tables if it is too wide for the console."""
-    of_skills = zip(found["skills"], found["items"], zip(*found["matrix"], strict=True), strict=True)
-    columns = [(f"{name} ({items})", scores) for name, items, scores in of_skills]
-    if found["prior"][0] is not None:
-        columns.append(("prior", found["prior"]))
-    at_a_time = max((console.width - 2 * _SKILL_WIDTH) // (_SKILL_WIDTH + 3), 1)  # 3: its padding and border
-    for start in range(0, max(len(columns), 1), at_a_time):
-        shown = columns[start : start + at_a_time]
-        title = None if start else f"Retention of each skill in {state}"
-        table = result_table("after", *(name for name, _ in shown), title=title)
-        for column in table.columns[1:]:
-            column.min_width = _SKILL_WIDTH
-        for name, *scores in zip(["base", *found["skills"]], *(scores for _, scores in shown), strict=True):
-            table.add_row(escape(name), *("" if score is None else f"{score:.3f}" for score in scores))
-        console.print(table)
-
-
-def _print_status(state: str, found: dict[str, Any], console: Console) -> None:
-    _print_retention(state, found, console)
-    numbers = found["transfer"]
-    if numbers:
-        said = [f"average {numbers['average']:.3f}"]
-        said += [
-            f"{name} {numbers[name]:{form}}"
-            for name, form in (("backward", "+.3f"), ("forward", "+.3f"), ("forgetting", ".3f"))
-            if numbers[name] is not None
-        ]
-        explained = _TRANSFER if len(said) > 1 else ""
-        console.print(f"{', '.join(said)}.{explained}", highlight=False, markup=False)
-        _print_memory(found["memory"], console)
-    else:
-        console.print("No skills yet.", highlight=False)
-    if pending := found["pending"]:
-        how = f"was interrupted: {RERUN}, or 'discard' it"
-        if found["running"]:
-            how = "is in progress in another process"
-        console.print(f"Adding {pending!r} {how}.", highlight=False, markup=False)
-    console.print(f"Current model: {found['model']}", highlight=False, markup=False)
-
-
-_COSTS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
-    "earlier prompts rehearsed": ("d", lambda cost: cost["rehearsed"]),
-    "share rehearsed": (".1%", lambda cost: cost["memory"]["share"]),
-    "share of general anchors": (".1%", lambda cost: cost["anchors"]["share"]),
-    "seconds": (".0f", lambda cost: cost["seconds"]),
-    "of which on anchors": (
-        ".0f",
-        lambda cost: sum_if_known([cost[what].get("estimated_seconds") for what in ("memory", "anchors")]),
-    ),
-}
-"""Columns of the cost table: by title, the number's format and how to compute it; None: an older release learnt the
-skill."""
-
-
-def _print_memory(memory: list[dict[str, Any]], console: Console) -> None:
-    """Print the number of prompts kept per skill and the cost of learning it; columns without a number above 0 are
-    left out."""
-    columns = {"prompts kept": [str(line["remembered"]) for line in memory]}
-    for title, (form, number) in _COSTS.items():
-        numbers = [number(line["training"]) if line["training"] else None for line in memory]
-        if any(numbers):
-            columns[title] = ["" if found is None else f"{found:{form}}" for found in numbers]
-    title = "Prompts of each skill that later ones rehearse, and the cost of learning it"
-    table = result_table("skill", *columns, title=title)
-    for line, *cells in zip(memory, *columns.values(), strict=True):
-        table.add_row(escape(line["skill"]), *cells)
-    console.print(table)
-    if len(columns) > 2:
-        console.print("Shares are of all examples; seconds on anchors are an estimate.", highlight=False)
-
-
 def _history(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
     found = [("learnt", "", skill) for skill in ledger.skills]
@@ -274,23 +212,6 @@ def _history(config: LearnConfig) -> dict[str, Any]:
         for what, place, skill in found
     ]
     return {"history": lines}
-
-
-def _print_history(state: str, lines: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title=escape(f"History of {state}"))
-    for column in ("", "skill", "finished", "data", "SHA-256 of rows", "before", "after", "reasons"):
-        table.add_column(column, overflow="fold")
-    for line in sorted(lines, key=lambda line: str(line["date"])):
-        after = line.get("after", {}).get("skills", {}).get(line["name"], {}).get("accuracy")
-        before, reasons = line["before"]["accuracy"], line["reasons"]
-        if line["accepted"] and after is not None and after <= before:
-            reasons = [NO_IMPROVEMENT]
-        if line.get("replaces"):  # an older release had nothing of the kind
-            reasons = [f"replaces {line['replaces']}", *reasons]
-        cells = [line["what"], line["place"], line["date"], Path(line["file"]).name, line["data"][:12]]
-        cells += [f"{before:.3f}", "" if after is None else f"{after:.3f}", "; ".join(reasons)]
-        table.add_row(*map(escape, cells))
-    console.print(table)
 
 
 def _rollback(config: LearnConfig) -> dict[str, Any]:
@@ -333,30 +254,6 @@ def _discard(config: LearnConfig) -> dict[str, Any]:
             raise UserError(f"state {config.state!r}: no interrupted addition to discard; see learn status")
         ledger.discard()
     return {"model": ledger.model}
-
-
-def _print_skill(state: str, result: dict[str, Any], status: dict[str, Any] | None, console: Console) -> None:
-    name = result["name"]
-    if "after" in result:
-        before, after = result["before"], result["after"]["skills"]
-        new = after[name]
-        low, high = new["accuracy_interval"]
-        console.print(
-            f"{name}: {before['accuracy']:.3f} before, {new['accuracy']:.3f} ({low:.2f}, {high:.2f}) after, on "
-            f"{number_of(new['items'], 'test item')}",
-            highlight=False,
-            markup=False,
-        )
-        for other, retained in result["retained"].items():
-            scores = f"{retained['learnt']:.3f} when learnt, {after[other]['accuracy']:.3f} now"
-            least = f"must stay at or above {max(retained['least'], 0):.3f}"
-            console.print(f"{other}: {scores} ({least})", highlight=False, markup=False)
-        if "prior_accuracy" in result["after"]:
-            console.print(f"prior abilities: now {result['after']['prior_accuracy']:.3f}", highlight=False)
-    if status is not None:
-        _print_status(state, status, console)
-    else:
-        console.print(f"Refused: {'; '.join(result['reasons'])}", highlight=False, markup=False)
 
 
 _ACTIONS: dict[str, Callable[[LearnConfig], dict[str, Any]]] = {

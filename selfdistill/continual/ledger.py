@@ -176,11 +176,17 @@ class Ledger:
         return self.folder / PENDING
 
     @property
-    def interrupted(self) -> str | None:
-        """Name of the skill whose pending addition has begun training; before that, another may replace it."""
-        if not any((self.pending / name).exists() for name in ("run", "chunks", "model")):
+    def pending_name(self) -> str | None:
+        """Name of the skill whose addition is pending."""
+        if not self.pending.is_dir():
             return None
         return str(json.loads((self.pending / "asked.json").read_text(encoding="utf-8"))["name"])
+
+    @property
+    def interrupted(self) -> str | None:
+        """Name of the skill whose pending addition has begun training; before that, another may replace it."""
+        began = any((self.pending / name).exists() for name in ("run", "chunks", "model"))
+        return self.pending_name if began else None
 
     def refuse_other_weights(self, found: str) -> None:
         """Refuse a base of another fingerprint than the state began with, such as a link that leads elsewhere by now.

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from selfdistill.config import OPEN, LearnConfig, changes, dump_yaml
+from selfdistill.continual.gates import GATES
 from selfdistill.continual.ledger import BEFORE, REFUSED, Ledger, Skill, settings_of
 from selfdistill.continual.lengths import check_anchor_lengths, fitting_rows
 from selfdistill.continual.rehearsal import (
@@ -33,10 +34,8 @@ from selfdistill.errors import UserError, number_of
 from selfdistill.runtime import say, say_note, write_atomically, write_json
 from selfdistill.training import whole_folder
 
-_GATES = ("min_teacher", "max_prior_drop", "max_skill_drop")
-"""Settings that decide on an addition and change nothing that it learns."""
 _TAKEN = (
-    *_GATES,
+    *GATES,
     *("adapter_base", "logging_steps", "report_to", "save_total_limit", "judge_url"),
     *("engine_url", "engine_folder", "engine_memory_gib", "engine_timeout_s"),
     *OPEN,
@@ -95,7 +94,7 @@ def already_learnt(
     asked, learnt_with = _request(ledger, config, splits), settings_of(skill.folder)
     found = _request_in(skill.folder, asked)
     for request, settings in ((asked, config), (found, learnt_with)):
-        request["settings"] |= {gate: getattr(settings, gate) for gate in _GATES}
+        request["settings"] |= {gate: getattr(settings, gate) for gate in GATES}
     if changed := _changes(found, asked):
         advice = f"give another name, with replaces {config.name!r} if this skill is to replace it"
         if ledger.skills[-1].name == config.name:
@@ -155,6 +154,8 @@ def begin(
                 f"{found['name']!r} is unfinished: run the same command to finish it, or discard it with selfdistill "
                 f"learn --state {shlex.quote(config.state)} discard. Differences: {changed}"
             )
+        if found["name"] != config.name:
+            say_note(f"{found['name']!r} was pending, but had not begun to learn; {config.name!r} replaces it")
         ledger.discard()  # training had not begun
     if _take_up(ledger, config, asked):
         return used
@@ -217,8 +218,6 @@ def _take(file: Path, config: LearnConfig) -> None:
 def _changes(there: dict[str, Any], here: dict[str, Any]) -> str:
     """The differences between the addition ``there`` and the request; empty if there are none."""
     changed = changes(there["settings"], here["settings"])
-    if there["name"] != here["name"]:
-        changed.append(f"name was {there['name']!r} and is now {here['name']!r}")
     if there["data"] != here["data"]:
         changed.append("its rows or test rows differ")
     return "; ".join(changed)

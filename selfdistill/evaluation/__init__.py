@@ -7,8 +7,15 @@ from selfdistill.evaluation.check_result import CheckResult
 from selfdistill.evaluation.distances import DRIFT_PROMPTS, DRIFT_TOKENS, Distance, drift_from, mean_loss
 from selfdistill.evaluation.endpoint import Endpoint, ask_all
 from selfdistill.evaluation.episodes import unscored
-from selfdistill.evaluation.eval_result import EvalResult, summary
-from selfdistill.evaluation.evaluate import Evaluation, EvaluationSet, evaluate, prior_scores, rows_fingerprint
+from selfdistill.evaluation.eval_result import EvalResult, detected, summary
+from selfdistill.evaluation.evaluate import (
+    Evaluation,
+    EvaluationSet,
+    evaluate,
+    prior_difference,
+    prior_scores,
+    rows_fingerprint,
+)
 from selfdistill.evaluation.evaluator import Evaluator, check_inputs, say_learnt
 from selfdistill.evaluation.generate import (
     SYSTEM_TURN,
@@ -45,6 +52,7 @@ __all__ = [
     "check_answers",
     "check_inputs",
     "check_run",
+    "detected",
     "drift_from",
     "encode_priors",
     "evaluate",
@@ -54,6 +62,7 @@ __all__ = [
     "mean_loss",
     "note_on_chats",
     "note_on_environment",
+    "prior_difference",
     "prior_scores",
     "rows_fingerprint",
     "run_of",

@@ -376,8 +376,16 @@ def _paired(base: Evaluation, model: Evaluation) -> dict[str, Any]:
     if "prior" in model:
         pairs = {name: (base["prior"][name]["correct"], prior["correct"]) for name, prior in model["prior"].items()}
         found["prior"] = {name: asdict(paired(*pair)) for name, pair in pairs.items()}
-        difference = model["prior_accuracy"] - base["prior_accuracy"]
-        differences = ([int(b) - int(a) for a, b in zip(*pair, strict=True)] for pair in pairs.values())
-        low, high = difference_interval(*differences)
-        found["prior_accuracy"] = {"difference": difference, "low": low, "high": high}
+        found["prior_accuracy"] = prior_difference(base, model)
     return found
+
+
+def prior_difference(base: Evaluation, model: Evaluation) -> dict[str, float]:
+    """``difference`` of the mean prior accuracies, model - base, with its interval from ``low`` to ``high``.
+
+    Both answered the same questions. Every file has the same weight, so each is resampled on its own.
+    """
+    pairs = ((base["prior"][name]["correct"], prior["correct"]) for name, prior in model["prior"].items())
+    differences = ([int(b) - int(a) for a, b in zip(*pair, strict=True)] for pair in pairs)
+    low, high = difference_interval(*differences)
+    return {"difference": model["prior_accuracy"] - base["prior_accuracy"], "low": low, "high": high}

@@ -137,9 +137,9 @@ class _Chunks:
         # Without tokens, run one empty chunk: zero loss, zero gradients, empty statistics.
         device = self.hidden_ND.device.type
         autocast = torch.is_autocast_enabled(device)
-        plain = self.weight_VD is not None
-        rounded = plain and (autocast or self.weight_VD.dtype == torch.bfloat16)
-        with torch.autocast(device, enabled=autocast and not plain), _rounded_factors(rounded):
+        weight_VD = self.weight_VD
+        rounded = weight_VD is not None and (autocast or weight_VD.dtype == torch.bfloat16)
+        with torch.autocast(device, enabled=autocast and weight_VD is None), _rounded_factors(rounded):
             starts = range(0, max(1, len(self.tokens_N)), size)
             chunks = [self._one(slice(start, start + size), base, weighting) for start in starts]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
