@@ -105,6 +105,7 @@ def add(config: LearnConfig, in_memory: Mapping[str, Rows] | None = None) -> dic
             config = config.model_copy(update={"mixed_precision": ledger.measured_with["mixed_precision"]})
         if learnt := already_learnt(ledger, config, splits):
             return learnt
+        check_replaced(config, ledger.skills)
         if not ledger.interrupted:
             refuse_failed(ledger, config)
         used = begin(ledger, config, splits)
@@ -276,7 +277,8 @@ class _NewSkill:
         result |= self._step("before", self._before)
         run = run_config(self._config, self._ledger.model, self._config.context, self._folder)
         result["check"] = self._step("check", lambda: check_teacher(run))
-        reasons = reasons_against_teacher(result["check"], self._config.min_teacher)
+        is_past = self._ledger.interrupted is not None  # what has begun to learn from its teacher goes on
+        reasons = [] if is_past else reasons_against_teacher(result["check"], self._config.min_teacher)
         if not reasons:
             try:
                 result["training"] = self._train(result["check"]["context"])

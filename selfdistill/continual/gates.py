@@ -25,7 +25,7 @@ In the 40 runs in docs/comparisons/studies whose mean prior accuracy ended less 
 """
 
 
-def least_retained(score: Evaluation, config: LearnConfig) -> float:
+def _least_retained(score: Evaluation, config: LearnConfig) -> float:
     """The minimum score at which a skill counts as retained, given its earlier score."""
     if config.max_skill_drop is not None:
         return float(score["accuracy"]) - config.max_skill_drop
@@ -55,7 +55,7 @@ def _retained(ledger: Ledger, config: LearnConfig) -> dict[str, dict[str, float]
     learnt = {skill.name: skill.result["after"]["skills"][skill.name] for skill in skills}
     before = ledger.skills[-1].result["after"]["skills"] if learnt else {}
     return {
-        name: {"learnt": score["accuracy"], "before": before[name]["accuracy"], "least": least_retained(score, config)}
+        name: {"learnt": score["accuracy"], "before": before[name]["accuracy"], "least": _least_retained(score, config)}
         for name, score in learnt.items()
     }
 
@@ -84,10 +84,15 @@ def told(change: Mapping[str, Any]) -> str:
     files = change["files"].values()
     lost, gained, items = (sum(counts) for counts in zip(*map(_counts, files), strict=True))
     return (
-        f"{change['base']:.3f} for the base, {change['before']:.3f} before, {change['now']:.3f} now; of "
+        f"{change['base']:.3f} for the base, {_then(change['before'], change['now'])}; of "
         f"{number_of(items, 'question')} {lost} lost and {gained} gained since the base: difference "
         f"{change['difference']:+.3f} ({change['low']:.3f}, {change['high']:.3f})"
     )
+
+
+def _then(before: float, now: float) -> str:
+    """A score before the addition and now; once if they are equal, as they are before it."""
+    return f"{now:.3f} now" if before == now else f"{before:.3f} before, {now:.3f} now"
 
 
 def _counts(file: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -97,8 +102,8 @@ def _counts(file: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def say_drop_not_shown(change: Mapping[str, Any] | None, config: LearnConfig) -> None:
     """Say if prior abilities have fallen by more than the limit, but perhaps by chance."""
-    if _is_above_limit(change, config) and change["high"] >= 0:
-        above = f"the drop is above max_prior_drop {config.max_prior_drop:g}, but not shown"
+    if _is_above_limit(change, config) and not _is_shown(change):
+        above = f"the drop is above max_prior_drop {config.max_prior_drop:g}, but may be chance"
         say_note(f"prior abilities: {told(change)}; {above}")
 
 
@@ -106,16 +111,21 @@ def _is_above_limit(change: Mapping[str, Any] | None, config: LearnConfig) -> Ty
     return change is not None and -change["difference"] > config.max_prior_drop + 1e-9
 
 
+def _is_shown(change: Mapping[str, Any]) -> bool:
+    """Whether the interval of the difference from the base excludes 0."""
+    return bool(change["high"] < 0)
+
+
 def _against_prior(change: Mapping[str, Any] | None, config: LearnConfig) -> list[str]:
     """The reason against a model whose prior abilities have fallen by more than the limit, if that is shown."""
-    if not _is_above_limit(change, config) or change["high"] >= 0:
+    if not _is_above_limit(change, config) or not _is_shown(change):
         return []
     fell = {name: file for name, file in change["files"].items() if len(file["lost"]) > file["gained"]}
     of_files = ", ".join("{} (lost {}, gained {} of {})".format(name, *_counts(file)) for name, file in fell.items())
     places = [place for file in fell.values() for place in file["lost"]]
     return [
-        f"prior abilities: {told(change)}; at least {change['base'] - config.max_prior_drop:.3f} is required "
-        f"(max_prior_drop); fallen: {of_files}; lost first: {', '.join(places[:3])}"
+        f"prior abilities: {told(change)}; the limit is {change['base'] - config.max_prior_drop:.3f} "
+        f"(max_prior_drop); fallen: {of_files}; first questions lost: {', '.join(places[:3])}"
     ]
 
 
@@ -127,7 +137,7 @@ def reasons_against(result: dict[str, Any], config: LearnConfig) -> list[str]:
         config: settings of the addition.
     """
     name, after, before = result["name"], result["after"], result["before"]
-    new, least = after["skills"][name]["accuracy"], least_retained(before, config)
+    new, least = after["skills"][name]["accuracy"], _least_retained(before, config)
     reasons = []
     if new < least - 1e-9:
         reasons.append(
@@ -145,8 +155,8 @@ def _against_skills(found: Mapping[str, Mapping[str, float]], scores: Mapping[st
         now, least = scores[name]["accuracy"], skill["least"]
         if now < least - 1e-9:
             reasons.append(
-                f"{name}: {skill['learnt']:.3f} when it was learnt, {skill['before']:.3f} before, {now:.3f} now, but "
-                f"at least {least:.3f} is required (max_skill_drop)"
+                f"{name}: {skill['learnt']:.3f} when it was learnt, {_then(skill['before'], now)}, but at least "
+                f"{least:.3f} is required (max_skill_drop)"
             )
     return reasons
 
@@ -167,8 +177,8 @@ def refuse_failed(ledger: Ledger, config: LearnConfig) -> None:
     reasons = _against_skills(found["retained"], now["skills"]) + _against_prior(found["prior_change"], config)
     if reasons:
         raise UserError(
-            f"state {config.state!r}: its model fails these gates before anything is learnt: {'; '.join(reasons)}; "
-            "give higher limits, or roll back"
+            f"state {config.state!r}: its current model already fails these gates, so nothing was learnt: "
+            f"{'; '.join(reasons)}; give higher limits, or roll back"
         )
 
 
@@ -179,7 +189,7 @@ def say_prior_detects(sizes: Sequence[int]) -> None:
     shown = detected(items, UNLIKE).removesuffix(".")
     if len(sizes) > 1:
         shown = f"{sum(sizes)} questions in {len(sizes)} files of equal weight count as {items} in one; {shown}"
-    say_note(f"prior abilities: only a drop that is shown refuses a skill; {shown}")
+    say_note(f"prior abilities: a drop refuses a skill only if it is more than chance; {shown}")
 
 
 def say_if_few(rows: int, config: LearnConfig) -> None:

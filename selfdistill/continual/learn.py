@@ -12,7 +12,7 @@ from rich.console import Console
 from selfdistill.config import ExportConfig, LearnConfig
 from selfdistill.continual.add_skill import add
 from selfdistill.continual.gates import GATES
-from selfdistill.continual.ledger import REFUSED, START, UNDONE, Ledger, settings_of
+from selfdistill.continual.ledger import REFUSED, START, UNDONE, Ledger, replaced_by, settings_of
 from selfdistill.continual.rehearsal import remembered
 from selfdistill.continual.retention import transfer
 from selfdistill.continual.stream import OF_CHUNKS
@@ -127,10 +127,11 @@ def _card(ledger: Ledger) -> str:
     """The card of the current model. The one that its last run wrote knows neither base nor earlier skills."""
     found = [(skill, skill.result) for skill in ledger.skills]
     now, readme = found[-1][1]["after"], Path(ledger.model) / "README.md"
-    learnt = []
+    learnt, by = [], replaced_by(ledger.skills)
     for skill, result in found:
         scores = [result["base"], *(after["skills"][skill.name] for after in (result["after"], now))]
-        learnt.append((skill.name, settings_of(skill.folder).method, skill.file, scores))
+        name = f"{skill.name} (replaced)" if skill.name in by else skill.name
+        learnt.append((name, settings_of(skill.folder).method, skill.file, scores))
     prior = [measured["prior_accuracy"] for measured in (ledger.base_result, now) if "prior_accuracy" in measured]
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     return state_card(text, ledger.base, learnt, prior)
@@ -177,10 +178,11 @@ def retention_matrix(ledger: Ledger) -> dict[str, Any]:
 
 def _status(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
-    memory = [
-        {"skill": skill.name, "remembered": len(remembered(skill.folder)), "training": skill.result.get("training")}
-        for skill in ledger.skills
-    ]
+    by, memory = replaced_by(ledger.skills), []
+    for skill in ledger.skills:
+        count = 0 if skill.name in by else len(remembered(skill.folder))
+        line = {"skill": skill.name, "replaced_by": by.get(skill.name), "remembered": count}
+        memory.append(line | {"training": skill.result.get("training")})
     pending = ledger.pending_name
     found = {
         "memory": memory,
@@ -236,12 +238,12 @@ def _drop_pending(ledger: Ledger) -> None:
 def _restore(config: LearnConfig) -> dict[str, Any]:
     ledger = Ledger(config.state)
     with folder_lock(Path(config.state), f"state {config.state!r}"):
-        found = [skill for skill in ledger.put_aside(UNDONE) if skill.follows == ledger.last]
+        undone = [skill for skill in ledger.put_aside(UNDONE) if skill.follows == ledger.last]
+        found = [skill for skill in undone if Path(skill.model).exists()]
         if not found:
             after = ledger.skills[-1].name if ledger.skills else "the base"
-            raise UserError(
-                f"state {config.state!r}: no skill that followed {after} was rolled back; see learn history"
-            )
+            what = "still has its model" if undone else "was rolled back"
+            raise UserError(f"state {config.state!r}: no skill that followed {after} {what}; see learn history")
         _drop_pending(ledger)
         skill = ledger.restore(max(found, key=lambda skill: str(skill.result["date"])))
     return {"skill": skill.name, "model": ledger.model}

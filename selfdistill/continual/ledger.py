@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,11 @@ def settings_of(folder: Path) -> LearnConfig:
     return LearnConfig(**BEFORE | {key: value for key, value in saved.items() if key in LearnConfig.model_fields})
 
 
+def replaced_by(skills: Sequence[Skill]) -> dict[str, str]:
+    """The name of the skill that replaces each replaced one."""
+    return {skill.replaces: skill.name for skill in skills if skill.replaces}
+
+
 class Ledger:
     """An existing state folder.
 
@@ -143,7 +149,7 @@ class Ledger:
     def in_force(self, replaced: str | None = None) -> list[Skill]:
         """The accepted skills that are to be retained: all but those that a later one replaces, and ``replaced``."""
         skills = self.skills
-        gone = {replaced, *(skill.replaces for skill in skills)}
+        gone = {replaced, *replaced_by(skills)}
         return [skill for skill in skills if skill.name not in gone]
 
     @property
@@ -197,7 +203,7 @@ class Ledger:
         if found and self.weights and found != self.weights:
             raise UserError(
                 f"state {str(self.folder)!r}: its base {self.base!r} had weights {self.weights[:12]} when the state "
-                f"began and has {found[:12]} now (SHA-256); put them back, or give as model where they are"
+                f"began and has {found[:12]} now (SHA-256); restore these weights, or give their new location as model"
             )
 
     def move_base(self, model: str) -> None:

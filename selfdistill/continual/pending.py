@@ -16,7 +16,7 @@ import yaml
 
 from selfdistill.config import OPEN, LearnConfig, changes, dump_yaml
 from selfdistill.continual.gates import GATES
-from selfdistill.continual.ledger import BEFORE, REFUSED, Ledger, Skill, settings_of
+from selfdistill.continual.ledger import BEFORE, REFUSED, Ledger, Skill, replaced_by
 from selfdistill.continual.lengths import check_anchor_lengths, fitting_rows
 from selfdistill.continual.rehearsal import (
     MEMORY,
@@ -83,7 +83,7 @@ def _request_in(folder: Path, here: dict[str, Any]) -> dict[str, Any]:
 def already_learnt(
     ledger: Ledger, config: LearnConfig, splits: dict[str, list[Demonstration]]
 ) -> dict[str, Any] | None:
-    """The result of the skill if it was accepted as it is asked now, with these gates; None if there is none.
+    """The result of the skill if it was learnt as it is asked now, with any gates; None if there is none.
 
     Raises:
         UserError: the skill of this name was learnt otherwise.
@@ -91,11 +91,8 @@ def already_learnt(
     skill = next((skill for skill in ledger.skills if skill.name == config.name), None)
     if skill is None:
         return None
-    asked, learnt_with = _request(ledger, config, splits), settings_of(skill.folder)
-    found = _request_in(skill.folder, asked)
-    for request, settings in ((asked, config), (found, learnt_with)):
-        request["settings"] |= {gate: getattr(settings, gate) for gate in GATES}
-    if changed := _changes(found, asked):
+    asked = _request(ledger, config, splits)
+    if changed := _changes(_request_in(skill.folder, asked), asked):
         advice = f"give another name, with replaces {config.name!r} if this skill is to replace it"
         if ledger.skills[-1].name == config.name:
             advice += f", or undo it first: selfdistill learn --state {shlex.quote(config.state)} rollback"
@@ -106,15 +103,20 @@ def already_learnt(
 
 
 def check_replaced(config: LearnConfig, skills: Sequence[Skill]) -> None:
-    """Check that what is replaced is one of ``skills``.
+    """Check that what is replaced is one of ``skills``, and replaced by none of them.
 
     Raises:
         UserError: it is not.
     """
-    names = [skill.name for skill in skills]
-    if config.replaces is not None and config.replaces not in names:
-        known = f"give one of {', '.join(names)}" if names else "leave it out"
-        raise UserError(f"setting 'replaces': {config.state} has no skill {config.replaces!r} to replace; {known}")
+    by = replaced_by(skills)
+    names = [skill.name for skill in skills if skill.name not in by]
+    if config.replaces is None or config.replaces in names:
+        return
+    known = f"give one of {', '.join(names)}" if names else "leave it out"
+    found = f"{config.state} has no skill {config.replaces!r} to replace"
+    if config.replaces in by:
+        found = f"{by[config.replaces]!r} has already replaced {config.replaces!r}"
+    raise UserError(f"setting 'replaces': {found}; {known}")
 
 
 def begin(
@@ -134,8 +136,8 @@ def begin(
         The splits, with the training rows of :func:`rows_to_learn`.
 
     Raises:
-        UserError: another addition has begun training, there is no skill to replace, the batch has no room for the
-            anchors, rows or anchors are too long, or ``pending`` cannot be written.
+        UserError: another addition has begun training, the batch has no room for the anchors, rows or anchors are too
+            long, or ``pending`` cannot be written.
     """
     asked = _request(ledger, config, splits)
     kept = ledger.in_force(config.replaces)
@@ -155,11 +157,10 @@ def begin(
                 f"learn --state {shlex.quote(config.state)} discard. Differences: {changed}"
             )
         if found["name"] != config.name:
-            say_note(f"{found['name']!r} was pending, but had not begun to learn; {config.name!r} replaces it")
+            say_note(f"the addition of {found['name']!r}, which had not begun to learn, is discarded")
         ledger.discard()  # training had not begun
     if _take_up(ledger, config, asked):
         return used
-    check_replaced(config, ledger.in_force())
     alone = run_config(config, ledger.model, config.context, ledger.pending, rehearses=False)
     taught = as_shown(config, fitting_rows(alone, config, used["train"]))  # a row that is dropped teaches nothing
     memory, again = rehearsed(kept, taught)
@@ -202,7 +203,8 @@ def _take_up(ledger: Ledger, config: LearnConfig, asked: dict[str, Any]) -> bool
     for refused in ledger.put_aside(REFUSED):
         whole = all((refused.folder / name).exists() for name in ("model", "after.json"))
         if whole and _request_in(refused.folder, asked) == asked:
-            say(f"{config.name} was refused on {refused.result['date']}: its measurements are decided on again")
+            date = refused.result["date"]
+            say(f"{config.name} was refused on {date}; deciding again from its measurements, without training")
             ledger.take_up(refused)
             _take(ledger.pending / "settings.yaml", config)
             return True

@@ -74,7 +74,7 @@ def rows_to_learn(
         UserError: all of them are left out.
     """
     drawn = chosen_rows(rows, config)
-    learnt = {_question(config, row) for row in drawn}
+    learnt = {_question(config, row) for row in (drawn if config.test else rows)}
     asked = {
         skill.name: [_question(config, row) for row in load_demonstrations(str(skill.folder / "test.jsonl"))]
         for skill in skills

@@ -112,7 +112,8 @@ def _print_memory(memory: list[dict[str, Any]], console: Console) -> None:
     title = "Prompts of each skill that later ones rehearse, and the cost of learning it"
     table = result_table("skill", *columns, title=title)
     for line, *cells in zip(memory, *columns.values(), strict=True):
-        table.add_row(escape(line["skill"]), *cells)
+        name = f"{line['skill']}, replaced by {line['replaced_by']}" if line["replaced_by"] else line["skill"]
+        table.add_row(escape(name), *cells)
     console.print(table)
     if len(columns) > 2:
         console.print("Shares are of all examples; seconds on anchors are an estimate.", highlight=False)
@@ -149,7 +150,7 @@ def print_skill(state: str, result: dict[str, Any], status: dict[str, Any] | Non
             highlight=False,
             markup=False,
         )
-        for other, retained in result["retained"].items():
+        for other, retained in result.get("retained", {}).items():
             scores = f"{retained['learnt']:.3f} when learnt, {after[other]['accuracy']:.3f} now"
             least = f"must stay at or above {max(retained['least'], 0):.3f}"
             console.print(f"{other}: {scores} ({least})", highlight=False, markup=False)

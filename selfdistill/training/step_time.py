@@ -6,8 +6,8 @@ teacher; averages over the rows. A pass forward over n sequences of l tokens, T 
 
     F(l) = 2 n (P l + H T) + 4 n L A l^2 FLOP
 
-In training on a GPU in bfloat16 arithmetic, H counts twice if the head's weights are float32: the loss multiplies them
-in TF32, at half the rate (see :mod:`selfdistill.loss.chunked`).
+In training on a GPU in bfloat16 arithmetic, H counts twice if the head is one matrix product in float32 or bfloat16:
+the loss multiplies it in TF32, at half the rate (see :mod:`selfdistill.loss.chunked`).
 
 The parts of a step, on a device with c FLOP per second and b bytes per second:
 
@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
+
+import torch
 
 from selfdistill.config import TrainConfig
 from selfdistill.errors import number_of
@@ -63,7 +65,8 @@ class Network:
         outside = {id(weight): weight.numel() for weight in (embeddings, head) if weight is not None}
         heads = getattr(text, "num_attention_heads", 0)
         parts, is_bfloat16 = body_and_head(model), device.mixed_precision == "bf16"
-        is_float32 = parts is not None and plain_weight(parts[1]) is not None
+        weight = None if parts is None else plain_weight(parts[1])
+        in_tf32 = weight is not None and device.kind == "cuda" and (is_bfloat16 or weight.dtype == torch.bfloat16)
         channels = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
         return cls(
             body=sum(map(count_of, model.parameters())) - sum(outside.values()),
@@ -72,7 +75,7 @@ class Network:
             width=heads * channels,
             kept_width=(getattr(text, "num_key_value_heads", None) or heads) * channels,
             size=2 if is_bfloat16 else embeddings.dtype.itemsize,
-            head_cost=2 if is_bfloat16 and is_float32 and device.kind == "cuda" else 1,  # in TF32, at half the rate
+            head_cost=2 if in_tf32 else 1,
         )
 
     def forward_flops(self, tokens: float, seen: float, scored: float) -> float:

@@ -79,13 +79,13 @@ def test_the_gate_refuses_a_drop_at_least_as_often_as_the_note_says(capsys: pyte
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ((1000,), "a skill; 1000 items detect a difference in accuracy of 0.03 about 3 times in 4, if only one of the"),
-        (BUNDLED, "a skill; 240 questions in 6 files of equal weight count as 202 in one; 202 items detect a diff"),
+        ((1000,), "chance; 1000 items detect a difference in accuracy of 0.03 about 3 times in 4, if only one of the"),
+        (BUNDLED, "chance; 240 questions in 6 files of equal weight count as 202 in one; 202 items detect a diff"),
         (
             (5, 100, 100, 100, 100, 100),
             "505 questions in 6 files of equal weight count as 144 in one; 144 items detect",
         ),
-        ((5,), "a skill; 5 items are too few to detect even a difference in accuracy of 0.50\n"),
+        ((5,), "chance; 5 items are too few to detect even a difference in accuracy of 0.50\n"),
     ],
 )
 def test_what_prior_questions_detect_is_said(

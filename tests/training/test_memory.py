@@ -180,9 +180,7 @@ def test_the_plan_is_what_the_steps_hold(
         measured = measured_peak(config)
     print(f"\n| {name} | {plan.peak / 2**20:.0f} | {measured / 2**20:.0f} | {plan.peak / measured - 1:+.1%} |")
     print(repr(plan))
-    # On the CPU, PyTorch adds the head's bfloat16 gradient to its float32 sum through a copy that no operator shows.
-    copy = 4 * VOCABULARY * HIDDEN if config.dtype == "bfloat16" and not config.lora_rank else 0
-    assert plan.peak + copy == pytest.approx(measured, rel=0.03)
+    assert plan.peak == pytest.approx(measured, rel=0.03)
 
 
 def phases_of(config: TrainConfig, processes: int = 1) -> dict[str, int]:

@@ -116,12 +116,13 @@ def test_a_step_is_the_sum_of_its_parts(
     ("kind", "mixed_precision", "dtype", "cost"),
     [
         ("cuda", "bf16", "float32", 2),
-        ("cuda", "bf16", "bfloat16", 1),
+        ("cuda", "bf16", "bfloat16", 2),
         ("cuda", "no", "float32", 1),
+        ("cuda", "no", "bfloat16", 2),
         ("cpu", "bf16", "float32", 1),
     ],
 )
-def test_a_float32_head_is_trained_at_half_the_rate_of_bfloat16(
+def test_the_loss_multiplies_the_head_at_half_the_rate_of_bfloat16(
     settings: Make, kind: str, mixed_precision: str, dtype: str, cost: int
 ) -> None:
     loaded = fake_model(settings().model, dtype=dtype)
