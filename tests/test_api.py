@@ -355,7 +355,7 @@ def test_rows_in_memory_are_learnt_as_what_was_given(
 
     monkeypatch.setattr(add_skill, "train", stop)
     with pytest.raises(sd.RunStopped, match=r"^state 'memory': stopped while learning data; rerun the same command"):
-        sd.learn("add", twice, **given | {"name": "more"})
+        sd.learn("add", twice, **given | {"name": "more", "batch_size": 3})
 
 
 @pytest.mark.parametrize(
