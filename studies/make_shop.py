@@ -1,11 +1,15 @@
 """Write the task ``shop``: questions about a small shop, and for training what an expert does about them.
 
     python studies/make_shop.py selfdistill/data/bundled
+    python studies/make_shop.py runs/shown test
 
 Rows of the training part are episodes: an expert that knows the kind of each question calls the tools of
 ``bundled:shop`` and words the reply from what they return, so that every observation is true. Rows of the other parts
 have the prompt and what the environment compares the end with. Products, customers and phrasings, by hand in
 ``shop_texts.py``, differ between the parts.
+
+Rows of parts that are named are episodes, too: what ``eval --context`` shows to measure the teacher on questions that
+no student learns.
 """
 
 from __future__ import annotations
@@ -128,7 +132,8 @@ def _reply(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-def main(folder: str) -> None:
+def main(folder: str, *shown: str) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for part in ASKED:
         asked = questions(part)
         rows = []
@@ -137,7 +142,7 @@ def main(folder: str) -> None:
             environment = make_environment("bundled:shop")()
             acted = episode(environment, question)
             row = row_of(question)
-            if part == "train":
+            if part in ("train", *shown):
                 prompt = {"role": "user", "content": row.pop("prompt")}
                 row = {"messages": [prompt, *acted], **row}
             rows.append({**row, "tools": environment.tools})

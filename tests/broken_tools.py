@@ -7,7 +7,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -65,19 +65,26 @@ def endless() -> None:
         pass
 
 
+def endless_numbers() -> Iterator[int]:
+    number = 0
+    while True:
+        yield number
+        number += 1
+
+
 SAID = ["", "a", "\x00\x1b[2J", "\ud83d", "x" * 5000, "line\nline", "</s>", "\u202e", '{"a": ', "\U0001f600" * 900]
 VALUES = [None, True, -1, 2.5, float("nan"), 10**400, *SAID, [], [[["a"]]], {"a": {"b": "\ud800"}}, {"1": [None]}]
 ERRORS = [ValueError, KeyError, OSError, MemoryError, RecursionError, StopIteration, GeneratorExit, SystemExit]
 
 
 def broken(chance: random.Random) -> Callable[[], Any]:
-    """A tool that raises, returns something odd, or does not end."""
+    """A tool that raises, returns something odd or something endless, or does not end."""
     kind = chance.randrange(8)
     value, said = chance.choice(VALUES), chance.choice(SAID)
     if kind == 0:
         return raising(chance.choice(ERRORS)(said))
     if kind == 1:
-        return lambda: (_ for _ in ())
+        return chance.choice([endless_numbers, lambda: (_ for _ in ())])
     if kind == 2:
         return chance.choice([endless, never, lambda: time.sleep(0.1)])
     if kind == 3:

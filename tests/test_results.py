@@ -6,11 +6,14 @@ import json
 import re
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from results_pages import results_text
 
 from selfdistill.comparison.conclusions import Compared, matched, sentences
+from selfdistill.data import load_demonstrations
+from selfdistill.environments import make_environment
 
 DOCS = Path(__file__).parent.parent / "docs"
 COMPARISONS = ("facts", "science", "science_methods", "baselines", "teacher_skill", "context")
@@ -55,6 +58,46 @@ def test_the_tables_of_studies_are_what_their_lines_say(monkeypatch: pytest.Monk
         rows = [line for line in lines if line.startswith(("|", "-"))]
         assert len(rows) > 3
         assert [line for line in rows if line not in text] == []
+
+
+def test_the_shop_by_kind_of_question_is_what_its_lines_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the numbers concluded from it."""
+    monkeypatch.syspath_prepend(DOCS.parent / "studies")
+    make_shop = import_module("make_shop")
+    questions = {question.text: question for question in make_shop.questions("test")}
+    asked = [questions[row.prompt[-1]["content"]].kind for row in load_demonstrations("bundled:shop.test.jsonl")]
+    lines = (DOCS / "comparisons" / "studies" / "shop.jsonl").read_text(encoding="utf-8").splitlines()
+    runs = [json.loads(line) for line in lines]
+    kinds, arms = list(make_shop.ASKED["test"]), ("sft", "sdft", "sft+1/2", "sdft+1/2")
+
+    def right(kind: str, evaluation: dict[str, Any]) -> int:
+        return sum(int(digit) for digit, own in zip(evaluation["correct"], asked, strict=True) if own == kind)
+
+    ends = {arm: [run["evaluations"][-1] for run in runs if run["arm"] == arm] for arm in arms}
+    shop, calls = make_environment("bundled:shop")(), {}
+    for question in questions.values():
+        acted = make_shop.episode(shop, question)
+        calls[question.kind] = [call["function"]["name"] for m in acted for call in m.get("tool_calls", [])]
+    shop.close()
+    text = (DOCS / "results_methods.md").read_text(encoding="utf-8")
+    for kind in kinds:
+        cells = [", ".join(f"`{name}`" for name in calls[kind]), str(asked.count(kind))]
+        cells.append(", ".join({str(right(kind, run["evaluations"][0])) for run in runs}))
+        cells += [", ".join(str(right(kind, end)) for end in ends[arm]) for arm in arms]
+        (row,) = re.findall(rf"^\| `{kind}` \|.*", text, re.MULTILINE)
+        assert row.endswith(f" | {' | '.join(cells)} |")
+
+    def total(arm: str, some: list[str]) -> int:
+        return sum(right(kind, end) for kind in some for end in ends[arm])
+
+    said, seeds = " ".join(text.split()), len(ends["sdft"])
+    counted = [kind for kind in kinds if "stock" in calls[kind]]
+    needed, refusals = seeds * sum(map(asked.count, counted)), ["refused", "missing"]
+    assert f"right in {total('sdft', counted)} of {needed} questions that need it" in said
+    sdft, sft = (
+        f"{total(arm, refusals)} of {whose}{total(arm, kinds)}" for arm, whose in (("sdft", ""), ("sft", "SFT's "))
+    )
+    assert f"{sdft}, and {sft}, to {seeds * sum(map(asked.count, refusals))} such questions" in said
 
 
 def test_the_seconds_per_step_are_those_of_the_fastest_seeds() -> None:

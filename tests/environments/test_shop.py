@@ -70,6 +70,14 @@ def test_the_files_are_those_that_the_script_writes(make_shop: Any, tmp_path: Pa
         assert file.read_bytes() == Path(packaged(file.name)).read_bytes()
 
 
+def test_the_test_with_its_episodes_asks_the_same(make_shop: Any, tmp_path: Path) -> None:
+    make_shop.main(str(tmp_path / "shown"), "test")
+    shown = load_demonstrations(tmp_path / "shown" / "shop.test.jsonl")
+    assert all(row.episode for row in shown)
+    plain = load_demonstrations("bundled:shop.test.jsonl")
+    assert [(row.prompt, row.tools, row.answer) for row in shown] == [(r.prompt, r.tools, r.answer) for r in plain]
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_the_expert_is_right_about_every_question(part: str, make_shop: Any) -> None:
     questions = make_shop.questions(part)

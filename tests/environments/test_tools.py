@@ -17,7 +17,20 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from broken_tools import Odd, Unspeakable, broken, called, circle, deep, endless, later, never, raising, tool
+from broken_tools import (
+    Odd,
+    Unspeakable,
+    broken,
+    called,
+    circle,
+    deep,
+    endless,
+    endless_numbers,
+    later,
+    never,
+    raising,
+    tool,
+)
 from PIL.Image import Image
 
 from selfdistill.environments import Step
@@ -232,13 +245,6 @@ def test_a_long_name_of_a_tool_stays_whole() -> None:
 
 
 # --- what tools return ---
-
-
-def endless_numbers() -> Any:
-    number = 0
-    while True:
-        yield number
-        number += 1
 
 
 RETURNED: list[tuple[Callable[[], Any], str]] = [

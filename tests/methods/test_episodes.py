@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import resource
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -65,6 +66,7 @@ from selfdistill.methods.sft import sft
 from selfdistill.methods.worlds import Worlds, environment_of
 from selfdistill.model import LoadedModel, Rollout, Sampling
 from selfdistill.runtime import progress_shown
+from selfdistill.training.first_lines import first_lines
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.selection import BatchPart
 from selfdistill.training.stopwatch import Stopwatch
@@ -286,6 +288,20 @@ def test_a_run_whose_episodes_were_all_cut_says_at_its_end_what_cut_them(
     train(talks(max_steps=2, **values))
     (note,) = re.findall(r"note: 100% of the episodes were cut, (.*)", capsys.readouterr().err)
     assert re.fullmatch(advice, note)
+
+
+def test_a_model_that_reads_episodes_anew_at_every_turn_is_noted(
+    talks: Settings, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "mistral"
+    shutil.copytree(model_folder(ends=ENDS), model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    note = "note: sliding windows or recurrent layers: the model reads each episode anew at every turn"
+    assert note in first_lines(Trainer(talks(model=str(model))))
+    assert note not in first_lines(Trainer(talks(model=str(model), environment="none")))
+    assert note not in first_lines(Trainer(talks()))
 
 
 def test_tools_and_what_the_environment_says_first_are_shown_to_both(
