@@ -226,6 +226,20 @@ def test_the_plan_of_a_gpu_has_no_attention_that_only_a_cpu_uses(
     assert activations("cpu") < cpu
 
 
+def test_sampling_is_planned_anew_where_shards_sample_otherwise(make: Make, one_layer: str) -> None:
+    config = make(model=one_layer, max_completion_length=256)
+    rows, device = load_demonstrations(config.data), Device("cuda", "no", 2)
+    sharded = config.model_copy(update={"fsdp": True})
+
+    def sampling(*planned: TrainConfig) -> int:
+        planner = MemoryPlanner(config, rows, device)
+        return [
+            phase.total for one in planned for phase in planner.plan(one).phases if phase.name == "sampling"
+        ][-1]
+
+    assert sampling(config, sharded) == sampling(sharded)
+
+
 def test_each_of_several_processes_draws_as_much_at_once_as_one(make: Make) -> None:
     config = make(method="ssd")
     one, two = (phases_of(config, processes)["drawing"] for processes in (1, 2))
