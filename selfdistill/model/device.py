@@ -90,8 +90,8 @@ def loss_tokens(vocabulary: int, kind: str) -> int:
 def any_length(kind: str) -> Iterator[None]:
     """Avoid attention kernels with a start-up cost for each length, for passes whose length keeps changing.
 
-    cuDNN plans its kernels again for each batch size and length, in about 25 ms, and decoding has a new length at every
-    token. CPUs have no cuDNN.
+    cuDNN plans its kernels again for each batch size and length, in about 25 ms. Decoding has a new length at every
+    token, and cached contexts are as long as they are. CPUs have no cuDNN.
     """
     if kind != "cuda":
         yield

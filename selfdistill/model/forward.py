@@ -24,7 +24,7 @@ from transformers import DynamicCache
 from selfdistill.data import PromptIds, pictures_in
 from selfdistill.loss import Head
 from selfdistill.model.compiled import CompiledLayers
-from selfdistill.model.device import loss_tokens, padded_length, pass_tokens, trains_on_plain_attention
+from selfdistill.model.device import any_length, loss_tokens, padded_length, pass_tokens, trains_on_plain_attention
 from selfdistill.model.head import body_and_head, head_agrees
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention, shared_prefixes
@@ -79,7 +79,7 @@ class ForwardPass:
         sharded: bool = False,
         kind: str | None = None,
     ) -> None:
-        self._compiled, self._kind, self._window = compiled, kind, loaded.window
+        self._loaded, self._compiled, self._kind, self._window = loaded, compiled, kind, loaded.window
         self.fused = broadcast_from_rank0(lambda: head_agrees(loaded)) if sharded else head_agrees(loaded)
         self._continues = not sharded and can_continue_cache(loaded)
         self._keeps = self.fused and self._continues and has_full_attention(loaded.model.config.get_text_config())
@@ -88,7 +88,9 @@ class ForwardPass:
     def keep(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> PrefixCache | None:
         """A cache of these contexts' states for a model with fixed weights; None if unsupported or without a budget."""
         contexts = [context for context in contexts if not pictures_in(context)]
-        return PrefixCache(contexts, budget_bytes) if budget_bytes and self._keeps else None
+        if not budget_bytes or not self._keeps:
+            return None
+        return PrefixCache(contexts, budget_bytes, pass_tokens(self._kind_of(self._loaded.model)))
 
     def __call__(
         self,
@@ -112,7 +114,8 @@ class ForwardPass:
         assert all(contexts), "an empty context predicts no first token"
         if self._pictures is not None:  # now, as a shared or cached beginning is read without pictures
             self._pictures.check(contexts)
-        chunk_tokens = loss_tokens(model.config.get_text_config().vocab_size, self._kind_of(model))
+        kind = self._kind_of(model)
+        chunk_tokens = loss_tokens(model.config.get_text_config().vocab_size, kind)
         parts = body_and_head(model) if self.fused else None
         if parts is None:
             logits_NV = self._hidden(partial(_logits, model), model, contexts, completions, 0)
@@ -120,7 +123,9 @@ class ForwardPass:
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
         hidden_of: dict[int, Tensor] = {}
-        for one in self._passes(model, body, contexts, prefix_cache):
+        with any_length(kind):
+            passes = self._passes(model, body, contexts, prefix_cache)
+        for one in passes:
             chosen = [completions[row] for row in one.rows]
             # Whole contexts as they are, because a slice has no pictures.
             rest = [contexts[row][n:] if n else contexts[row] for row, n in zip(one.rows, one.cached, strict=True)]
@@ -219,7 +224,9 @@ class ForwardPass:
         )
         seen = self._seen(model, contexts, ids_BL)
         # Compiled layers keep the attention kernel of their first pass, so leave the choice to PyTorch.
-        with self._compiled.active() if self._compiled and torch.is_grad_enabled() else _attention(model, ids_BL, kind):
+        compiled = self._compiled if torch.is_grad_enabled() else None
+        kernels = compiled.active() if compiled else _attention(model, ids_BL, kind)
+        with kernels, any_length(kind) if read else nullcontext():  # a cache has any length
             return forward(ids_BL, **seen).flatten(0, 1)[index_N]
 
 
