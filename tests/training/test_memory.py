@@ -233,9 +233,7 @@ def test_sampling_is_planned_anew_where_shards_sample_otherwise(make: Make, one_
 
     def sampling(*planned: TrainConfig) -> int:
         planner = MemoryPlanner(config, rows, device)
-        return [
-            phase.total for one in planned for phase in planner.plan(one).phases if phase.name == "sampling"
-        ][-1]
+        return [phase.total for one in planned for phase in planner.plan(one).phases if phase.name == "sampling"][-1]
 
     assert sampling(config, sharded) == sampling(sharded)
 
