@@ -114,6 +114,14 @@ def tokens_per_check(kind: str) -> int:
     return TOKENS_PER_CHECK.get(kind, 1)
 
 
+def rollout_factor(kind: str, rows: int, wanted: int) -> float:
+    """How many times as long as samples of ``rows`` prompts those of ``wanted`` take on a device of this kind.
+
+    A GPU is taken to need as long for either: decoding mostly starts operations and reads weights. This is an estimate.
+    """
+    return 1.0 if kind == "cuda" else wanted / rows
+
+
 GRAPHS_SINCE = (2, 13)
 """The first PyTorch that is trusted with captures in a run, because a failed one leaves its allocators usable.
 

@@ -21,6 +21,7 @@ from selfdistill.model.device import (
     loss_tokens,
     padded_length,
     pass_tokens,
+    rollout_factor,
     running_sum,
     staging,
     tokens_per_check,
@@ -39,6 +40,11 @@ def cudnn_attention() -> Iterator[None]:
     torch.backends.cuda.enable_cudnn_sdp(True)
     yield
     torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("cuda", 1), ("cpu", 2), ("mps", 2)])
+def test_a_gpu_samples_more_rows_in_the_same_time(kind: str, factor: float) -> None:
+    assert rollout_factor(kind, 8, 16) == factor
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("cuda", 16), ("cpu", 1), ("mps", 1)])
