@@ -101,6 +101,14 @@ def write_model(folder: Path, values: dict[str, Any]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>").save_pretrained(folder)
 
 
+def write_inputs(folder: Path) -> None:
+    """The models without weights, and 32 rows."""
+    for size, values in SIZES.items():
+        write_model(folder / size, values)
+    lines = [json.dumps({"prompt": f"{i:02} " + "x" * 70, "completion": "y" * 400}) for i in range(32)]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def alphabet() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -132,10 +140,7 @@ def rows(folder: Path, settings: dict[str, dict[str, Any]], processes: int) -> I
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for size, values in SIZES.items():
-            write_model(folder / size, values)
-        lines = [json.dumps({"prompt": f"{i:02} " + "x" * 70, "completion": "y" * 400}) for i in range(32)]
-        (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_inputs(folder)
         for title, settings, processes in (("one GPU", SETTINGS, 1), ("each of eight GPUs, sharded", SHARDED, 8)):
             print(f"| GB by plan, {title} | {' | '.join(SIZES)} |\n|---|{'---|' * len(SIZES)}")
             for label, plans in rows(folder, settings, processes):

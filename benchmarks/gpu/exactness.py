@@ -82,12 +82,16 @@ def check_agree(bench: Bench, found: Found) -> None:
 
 
 def check_bf16(bench: Bench, found: Found) -> None:
-    """One step with bfloat16 arithmetic against float32, of the same samples."""
-    exact = make_trainer(step_settings(bench, "exact"))
-    completions = completions_of(exact, 0)
-    reference = gradient(exact, completions)
-    rounded = make_trainer(step_settings(bench, "rounded", mixed_precision="bf16"))
-    compare(found, "bf16", gradient(rounded, completions), reference, loss=5e-3, cosine=0.99)
+    """One step with bfloat16 arithmetic against float32, of the same samples; also on bfloat16 weights."""
+    for name, dtype in (("bf16", "float32"), ("bf16 weights", "bfloat16")):
+        loaded = load_for_training(small_model(bench))
+        for weight in loaded.model.parameters():  # exact, too, begins with the rounded weights
+            weight.data = weight.data.to(getattr(torch, dtype)).float()
+        exact = make_trainer(step_settings(bench, "exact"), loaded)
+        completions = completions_of(exact, 0)
+        reference = gradient(exact, completions)
+        rounded = make_trainer(step_settings(bench, "rounded", mixed_precision="bf16", dtype=dtype))
+        compare(found, name, gradient(rounded, completions), reference, loss=5e-3, cosine=0.99)
 
 
 def check_greedy(bench: Bench, found: Found) -> None:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WITH_ALL = ("pydantic",)
 """Packages that are carried with all that they need."""
 ALONE = ("bitsandbytes", "datasets", "dill<0.4.2", "gguf", "jsonargparse", "multiprocess<0.70.20", "trl==1.16.0")
-THERE = ("accelerate", "jinja2", "matplotlib", "pandas", "peft", "pip", "psutil", "pyarrow", "regex", "requests")
+THERE = ("PIL", "accelerate", "jinja2", "matplotlib", "pandas", "peft", "pip", "psutil", "pyarrow", "regex", "requests")
 THERE += ("rich", "scipy", "torch", "transformers", "xxhash")
 """Names to import of packages that the machine must have."""
 OTHER_DEVICES = re.compile(r"libbitsandbytes_(?!cpu\.|cuda128\.|cuda130\.)")

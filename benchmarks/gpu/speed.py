@@ -150,7 +150,10 @@ def profiled(bench: Bench, run: Callable[[], Any]) -> Counter[str]:
 
 
 def check_loss(bench: Bench, found: Found) -> None:
-    """Forward KL through the head of a 7B model with its gradients, for 4,096 tokens, by tokens a chunk."""
+    """Forward KL through the head of a 7B model with its gradients, for 4,096 tokens, by tokens a chunk.
+
+    In bfloat16 arithmetic with weights of float32 and of bfloat16, and in float32.
+    """
     vocabulary, width, tokens = (152_064, 3584, 4096) if bench.cuda else (1024, 64, 256)
     torch.manual_seed(0)
     with torch.device(bench.device):
@@ -158,19 +161,28 @@ def check_loss(bench: Bench, found: Found) -> None:
         head.weight.data.normal_(std=0.02)
         teacher_head.weight.data.copy_(head.weight.data)
         teacher_head.requires_grad_(False)
-        student_ND = torch.randn(tokens, width, requires_grad=True)
-        teacher_ND = student_ND.detach() + 0.3 * torch.randn(tokens, width)
+        exact_ND = torch.randn(tokens, width)
+        taught_ND = exact_ND + 0.3 * torch.randn(tokens, width)
         tokens_N = torch.randint(vocabulary, (tokens,))
         weights_N = torch.full((tokens,), 1 / tokens)
     gradients: dict[str, Tensor] = {}
     default = loss_tokens(vocabulary, bench.device)
-    for precision in ("bfloat16", "float32"):
+    for precision in ("bfloat16", "float32", "bfloat16 weights"):  # the last rounds the heads in place
+        dtype = torch.bfloat16 if precision == "bfloat16 weights" else torch.float32
+        head.to(dtype)
+        teacher_head.to(dtype)
+        student_ND, teacher_ND = exact_ND.to(dtype, copy=True).requires_grad_(), taught_ND.to(dtype)
         for size in dict.fromkeys((default, 53, 256, 2048, 4096)) if bench.cuda else (default, 64):
             name = f"{precision}, {size} tokens a chunk" + (", default" if size == default else "")
 
-            def run(size: int = size, precision: str = precision) -> None:
+            def run(
+                size: int = size,
+                precision: str = precision,
+                student_ND: Tensor = student_ND,
+                teacher_ND: Tensor = teacher_ND,
+            ) -> None:
                 head.weight.grad = student_ND.grad = None
-                with torch.autocast(bench.device, torch.bfloat16, enabled=precision == "bfloat16"):
+                with torch.autocast(bench.device, torch.bfloat16, enabled=precision != "float32"):
                     value, _ = chunked_loss(
                         Divergence(),
                         student_ND,
@@ -191,7 +203,7 @@ def check_loss(bench: Bench, found: Found) -> None:
                 run()
                 found.add(f"{name}: peak", (torch.cuda.max_memory_allocated() - before) / 2**30, "GiB")
             assert student_ND.grad is not None
-            gradients[f"{precision} {size}"] = student_ND.grad.clone()
+            gradients[f"{precision} {size}"] = student_ND.grad.float()
     exact = gradients[f"float32 {default}"]
     for name, gradient in gradients.items():
         cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), exact.flatten(), dim=0)

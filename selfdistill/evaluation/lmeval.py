@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from selfdistill.errors import UserError, closest, named_error, one_line
-from selfdistill.model import LoadedModel
+from selfdistill.model import LoadedModel, any_length
 from selfdistill.runtime import quiet_logger
 
 METRICS = ("acc", "exact_match", "em")
@@ -75,7 +75,7 @@ def lm_eval_abilities(
             "'selfdistill[lm-eval]'"
         ) from None
     kind = loaded.device.type
-    with _undisturbed(loaded.model):
+    with _undisturbed(loaded.model), any_length(kind):
         random.seed(_SEED)
         np.random.seed(_OTHER_SEED)
         torch.manual_seed(_OTHER_SEED)

@@ -53,6 +53,7 @@ from selfdistill.model import (
     refuse_float16,
     resolved_precision,
     rest_engine,
+    rollout_factor,
     sample,
     sample_seed,
     tensor_bytes,
@@ -119,7 +120,8 @@ class Measure:
         self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.prefix_cache)
         began = clock(loaded.device)
         rollouts = self._rollouts()
-        self.rollout_s = (clock(loaded.device) - began) / len(self.rows)
+        factor = rollout_factor(loaded.device.type, len(self.rows), config.batch_size)
+        self.batch_rollout_s = factor * (clock(loaded.device) - began)
         rest_engine()
         self.teacher_said: dict[str, Answers] = {}  # by layout
         self.tried: dict[tuple[str, float], Trial | None] = {}  # by layout and share of the demonstration
@@ -330,7 +332,7 @@ class Measure:
         began = clock(device)
         task_loss(model, model, self.forward_pass, Divergence(), rows, ids, self._arithmetic).backward()
         scoring_s = clock(device) - began
-        seconds = (scoring_s / len(rows) + self.rollout_s) * self.config.batch_size
+        seconds = scoring_s / len(rows) * self.config.batch_size + self.batch_rollout_s
         learnt = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         # Plus AdamW's two moments and the teacher's average, in float32.
         return Cost(seconds, (peak_memory(device) + 3 * learnt) / 2**30, len(rows))

@@ -2,7 +2,7 @@
 
 from selfdistill.model.adapters import merged
 from selfdistill.model.compiled import CompiledLayers, layers_of
-from selfdistill.model.device import deterministic, has_gpu
+from selfdistill.model.device import any_length, deterministic, has_gpu, rollout_factor
 from selfdistill.model.engine import (
     Engine,
     close_engine,
@@ -93,6 +93,7 @@ __all__ = [
     "add_lora",
     "adopt",
     "alike_layers",
+    "any_length",
     "bfloat16_is_fast",
     "body_and_head",
     "cache_dir",
@@ -138,6 +139,7 @@ __all__ = [
     "resolve",
     "resolved_precision",
     "rest_engine",
+    "rollout_factor",
     "root_unsharded",
     "sample",
     "sample_at_its_longest",

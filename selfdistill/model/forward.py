@@ -24,14 +24,11 @@ from transformers import DynamicCache
 from selfdistill.data import PromptIds, pictures_in
 from selfdistill.loss import Head
 from selfdistill.model.compiled import CompiledLayers
-from selfdistill.model.device import loss_tokens, padded_length, pass_tokens
+from selfdistill.model.device import any_length, loss_tokens, padded_length, pass_tokens, trains_on_plain_attention
 from selfdistill.model.head import body_and_head, head_agrees
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.prefix_cache import PrefixCache, can_continue_cache, has_full_attention, shared_prefixes
 from selfdistill.runtime import broadcast_from_rank0
-
-PLAIN_ATTENTION_TOKENS = 128
-"""Up to this length, plain attention trains faster than fused attention with bfloat16 on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class ForwardPass:
         sharded: bool = False,
         kind: str | None = None,
     ) -> None:
-        self._compiled, self._kind, self._window = compiled, kind, loaded.window
+        self._loaded, self._compiled, self._kind, self._window = loaded, compiled, kind, loaded.window
         self.fused = broadcast_from_rank0(lambda: head_agrees(loaded)) if sharded else head_agrees(loaded)
         self._continues = not sharded and can_continue_cache(loaded)
         self._keeps = self.fused and self._continues and has_full_attention(loaded.model.config.get_text_config())
@@ -91,7 +88,9 @@ class ForwardPass:
     def keep(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> PrefixCache | None:
         """A cache of these contexts' states for a model with fixed weights; None if unsupported or without a budget."""
         contexts = [context for context in contexts if not pictures_in(context)]
-        return PrefixCache(contexts, budget_bytes) if budget_bytes and self._keeps else None
+        if not budget_bytes or not self._keeps:
+            return None
+        return PrefixCache(contexts, budget_bytes, pass_tokens(self._kind_of(self._loaded.model)))
 
     def __call__(
         self,
@@ -115,7 +114,7 @@ class ForwardPass:
         assert all(contexts), "an empty context predicts no first token"
         if self._pictures is not None:  # now, as a shared or cached beginning is read without pictures
             self._pictures.check(contexts)
-        kind = self._kind or next(model.parameters()).device.type
+        kind = self._kind_of(model)
         chunk_tokens = loss_tokens(model.config.get_text_config().vocab_size, kind)
         parts = body_and_head(model) if self.fused else None
         if parts is None:
@@ -124,7 +123,9 @@ class ForwardPass:
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
         hidden_of: dict[int, Tensor] = {}
-        for one in self._passes(model, body, contexts, prefix_cache):
+        with any_length(kind):
+            passes = self._passes(model, body, contexts, prefix_cache)
+        for one in passes:
             chosen = [completions[row] for row in one.rows]
             # Whole contexts as they are, because a slice has no pictures.
             rest = [contexts[row][n:] if n else contexts[row] for row, n in zip(one.rows, one.cached, strict=True)]
@@ -134,6 +135,10 @@ class ForwardPass:
             hidden_of |= dict(zip(one.rows, hidden_ND.split([len(ids) for ids in chosen]), strict=True))
         hidden_ND = torch.cat([hidden_of[row] for row in range(len(contexts))])
         return ForwardOutput(hidden_ND, head, trainable, chunk_tokens)
+
+    def _kind_of(self, model: Any) -> str:
+        """The kind of device for which this model's passes are chosen."""
+        return self._kind or str(next(model.parameters()).device.type)
 
     def _passes(
         self, model: Any, body: Any, contexts: Sequence[Sequence[int]], prefix_cache: PrefixCache | None
@@ -167,7 +172,7 @@ class ForwardPass:
         in_full = torch.is_grad_enabled() and (model.training or self._compiled is not None)
         if in_full or not self._continues:
             return []
-        worth_it = pass_tokens(self._kind or next(model.parameters()).device.type)
+        worth_it = pass_tokens(self._kind_of(model))
         if self._pictures is None:
             return shared_prefixes(contexts, worth_it)
         sets = {pictures: -1 - n for n, pictures in enumerate(dict.fromkeys(map(pictures_in, contexts)))}
@@ -184,7 +189,7 @@ class ForwardPass:
         ids_BL = torch.tensor([context[:length]], device=next(model.parameters()).device)
         seen = self._seen(model, [PromptIds(context[:length], pictures_in(context))], ids_BL)
         cache = DynamicCache(config=model.config.get_text_config())
-        with _attention(model, ids_BL):
+        with _attention(model, ids_BL, self._kind_of(model)):
             _last_hidden(body, cache, None, None, ids_BL, **seen)
         return cache
 
@@ -205,9 +210,9 @@ class ForwardPass:
         ``read`` is the number of cached tokens before each sequence.
         """
         rows = [[*context, *completion] for context, completion in zip(contexts, completions, strict=True)]
-        device = next(model.parameters()).device
+        device, kind = next(model.parameters()).device, self._kind_of(model)
         room = None if self._window is None else self._window - read
-        width = padded_length(max(map(len, rows)), room, self._kind or device.type)
+        width = padded_length(max(map(len, rows)), room, kind)
         ids_BL = torch.tensor([row + [self.pad_token_id] * (width - len(row)) for row in rows], device=device)
         index_N = torch.tensor(
             [
@@ -219,7 +224,9 @@ class ForwardPass:
         )
         seen = self._seen(model, contexts, ids_BL)
         # Compiled layers keep the attention kernel of their first pass, so leave the choice to PyTorch.
-        with self._compiled.active() if self._compiled and torch.is_grad_enabled() else _attention(model, ids_BL):
+        compiled = self._compiled if torch.is_grad_enabled() else None
+        kernels = compiled.active() if compiled else _attention(model, ids_BL, kind)
+        with kernels, any_length(kind) if read else nullcontext():  # a cache has any length
             return forward(ids_BL, **seen).flatten(0, 1)[index_N]
 
 
@@ -259,18 +266,16 @@ def _last_hidden(
     ).last_hidden_state
 
 
-def _attention(module: Any, ids_BL: Tensor) -> AbstractContextManager[None]:
+def _attention(module: Any, ids_BL: Tensor, kind: str) -> AbstractContextManager[None]:
     """Select the attention kernel: PyTorch's choice, except where its backward pass is known to be slow.
 
-    For short sequences in bfloat16 on the CPU, plain matrix products are faster than fused attention's backward pass.
-    With 44 tokens the whole model's backward pass takes 0.7 of the time; with 350 tokens there is no gain. Not used
-    under gradient checkpointing (train mode), where recomputation must repeat the same computation.
+    Plain matrix products are not used under gradient checkpointing (train mode), where recomputation must repeat the
+    same computation.
     """
     plain = (
-        ids_BL.device.type == "cpu"
-        and torch.is_autocast_enabled("cpu")
+        torch.is_autocast_enabled("cpu")
         and torch.is_grad_enabled()
         and not module.training
-        and ids_BL.shape[1] <= PLAIN_ATTENTION_TOKENS
+        and trains_on_plain_attention(ids_BL.shape[1], kind)
     )
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()

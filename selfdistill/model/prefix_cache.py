@@ -134,9 +134,12 @@ class PrefixCache:
         contexts: all contexts that will be requested.
         budget_bytes: memory for the states, on the model's device. Contexts beyond it, in sorted order, are not cached.
             A batch in use also needs a copy, padded to one length.
+        pass_tokens: as in :func:`shared_prefixes`.
     """
 
-    def __init__(self, contexts: Iterable[Sequence[int]], budget_bytes: int) -> None:
+    def __init__(
+        self, contexts: Iterable[Sequence[int]], budget_bytes: int, pass_tokens: int = PASS_TOKENS["cpu"]
+    ) -> None:
         self.budget_bytes = budget_bytes
         self._blocks: dict[ContextIds, list[ContextIds]] | None = None  # cached context -> those that are read with it
         self._prefixes: dict[ContextIds, States] = {}
@@ -146,7 +149,7 @@ class PrefixCache:
         for start in range(0, len(unique), SEARCH_WINDOW):
             window = unique[start : start + SEARCH_WINDOW]
             self._shared |= dict.fromkeys(window, 0)
-            for rows, length in shared_prefixes(window):
+            for rows, length in shared_prefixes(window, pass_tokens):
                 self._shared |= {window[row]: length for row in rows}
 
     def kept(self, body: Any, config: Any, contexts: Sequence[Sequence[int]]) -> list[int]:

@@ -4,9 +4,10 @@ Every number is the size of tensors that the run will hold, W bytes of weights, 
 
     weights    W: the model in its data type, tied weights once; with LoRA also the factors, in float32; with
                load_in_4bit 0.516 bytes per weight of its linear layers
-    teacher    full: W for a copy, and 4 bytes per weight for the float32 average of bfloat16 weights, which on a GPU is
-               in host memory, as are the parts in which it is moved; elsewhere, the float32 copy of such a part is
-               there while the next step samples; LoRA: the factors
+    teacher    full: W for a copy; LoRA: the factors
+    average    full: 4 bytes per weight for the float32 average of bfloat16 weights, which on a GPU is in host memory,
+               as are the parts in which it is moved; elsewhere, the float32 copy of such a part is there while the next
+               step samples
     moments    of AdamW: 8 bytes per trained weight, or 2 with adamw_8bit
     contexts   cached keys and values of a frozen teacher's contexts
     pictures   features that a frozen vision tower made of the rows' pictures
@@ -157,7 +158,7 @@ class MemoryPlanner:
         if _is_on_host(config, device):
             host = _total_average(averaged) + 3 * staging_bytes(averaged)
         elif "sampling" in traced:  # meanwhile a thread moves the average
-            moved = Bytes({"teacher": 2 * staging_bytes(averaged, device.shares(config))})
+            moved = Bytes({"average": 2 * staging_bytes(averaged, device.shares(config))})
             traced["sampling"] = traced["sampling"] + moved
         before = Bytes({name: permanent[name] for name in permanent if name not in ("moments", "contexts", "drift")})
         phases = tuple(
@@ -274,13 +275,14 @@ def _permanent(
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     rules = teacher_rules(planned_methods(config))
     averaged = [] if _is_on_host(config, device) else _averaged(config, loaded)
-    teachers = sum(_teacher_bytes(config, rule, loaded, others) for rule in rules) + _total_average(averaged)
+    teachers = sum(_teacher_bytes(config, rule, loaded, others) for rule in rules)
     vocabulary = model.config.get_text_config().vocab_size
     permanent = Bytes(
         {
             "weights": tensor_bytes(weight_tensors(model)) // shares,
             "moments": moment_bytes(trained, config.optim) // shares,
-            "teacher": teachers // shares + staging_bytes(averaged, shares),
+            "teacher": teachers // shares,
+            "average": _total_average(averaged) // shares + staging_bytes(averaged, shares),
         }
     )
     if config.drift_steps:

@@ -14,8 +14,8 @@ from selfdistill.training.traced_step import Bytes, Device, arithmetic
 
 GIB, MIB = 2**30, 2**20
 COMPONENTS = (
-    *("weights", "teacher", "other model", "moments", "gradients", "casts", "activations", "loss"),
-    *("keys and values", "workspace", "contexts", "pictures", "drift", "engine"),
+    *("weights", "teacher", "average", "other model", "moments", "gradients", "casts", "activations"),
+    *("loss", "keys and values", "workspace", "contexts", "pictures", "drift", "engine"),
 )
 """In the order of the table."""
 

@@ -180,17 +180,18 @@ class TracedStep:
         """The peaks of sampling, which settings of learning do not change."""
         shapes = tuple((name, weight.shape, weight.dtype) for name, weight in loaded.model.named_parameters())
         rows = tuple((len(ids), *(picture.digest for picture in pictures_in(ids))) for ids in prompts)
-        key = (loaded.name, shapes, rows, sampling, phase, kind, self._device.mixed_precision)
+        device = "cpu" if self._config.fsdp else self._device.kind  # shards are sampled from as on a CPU
+        key = (loaded.name, shapes, rows, sampling, phase, kind, self._device.mixed_precision, device)
         if key not in self._traced:
-            self._traced[key] = self._trace_sampling(loaded, prompts, sampling, phase, kind)
+            self._traced[key] = self._trace_sampling(loaded, prompts, sampling, (phase, kind), device)
         return self._traced[key]
 
     def _trace_sampling(
-        self, loaded: LoadedModel, prompts: Sequence[Ids], sampling: Sampling, phase: str, kind: str
+        self, loaded: LoadedModel, prompts: Sequence[Ids], sampling: Sampling, names: tuple[str, str], device: str
     ) -> Segments:
+        phase, kind = names
         live = LiveTensors(loaded.model)
         live.component = "workspace"
-        device = "cpu" if self._config.fsdp else self._device.kind  # shards are sampled from as on a CPU
         with live, self._autocast():
             sample_at_its_longest(loaded, prompts, sampling, lambda name: live.begin((phase, kind + name)), device)
             states = FilledCache(loaded).token_bytes * len(prompts)

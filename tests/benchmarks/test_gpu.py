@@ -43,6 +43,9 @@ def breaks(bench, found):
 CHECKS = [Check(f.__name__, "", 60, f) for f in (right, wrong, absent, hangs, breaks)]
 """
 
+BITSANDBYTES = {"8 bits", "4 bits", "full on bfloat16, 8-bit moments, EMA", "QLoRA"}
+"""Checks that need it."""
+
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
@@ -89,28 +92,22 @@ def started(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str
 
 
 @pytest.mark.slow
-def test_two_checks_pass_on_a_cpu(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-        "--only",
-        "agree",
-        "--only",
-        "greedy",
-    ]
+def test_all_checks_pass_on_a_cpu(tmp_path: Path) -> None:
+    """But those that take the starter model or half a minute to compile, or need a package that is not installed."""
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--out", str(tmp_path), "--minutes", "20"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout
     kept = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert kept["device"] == "cpu"
     assert kept["torch"]
-    assert [(check["name"], check["outcome"]) for check in kept["checks"]] == [
-        ("agree", "passed"),
-        ("greedy", "passed"),
-    ]
+    outcomes = {check["name"]: check["outcome"] for check in kept["checks"]}
+    need: dict[str, set[str]] = {"bitsandbytes": BITSANDBYTES, "trl": {"TRL"}}
+    absent = [names for package, names in need.items() if importlib.util.find_spec(package) is None]
+    assert {name for name, outcome in outcomes.items() if outcome != "passed"} == {
+        "rescored",
+        "compile",
+        "study",
+    }.union(*absent)
     assert "| greedy | tokens that are those of generate | 1 (at least 1) |" in done.stdout
 
 

@@ -20,6 +20,7 @@ from selfdistill.data.chat_format import ChatFormat
 from selfdistill.errors import UserError
 from selfdistill.evaluation.lmeval import TaskResult, lm_eval_abilities
 from selfdistill.evaluation.priors import encode_priors, load_prior, prior_abilities
+from selfdistill.model.device import any_length
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel, load_model
 
@@ -135,6 +136,17 @@ def test_it_computes_in_the_precision_that_is_on(
 
 def draws() -> list[float]:
     return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
+def test_it_uses_no_attention_of_cudnn(
+    load: Callable[..., LoadedModel], write_task: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, where its passes have any length."""
+    monkeypatch.setattr("selfdistill.evaluation.lmeval.any_length", lambda _: any_length("cuda"))
+    loaded, folder, seen = load(), write_task("flies", QUESTIONS), set()
+    loaded.model.register_forward_pre_hook(lambda *_: seen.add(torch.backends.cuda.cudnn_sdp_enabled()))
+    measure(loaded, ["flies"], folder)
+    assert seen == {False}
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
 from selfdistill.model.device import (
+    PASS_TOKENS,
     any_length,
     captured,
     cpu_asked,
@@ -20,13 +21,16 @@ from selfdistill.model.device import (
     loss_tokens,
     padded_length,
     pass_tokens,
+    rollout_factor,
     running_sum,
     staging,
     tokens_per_check,
 )
+from selfdistill.model.episode_sampling import TurnSampler
 from selfdistill.model.forward import ForwardPass
 from selfdistill.model.loading import LoadedModel
 from selfdistill.model.precision import resolved_precision
+from selfdistill.model.sampling import Sampling, sample
 
 
 @pytest.fixture
@@ -36,6 +40,11 @@ def cudnn_attention() -> Iterator[None]:
     torch.backends.cuda.enable_cudnn_sdp(True)
     yield
     torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("cuda", 1), ("cpu", 2), ("mps", 2)])
+def test_a_gpu_samples_more_rows_in_the_same_time(kind: str, factor: float) -> None:
+    assert rollout_factor(kind, 8, 16) == factor
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("cuda", 16), ("cpu", 1), ("mps", 1)])
@@ -105,9 +114,59 @@ def test_cudnn_attention_is_back_after_an_error() -> None:
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
-@pytest.mark.parametrize(("kind", "passes"), [("cpu", 2), ("cuda", 1)])
-def test_a_further_pass_must_save_more_on_a_gpu(load: Callable[..., LoadedModel], kind: str, passes: int) -> None:
-    """Two rows share 200 tokens: more than a pass costs on a CPU, less than on a GPU. The result is the same."""
+@pytest.mark.usefixtures("cudnn_attention")
+def test_samples_use_no_attention_of_cudnn(load: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfdistill.model.sampling.any_length", lambda _: any_length("cuda"))
+    monkeypatch.setattr("selfdistill.model.episode_sampling.any_length", lambda _: any_length("cuda"))
+    loaded, asked = load(), [[1, 2, 3], [4, 5]]
+    turns = TurnSampler(loaded, 2)
+    with seen_cudnn(loaded) as seen:
+        sample(loaded, asked, Sampling(4, temperature=0))
+        turns([0, 1], asked, Sampling(4, temperature=0))
+    assert len(seen) >= 4
+    assert not any(seen)
+
+
+@pytest.mark.usefixtures("cudnn_attention")
+@torch.no_grad()
+def test_only_passes_of_rounded_length_use_attention_of_cudnn(
+    load: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PASS_TOKENS, "cuda", 64)
+    loaded = load()
+    scores = ForwardPass(loaded, kind="cuda")
+    alike, apart, completions = [[*range(100), 7], [*range(100), 8, 9]], [[1, 2], [3]], [[1, 2, 3], [4, 5]]
+    with seen_cudnn(loaded) as seen:
+        scores(loaded.model, apart, completions)
+        assert seen == [True]
+        scores(loaded.model, alike, completions)
+        assert seen[1:] == [False, False]
+        scores(loaded.model, alike, completions, scores.keep(alike, 2**20))
+        assert len(seen) > 5
+        assert not any(seen[1:])
+
+
+@contextmanager
+def seen_cudnn(loaded: LoadedModel) -> Iterator[list[bool]]:
+    """Whether each pass of a model may use cuDNN's attention."""
+    seen: list[bool] = []
+    embeddings = loaded.model.get_input_embeddings()
+    hook = embeddings.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    yield seen
+    hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept", "passes"), [("cpu", False, 2), ("cuda", False, 1), ("cpu", True, 4), ("cuda", True, 3)]
+)
+@torch.no_grad()
+def test_a_further_pass_must_save_more_on_a_gpu(
+    load: Callable[..., LoadedModel], kind: str, kept: bool, passes: int
+) -> None:
+    """Two rows share 200 tokens: more than a pass costs on a CPU, less than on a GPU. The result is the same.
+
+    For kept contexts, one pass reads a token to learn its size, and one reads what follows the shared tokens.
+    """
     loaded = load()
     contexts = [list(range(200)) + [7] * n for n in (3, 5)]
     shapes: list[tuple[int, ...]] = []
@@ -118,7 +177,7 @@ def test_a_further_pass_must_save_more_on_a_gpu(load: Callable[..., LoadedModel]
     completions = [[1, 2, 3], [4, 5]]
     scores = ForwardPass(loaded, kind=kind)
     hook = loaded.model.get_input_embeddings().register_forward_pre_hook(note)
-    found = scores(loaded.model, contexts, completions)
+    found = scores(loaded.model, contexts, completions, scores.keep(contexts, 2**20) if kept else None)
     hook.remove()
     assert len(shapes) == passes
     plain = loaded.model.model(input_ids=torch.tensor([contexts[0] + completions[0]])).last_hidden_state[0, 202:205]

@@ -561,14 +561,15 @@ def test_an_average_is_moved_in_parts_of_a_shard(
     part = 2 * 50 * 32
     config = settings(fsdp=processes > 1, **BFLOAT16)
     planner = MemoryPlanner(config, load_demonstrations(config.data), Device("cpu", "no", processes))
-    permanent, phases = planner.permanent(config), {x.name: x.bytes["teacher"] for x in planner.plan(config).phases}
-    assert permanent["teacher"] == pytest.approx(permanent["weights"] + permanent["moments"] / 2 + part, abs=processes)
-    assert phases["teacher"] == phases["student"] == permanent["teacher"]
-    assert phases["sampling"] == permanent["teacher"] + 2 * part, (
+    permanent, phases = planner.permanent(config), {x.name: x.bytes["average"] for x in planner.plan(config).phases}
+    assert permanent["teacher"] == permanent["weights"]
+    assert permanent["average"] == pytest.approx(permanent["moments"] / 2 + part, abs=processes)
+    assert phases["teacher"] == phases["student"] == permanent["average"]
+    assert phases["sampling"] == permanent["average"] + 2 * part, (
         "a float32 copy of the part, while the next step samples"
     )
     again = planner.plan(config.model_copy(update={"gradient_accumulation_steps": 2})).phases
-    assert next(x.bytes["teacher"] for x in again if x.name == "sampling") == phases["sampling"]
+    assert next(x.bytes["average"] for x in again if x.name == "sampling") == phases["sampling"]
 
 
 def test_the_largest_segment_of_a_phase_is_that_of_the_sharded_run(

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from selfdistill.config import MethodName, TrainConfig
 from selfdistill.data import load_demonstrations
 from selfdistill.methods import stages_of
-from selfdistill.model.device import LOSS_LOGITS
+from selfdistill.model.device import LOSS_LOGITS, PLAIN_ATTENTION_TOKENS
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.traced_step import Device
 from selfdistill.training.trainer import Trainer
@@ -207,6 +207,35 @@ def test_the_plan_counts_the_chunks_of_the_loss_as_they_are_on_a_gpu(
     more = [after - before for before, after in pairwise(found)]
     assert 4 * 4 * VOCABULARY <= more[0] / 192 <= 7 * 4 * (VOCABULARY + HIDDEN)  # logits and what is made of them
     assert more[1] / 256 == pytest.approx(more[0] / 192, rel=0.01)
+
+
+def test_the_plan_of_a_gpu_has_no_attention_that_only_a_cpu_uses(
+    make: Make, one_layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(model=one_layer, method="sft", mixed_precision="bf16")
+    rows = load_demonstrations(config.data)
+
+    def activations(kind: str) -> int:
+        plan = MemoryPlanner(config, rows, Device(kind, "bf16")).plan(config)
+        assert max(plan.lengths) <= 128
+        return max(phase.bytes["activations"] for phase in plan.phases)
+
+    gpu, cpu = activations("cuda"), activations("cpu")
+    monkeypatch.setitem(PLAIN_ATTENTION_TOKENS, "cpu", 0)
+    assert activations("cuda") == gpu
+    assert activations("cpu") < cpu
+
+
+def test_sampling_is_planned_anew_where_shards_sample_otherwise(make: Make, one_layer: str) -> None:
+    config = make(model=one_layer, max_completion_length=256)
+    rows, device = load_demonstrations(config.data), Device("cuda", "no", 2)
+    sharded = config.model_copy(update={"fsdp": True})
+
+    def sampling(*planned: TrainConfig) -> int:
+        planner = MemoryPlanner(config, rows, device)
+        return [phase.total for one in planned for phase in planner.plan(one).phases if phase.name == "sampling"][-1]
+
+    assert sampling(config, sharded) == sampling(sharded)
 
 
 def test_each_of_several_processes_draws_as_much_at_once_as_one(make: Make) -> None:
