@@ -110,8 +110,8 @@ class Starts:
             base = self._bases[kind]
             say(f"{asked.study.name}: measuring the base")
             evaluator = Evaluator(config, base)
-            if unknown := [name for name in asked.study.covered if name not in evaluator.base.get("prior", {})]:
-                raise UserError(f"study {asked.study.name!r}: 'covered' names {unknown[0]!r}, which is no prior file")
+            if unknown := [name for name in asked.study.nearest if name not in evaluator.base.get("prior", {})]:
+                raise UserError(f"study {asked.study.name!r}: 'nearest' names {unknown[0]!r}, which is no prior file")
             after = {one.name: Shown.of(one, config, base) for one in asked.study.after}
             # Of another study no start is kept, for each holds the base's logits.
             self._starts = {k: v for k, v in self._starts.items() if json.loads(k)[0] == asked.study.name}

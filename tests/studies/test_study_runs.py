@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from statistics import mean
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,8 @@ from conftest import ENDS
 
 import selfdistill as sd
 from selfdistill.config.train import TrainConfig
+from selfdistill.data.bundled import anchor_kinds, anchor_prompts
+from selfdistill.data.demonstrations import Demonstration, load_demonstrations
 from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.evaluation.generate import generate
 from selfdistill.model.loading import LoadedModel, load_for_training
@@ -65,7 +68,7 @@ def write(
             "arms": {"lora": {"method": "sft", "lora_rank": 2}, "sdft": {}},
             "seeds": [0, 1],
             "after": [{"name": "teacher", "data": shown, "context": "turns:repeats=2"}],
-            "covered": ["easy"],
+            "nearest": ["easy"],
         }
         file = tmp_path / "tiny.yaml"
         file.write_text(yaml.safe_dump(content | values, sort_keys=False))
@@ -254,7 +257,7 @@ def test_no_run_begins_that_would_end_too_late(
         ({"arms": {"a": {"method": "sft", "max_completion_length": 2}}}, "raise max_completion_length"),
         ({"partway": [0.5]}, "arm 'lora': 'partway' needs full fine-tuning; setting 'lora_rank' is 2"),
         ({"arms": {"a": {}}, "partway": [1.0]}, "'partway' has 1.0, expected shares between 0 and 1"),
-        ({"covered": ["soft"]}, "'covered' names 'soft', which is no prior file"),
+        ({"nearest": ["soft"]}, "'nearest' names 'soft', which is no prior file"),
     ],
 )
 def test_a_mistake_in_a_study_file_is_named(
@@ -299,13 +302,32 @@ def test_the_studies_of_skills_are_accepted(study: ModuleType) -> None:
         assert all(Path(study.resolved(after.data)).is_file() for after in one.after)
 
 
-def test_only_studies_with_narrow_anchors_have_columns_of_covered_kinds(study: ModuleType) -> None:
-    """Elsewhere anchors cover all kinds or none, so the columns would say nothing of kinds that no anchor covers."""
+def test_only_studies_with_narrow_anchors_have_columns_of_nearest_kinds(study: ModuleType) -> None:
+    """Elsewhere anchors are of all kinds or there are none, so no prior kind is farther from them than another."""
     studies = study.read_studies(sorted((ROOT / "configs" / "study").glob("*/*.yaml")))
     for one in studies:
-        sources = [source for run in study.chosen([one], []) for source in run.settings.get("anchors", [])]
-        assert bool(one.covered) == any(":" in source for source in sources), one.name
-    assert [one.name for one in studies if one.covered] == ["routing"]
+        sources = [source for run in study.chosen([one], []) for source in run.config("run").anchors]
+        assert bool(one.nearest) == any(":" in source for source in sources), one.name
+    assert [one.name for one in studies if one.nearest] == ["routing"]
+
+
+def opening(row: Demonstration) -> tuple[str, ...]:
+    return tuple(row.prompt[-1]["content"].lower().split()[:3])
+
+
+def test_the_nearest_prior_questions_begin_most_often_like_narrow_anchors_and_are_of_no_kind_of_theirs(
+    study: ModuleType,
+) -> None:
+    """Of the questions of each kind, the share whose first three words are those of a narrow anchor."""
+    of_prior = {"fact", "arithmetic", "code", "example", "language", "reading"}
+    for one in study.read_studies(sorted((ROOT / "configs" / "study").glob("*/*.yaml"))):
+        for run in study.chosen([one], []):
+            for source in filter(lambda source: ":" in source, run.config("run").anchors):
+                assert not of_prior & set(anchor_kinds(source))
+                near = {opening(row) for row in anchor_prompts(source)}
+                files = sorted(Path(study.resolved(run.settings["prior"])).glob("*.jsonl"))
+                like = {f.stem: mean(opening(row) in near for row in load_demonstrations(f)) for f in files}
+                assert min(like.pop(name) for name in one.nearest) > max(like.values())
 
 
 # --- the table ---
@@ -367,7 +389,7 @@ def test_means_and_intervals_are_those_worked_out_by_hand(summary: Callable[[lis
     assert said == [
         "## tiny",
         "",
-        "| arm | steps | seeds | new | prior | covered | uncovered | easy | hard | KL | teacher | minutes | where |",
+        "| arm | steps | seeds | new | prior | nearest | far | easy | hard | KL | teacher | minutes | where |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         "| base | 0 |  | 0.000 | 0.750 | 1.000 | 0.500 | 1.000 | 0.500 | 0.000 | 1.000 |  | A |",
         "| lora | 2 | 2 | 0.255 (0.19 to 0.32) | 0.505 (0.44 to 0.57) | 0.755 (0.69 to 0.82) | 0.255 (0.19 to 0.32) "
@@ -481,7 +503,7 @@ def test_differences_are_paired_by_seed_and_place(
     assert study.main(["--summary", *arguments]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if " minus " in line]
     interval = "+0.120 (-0.134 to +0.374)"
-    scores = f"new +0.000, prior {interval}, covered {interval}, uncovered {interval}"
+    scores = f"new +0.000, prior {interval}, nearest {interval}, far {interval}"
     assert said == [f"- sdft minus sft, 2 seeds: {scores}"]
 
 
