@@ -308,7 +308,7 @@ def test_only_studies_with_narrow_anchors_have_columns_of_nearest_kinds(study: M
     for one in studies:
         sources = [source for run in study.chosen([one], []) for source in run.config("run").anchors]
         assert bool(one.nearest) == any(":" in source for source in sources), one.name
-    assert [one.name for one in studies if one.nearest] == ["routing"]
+    assert [one.name for one in studies if one.nearest] == ["facts", "routing", "tools"]
 
 
 def opening(row: Demonstration) -> tuple[str, ...]:
