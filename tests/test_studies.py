@@ -106,6 +106,37 @@ def test_three_skills_in_a_row(
     assert sorted(file.name for file in (tmp_path / "again").iterdir()) == ["sequence.json", "sequence.svg"]
 
 
+def test_arms_of_the_sequence_differ_in_steps_and_share() -> None:
+    sequence = study("sequence")
+    plain = sequence.ARMS["sdft+anchors"]
+    for skill in sequence.SKILLS:
+        assert sequence.steps_of(skill, "sdft+anchors+steps") == 2 * sequence.steps_of(skill, "sdft+anchors")
+    assert sequence.ARMS["sdft+anchors+quarter"] == plain | {"anchor_share": plain["anchor_share"] / 2}
+
+
+@pytest.mark.slow
+def test_an_arm_learns_the_skills_in_its_own_order(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sequence, reversed_arm = study("sequence"), "sdft+anchors+reversed"
+    monkeypatch.setattr(sequence, "MODEL", model)
+    monkeypatch.setattr(sequence, "packaged", cut(tmp_path, 2))
+    monkeypatch.setattr(sequence, "SKILLS", {name: values | SHORT for name, values in sequence.SKILLS.items()})
+    short = {"context": "turns"} | SHORT
+    monkeypatch.setattr(
+        sequence,
+        "ARMS",
+        {"sdft": sequence.ARMS["sdft"] | short, reversed_arm: sequence.ARMS[reversed_arm] | short | {"batch_size": 4}},
+    )
+    sequence.main([str(tmp_path / "made"), "--arm", reversed_arm, "--seed", "0"])
+    assert f"| {reversed_arm} after | tools | routing | knowledge | prior |" in capsys.readouterr().out
+    assert [skill.name for skill in Ledger(str(tmp_path / "made" / f"{reversed_arm}-0")).skills] == [
+        "tools",
+        "routing",
+        "knowledge",
+    ]
+
+
 @pytest.mark.slow
 def test_a_skill_as_a_stream(
     model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
