@@ -5,9 +5,9 @@
 Facts, routing and tools are learnt one after the other (`selfdistill learn` with open gates; one arm has the opposite
 order), and each also alone from the base. Prints the retention matrix of each seed, each skill's last score as a share
 of its score when learnt alone by the same method without anchors (with the 95% interval over seeds), and writes
-DIR/sequence.json and DIR/sequence.svg: that share along the training. Finished work is not repeated; for a run listed in
-DIR/sequence.json no other file is needed. Newer runs have ``where`` and ``alone_where`` there: on what each skill was
-learnt, in the sequence and alone; if that was interrupted, on what it ended.
+DIR/sequence.json and DIR/sequence.svg: that share along the training. Finished work is not repeated; for a run listed
+in DIR/sequence.json no other file is needed. Newer runs have ``where`` and ``alone_where`` there: on what each skill
+was learnt, in the sequence and alone; if that was interrupted, on what it ended.
 """
 
 from __future__ import annotations

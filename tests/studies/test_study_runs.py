@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib import import_module
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import ENDS
 
@@ -190,6 +192,38 @@ def test_models_part_of_the_way_are_those_that_merge_makes(
         assert 0 < point["kl"] < line["evaluations"][-1]["kl"]
         assert point["correct"] == "".join("01"[right] for right in found["correct"])
         assert point["step"] == 4
+
+
+def test_a_line_has_the_fingerprint_of_its_anchors(
+    study: ModuleType,
+    write: Callable[..., list[str]],
+    lines: Callable[[], list[dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "anchors.txt"
+    file.write_text("one?\ntwo?\n", encoding="utf-8")
+    arms = {"sft": {"method": "sft"}, "anchors": {"method": "sft", "anchors": str(file), "batch_size": 4}}
+    assert study.main(write(arms=arms, seeds=[0, 1], after=[])) == 0
+    assert ["anchors" in line for line in lines()] == [False, True, False, True]
+    kept = [line["anchors"] for line in lines() if "anchors" in line]
+    assert len(set(kept)) == 1
+    file.write_text("one?\ntwo?\nthree?\n", encoding="utf-8")
+    (tmp_path / "results" / "tiny.jsonl").unlink()
+    assert study.main(["--only", "anchors", *write(arms=arms, seeds=[0], after=[])]) == 0
+    assert lines()[0]["anchors"] not in kept
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts anew")
+def test_peaks_on_cpus_are_not_those_of_earlier_runs(study: ModuleType) -> None:
+    cpu = torch.device("cpu")
+    study.begin_peak(cpu)
+    before = study.peak_memory(cpu)
+    held = torch.ones(2**26)
+    with_it = study.peak_memory(cpu)
+    del held
+    study.begin_peak(cpu)
+    assert with_it - before > 2**27
+    assert study.peak_memory(cpu) < with_it - 2**27
 
 
 @pytest.mark.slow
