@@ -2,12 +2,12 @@
 
     python studies/sequence.py DIR [--arm ARM]... [--seed SEED]... [--part validation]
 
-Facts, routing and tools are learnt one after the other (`selfdistill learn` with open gates), and each also alone from
-the base. Prints the retention matrix of each seed, each skill's last score as a share of its score when learnt alone
-by the same method without anchors (with the 95% interval over seeds), and writes DIR/sequence.json and
-DIR/sequence.svg: that share along the training. Finished work is not repeated; for a run listed in
-DIR/sequence.json no other file is needed. Newer runs have ``where`` and ``alone_where`` there: on what each skill was
-learnt, in the sequence and alone; if that was interrupted, on what it ended.
+Facts, routing and tools are learnt one after the other (`selfdistill learn` with open gates; one arm has the opposite
+order), and each also alone from the base. Prints the retention matrix of each seed, each skill's last score as a share
+of its score when learnt alone by the same method without anchors (with the 95% interval over seeds), and writes
+DIR/sequence.json and DIR/sequence.svg: that share along the training. Finished work is not repeated; for a run listed
+in DIR/sequence.json no other file is needed. Newer runs have ``where`` and ``alone_where`` there: on what each skill
+was learnt, in the sequence and alone; if that was interrupted, on what it ended.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ WITH: dict[str, Any] = {
 }
 STEPS_WITH = 2.5
 """With anchors, as many times the steps: the rate is half of that without, and only half of each batch is the skill."""
+STEPS_OF = {"sdft+anchors+steps": 5.0}
+"""Arms with another number in place of ``STEPS_WITH``."""
+ORDER_OF = {"sdft+anchors+reversed": ["tools", "routing", "knowledge"]}
+"""Arms with another order of the skills."""
 ARMS: dict[str, dict[str, Any]] = {
     "sft": WITHOUT | {"method": "sft"},
     "sdft": WITHOUT | {"method": "sdft"},
@@ -70,6 +74,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "sdft+anchors": WITH | {"method": "sdft"},
     "sdft+anchors@16": WITH | {"method": "sdft", "batch_size": 16},
     "sdft+anchors+rates": WITH | {"method": "sdft", "batch_size": 16},
+    "sdft+anchors+quarter": WITH | {"method": "sdft", "anchor_share": 0.25},
+    "sdft+anchors+steps": WITH | {"method": "sdft"},
+    "sdft+anchors+lora": WITH | {"method": "sdft", "lora_rank": 16, "learning_rate": 5e-4},
+    "sdft+anchors+reversed": WITH | {"method": "sdft"},
 }
 OF_SKILL: dict[str, dict[str, dict[str, Any]]] = {
     "sdft+anchors+rates": {"tools": {"batch_size": 8, "learning_rate": 1e-4}},
@@ -81,9 +89,13 @@ WHERE = "where.json"
 """In the folder of a skill: on what it was learnt."""
 
 
+def order_of(arm: str) -> list[str]:
+    return ORDER_OF.get(arm, list(SKILLS))
+
+
 def steps_of(skill: str, arm: str) -> int:
     steps: int = SKILLS[skill]["max_steps"]
-    return round(steps * STEPS_WITH) if ARMS[arm]["anchors"] else steps
+    return round(steps * STEPS_OF.get(arm, STEPS_WITH)) if ARMS[arm]["anchors"] else steps
 
 
 def learn(state: Path, arm: str, seed: int, skills: list[str], part: str) -> dict[str, Any]:
@@ -126,7 +138,7 @@ def each(values: list[float | None]) -> str:
 
 def table(arm: str, runs: list[dict[str, Any]]) -> list[str]:
     """The retention matrix of each seed, and what is left of each skill at the end, with its interval over seeds."""
-    names = list(SKILLS)
+    names = order_of(arm)
     lines = [f"| {arm} after | {' | '.join(names)} | prior |", "|---" * (len(names) + 2) + "|"]
     for row, after in enumerate(["base", *names]):
         cells = [each([run["matrix"][row][column] for run in runs]) for column in range(len(names))]
@@ -196,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if f"{arm}-{seed}" in found:
                 continue
             state = folder / f"{arm}-{seed}"
-            whole = learn(state, arm, seed, list(SKILLS), options.part)
+            whole = learn(state, arm, seed, order_of(arm), options.part)
             first = {} if ARMS[arm]["anchors"] else {next(iter(SKILLS)): whole}
             single = alone(folder, found, ARMS[arm]["method"], seed, options.part, first)
             found[f"{arm}-{seed}"] = {**whole, **single, "along": along(state, arm)}

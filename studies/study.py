@@ -14,7 +14,9 @@ without fast bfloat16 it is float32. The line says which.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import ctypes
 import gc
 import json
 import os
@@ -34,7 +36,7 @@ from study_file import After, Asked, chosen, read_studies, resolved, results_fil
 from summary import draw, table
 
 from selfdistill.config import ModelSettings, TrainConfig
-from selfdistill.data import Demonstration, load_demonstrations, parse_context
+from selfdistill.data import Demonstration, anchor_prompts, load_demonstrations, parse_context
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import EvaluationSet, Evaluator, judge_of, rows_fingerprint
 from selfdistill.model import LoadedModel, bfloat16_is_fast, load_for_training, training_precision
@@ -110,8 +112,8 @@ class Starts:
             base = self._bases[kind]
             say(f"{asked.study.name}: measuring the base")
             evaluator = Evaluator(config, base)
-            if unknown := [name for name in asked.study.covered if name not in evaluator.base.get("prior", {})]:
-                raise UserError(f"study {asked.study.name!r}: 'covered' names {unknown[0]!r}, which is no prior file")
+            if unknown := [name for name in asked.study.nearest if name not in evaluator.base.get("prior", {})]:
+                raise UserError(f"study {asked.study.name!r}: 'nearest' names {unknown[0]!r}, which is no prior file")
             after = {one.name: Shown.of(one, config, base) for one in asked.study.after}
             # Of another study no start is kept, for each holds the base's logits.
             self._starts = {k: v for k, v in self._starts.items() if json.loads(k)[0] == asked.study.name}
@@ -191,15 +193,29 @@ def run(asked: Asked, config: TrainConfig, start: Start, demonstrations: list[De
     }
 
 
+def begin_peak(device: torch.device) -> None:
+    """Let :func:`peak_memory` count from here, and not what earlier runs needed.
+
+    On CPUs only Linux can; elsewhere it counts from the start of the process.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that an earlier run freed would count
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def one(asked: Asked, config: TrainConfig, start: Start) -> dict[str, Any]:
     """Run, and return the whole line."""
     began = time.perf_counter()
     device = start.base.device
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    begin_peak(device)
     demonstrations = load_demonstrations(config.data, split=config.split)
     rows = rows_fingerprint({"data": demonstrations}) + start.evaluator.questions.fingerprint()
+    anchors = {str(at): anchor_prompts(name) for at, name in enumerate(config.anchors)}
     found = run(asked, config, start, demonstrations)
     gc.collect()
     found["seconds"] = found.get("seconds", {}) | {"all": time.perf_counter() - began}
@@ -207,6 +223,7 @@ def one(asked: Asked, config: TrainConfig, start: Start) -> dict[str, Any]:
         "arm": asked.arm,
         "seed": asked.seed,
         "settings": asked.settings,
+        **({"anchors": rows_fingerprint(anchors)[:16]} if anchors else {}),
         **found,
         "peak_gib": peak_memory(device) / 2**30,
         "where": where(config.mixed_precision) | {"rows": rows[:8] + rows[64:72]},  # fingerprint of its data

@@ -2,8 +2,8 @@
 
 A study file (YAML) has ``name``, ``settings`` (of all runs, as for ``selfdistill train``), ``arms`` (by name: the
 settings in which it differs) and ``seeds``. It may have ``after`` (measurements of each final model when it is shown
-the demonstration), ``covered`` (if some arms have narrow anchors: the prior files of kinds that these cover) and
-``partway`` (shares of the way from the base to the final model: the models there are measured, too, as in WiSE-FT,
+the demonstration), ``nearest`` (if some arms have narrow anchors: the prior files whose questions are most like these)
+and ``partway`` (shares of the way from the base to the final model: the models there are measured, too, as in WiSE-FT,
 arXiv 2109.01903). A value ``bundled:NAME`` is a file or folder of the package; ``kinds:A+B`` is ``package:A+B``.
 """
 
@@ -52,7 +52,7 @@ class Study(Settings):
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
     after: list[After] = Field(default_factory=list)
-    covered: list[str] = Field(default_factory=list)
+    nearest: list[str] = Field(default_factory=list)
     partway: list[float] = Field(default_factory=list)
 
 

@@ -18,19 +18,19 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation import seeds_interval
 
 Line = dict[str, Any]
-COMPARED = ("new", "prior", "covered", "uncovered")
+COMPARED = ("new", "prior", "nearest", "far")
 """Columns whose paired differences are printed."""
 
 
-def scores(line: Line, number: int, covered: Sequence[str]) -> dict[str, float]:
+def scores(line: Line, number: int, nearest: Sequence[str]) -> dict[str, float]:
     """The columns of a line at its evaluation ``number``; ``after`` is known of the base and of the final model."""
     found = line["evaluations"][number]
     kinds = {name: prior["accuracy"] for name, prior in found["prior"].items()}
     columns = {"new": found["accuracy"], "prior": mean(kinds.values())}
-    if covered:
-        columns["covered"] = mean(kinds[name] for name in covered)
-        if others := [value for name, value in kinds.items() if name not in covered]:
-            columns["uncovered"] = mean(others)
+    if nearest:
+        columns["nearest"] = mean(kinds[name] for name in nearest)
+        if others := [value for name, value in kinds.items() if name not in nearest]:
+            columns["far"] = mean(others)
     columns |= kinds if len(kinds) > 1 else {}
     columns["KL"] = found["kl"]
     if number == 0:
@@ -109,10 +109,10 @@ def groups(lines: Sequence[Line], places: Places) -> list[list[Line]]:
 
 def rows(runs: Sequence[Asked], lines: Sequence[Line], places: Places) -> list[tuple[dict[str, str], bool]]:
     """Cells by column of each row, and whether it is a mean over several places."""
-    covered, made = runs[0].study.covered, []
+    nearest, made = runs[0].study.nearest, []
 
     def add(name: str, group: list[Line], number: int) -> None:
-        found = [scores(line, number, covered) for line in group]
+        found = [scores(line, number, nearest) for line in group]
         points = [line["evaluations"][number] for line in group]
         cells = {"arm": name, "steps": str(points[0]["step"]), "seeds": str(len(group)) if number else ""}
         for column in found[0]:
@@ -144,7 +144,7 @@ def rows(runs: Sequence[Asked], lines: Sequence[Line], places: Places) -> list[t
     return made
 
 
-def differences(runs: Sequence[Asked], lines: Sequence[Line], covered: Sequence[str]) -> list[str]:
+def differences(runs: Sequence[Asked], lines: Sequence[Line], nearest: Sequence[str]) -> list[str]:
     """Self-distillation minus each other method whose arm is otherwise like it (its rate aside), seed by seed.
 
     Two lines are a pair if they have the same seed and place. A seed with several pairs counts once, and pairs of a
@@ -153,7 +153,7 @@ def differences(runs: Sequence[Asked], lines: Sequence[Line], covered: Sequence[
     alike = {run.arm: {k: v for k, v in run.settings.items() if k not in ("method", "learning_rate")} for run in runs}
     method = {run.arm: run.settings.get("method", "sdft") for run in runs}
     pairs = [(a, b) for a in alike for b in alike if method[a] == "sdft" != method[b] and alike[a] == alike[b]]
-    ends = {(line["arm"], line["seed"], place(line)): scores(line, -1, covered) for line in lines}
+    ends = {(line["arm"], line["seed"], place(line)): scores(line, -1, nearest) for line in lines}
     said = []
     for mine, other in pairs:
         seeds: dict[int, list[dict[str, float]]] = {}
@@ -200,7 +200,7 @@ def table(runs: Sequence[Asked], lines: Sequence[Line]) -> list[str]:
             text.append(f"- **Means over several machines, precisions or versions**: {', '.join(mixed)}")
         elif len(places.describe()) > 1:
             text.append("- **Rows come from several machines, precisions or versions**: compare within one letter")
-        text += differences(runs, done, study.covered)
+        text += differences(runs, done, study.nearest)
     text += [f"- failed: {line['arm']}, seed {line['seed']}: {line['failed']}" for line in own if "failed" in line]
     text += [f"- not yet run: {missing} of {len(runs)} runs"] if missing else []
     if other := sum(not any(run.is_of(line) for run in runs_of(study)) for line in lines):

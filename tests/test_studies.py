@@ -8,17 +8,19 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from results_pages import results_text
 
+from selfdistill.config import CheckConfig
 from selfdistill.continual.learn import retention_matrix
 from selfdistill.continual.ledger import Ledger
 from selfdistill.data.demonstrations import load_demonstrations
 from selfdistill.data.sources import packaged
+from selfdistill.evaluation.spill import Spill, Trial
 from selfdistill.runtime.tracking import read_lines
 
 STUDIES = Path(__file__).resolve().parents[1] / "studies"
@@ -104,6 +106,37 @@ def test_three_skills_in_a_row(
     sequence.main([str(tmp_path / "again"), "--seed", "0"])
     assert said.endswith(capsys.readouterr().out)
     assert sorted(file.name for file in (tmp_path / "again").iterdir()) == ["sequence.json", "sequence.svg"]
+
+
+def test_arms_of_the_sequence_differ_in_steps_and_share() -> None:
+    sequence = study("sequence")
+    plain = sequence.ARMS["sdft+anchors"]
+    for skill in sequence.SKILLS:
+        assert sequence.steps_of(skill, "sdft+anchors+steps") == 2 * sequence.steps_of(skill, "sdft+anchors")
+    assert sequence.ARMS["sdft+anchors+quarter"] == plain | {"anchor_share": plain["anchor_share"] / 2}
+
+
+@pytest.mark.slow
+def test_an_arm_learns_the_skills_in_its_own_order(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sequence, reversed_arm = study("sequence"), "sdft+anchors+reversed"
+    monkeypatch.setattr(sequence, "MODEL", model)
+    monkeypatch.setattr(sequence, "packaged", cut(tmp_path, 2))
+    monkeypatch.setattr(sequence, "SKILLS", {name: values | SHORT for name, values in sequence.SKILLS.items()})
+    short = {"context": "turns"} | SHORT
+    monkeypatch.setattr(
+        sequence,
+        "ARMS",
+        {"sdft": sequence.ARMS["sdft"] | short, reversed_arm: sequence.ARMS[reversed_arm] | short | {"batch_size": 4}},
+    )
+    sequence.main([str(tmp_path / "made"), "--arm", reversed_arm, "--seed", "0"])
+    assert f"| {reversed_arm} after | tools | routing | knowledge | prior |" in capsys.readouterr().out
+    assert [skill.name for skill in Ledger(str(tmp_path / "made" / f"{reversed_arm}-0")).skills] == [
+        "tools",
+        "routing",
+        "knowledge",
+    ]
 
 
 @pytest.mark.slow
@@ -192,14 +225,37 @@ def test_spill_of_three_skills(
     model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spill = study("spill")
-    monkeypatch.setattr(spill, "packaged", cut(tmp_path, 3))
+    monkeypatch.setattr("study_file.packaged", cut(tmp_path, 3))
     spill.main(model, json.dumps({"max_completion_length": 200, "mixed_precision": "no"}))
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [line[:2] for line in lines] == [[name, method] for name in spill.SETS for method in ("SFT", "SDFT")]
+    assert [line[:2] for line in lines] == [[name, method] for name in spill.NAMES for method in ("SFT", "SDFT")]
     for _, method, gain, moved in lines:
         assert float(moved) >= 0
         if method == "SFT":
             assert float(gain) > 0
+
+
+def test_spill_is_tried_at_the_rate_of_each_methods_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spill, asked = study("spill"), []
+
+    def check(config: CheckConfig) -> SimpleNamespace:
+        asked.append((Path(config.data).name, config.learning_rate))
+        trials = [Trial(gain=1e5 * config.learning_rate, moved=moved) for moved in (1, 2)]
+        return SimpleNamespace(spill=Spill(*trials))
+
+    monkeypatch.setattr(spill, "check", check)
+    spill.main()
+    assert asked[:3] == [("routing.train.jsonl", 5e-5), ("tools.train.jsonl", 5e-5), ("tools.train.jsonl", 1e-4)]
+    said = capsys.readouterr().out.splitlines()[2:]
+    assert said[:3] == [
+        "| routing | SFT | 5.00 | 1.000 |",
+        "| routing | SDFT | 5.00 | 2.000 |",
+        "| tools | SFT | 5.00 | 1.000 |",
+    ]
+    assert said[3] == "| tools | SDFT | 10.00 | 2.000 |"
+    assert len(said) == 2 * len(spill.NAMES)
 
 
 def test_lenient_is_half_of_the_words() -> None:

@@ -6,19 +6,24 @@ import json
 import os
 import re
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from statistics import mean
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import ENDS
 
 import selfdistill as sd
 from selfdistill.config.train import TrainConfig
+from selfdistill.data.bundled import anchor_kinds, anchor_prompts
+from selfdistill.data.demonstrations import Demonstration, load_demonstrations
 from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.evaluation.generate import generate
 from selfdistill.model.loading import LoadedModel, load_for_training
@@ -65,7 +70,7 @@ def write(
             "arms": {"lora": {"method": "sft", "lora_rank": 2}, "sdft": {}},
             "seeds": [0, 1],
             "after": [{"name": "teacher", "data": shown, "context": "turns:repeats=2"}],
-            "covered": ["easy"],
+            "nearest": ["easy"],
         }
         file = tmp_path / "tiny.yaml"
         file.write_text(yaml.safe_dump(content | values, sort_keys=False))
@@ -189,6 +194,38 @@ def test_models_part_of_the_way_are_those_that_merge_makes(
         assert point["step"] == 4
 
 
+def test_a_line_has_the_fingerprint_of_its_anchors(
+    study: ModuleType,
+    write: Callable[..., list[str]],
+    lines: Callable[[], list[dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "anchors.txt"
+    file.write_text("one?\ntwo?\n", encoding="utf-8")
+    arms = {"sft": {"method": "sft"}, "anchors": {"method": "sft", "anchors": str(file), "batch_size": 4}}
+    assert study.main(write(arms=arms, seeds=[0, 1], after=[])) == 0
+    assert ["anchors" in line for line in lines()] == [False, True, False, True]
+    kept = [line["anchors"] for line in lines() if "anchors" in line]
+    assert len(set(kept)) == 1
+    file.write_text("one?\ntwo?\nthree?\n", encoding="utf-8")
+    (tmp_path / "results" / "tiny.jsonl").unlink()
+    assert study.main(["--only", "anchors", *write(arms=arms, seeds=[0], after=[])]) == 0
+    assert lines()[0]["anchors"] not in kept
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts anew")
+def test_peaks_on_cpus_are_not_those_of_earlier_runs(study: ModuleType) -> None:
+    cpu = torch.device("cpu")
+    study.begin_peak(cpu)
+    before = study.peak_memory(cpu)
+    held = torch.ones(2**26)
+    with_it = study.peak_memory(cpu)
+    del held
+    study.begin_peak(cpu)
+    assert with_it - before > 2**27
+    assert study.peak_memory(cpu) < with_it - 2**27
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_a_line(
     study: ModuleType, write: Callable[..., list[str]], lines: Callable[[], list[dict[str, Any]]]
@@ -254,7 +291,7 @@ def test_no_run_begins_that_would_end_too_late(
         ({"arms": {"a": {"method": "sft", "max_completion_length": 2}}}, "raise max_completion_length"),
         ({"partway": [0.5]}, "arm 'lora': 'partway' needs full fine-tuning; setting 'lora_rank' is 2"),
         ({"arms": {"a": {}}, "partway": [1.0]}, "'partway' has 1.0, expected shares between 0 and 1"),
-        ({"covered": ["soft"]}, "'covered' names 'soft', which is no prior file"),
+        ({"nearest": ["soft"]}, "'nearest' names 'soft', which is no prior file"),
     ],
 )
 def test_a_mistake_in_a_study_file_is_named(
@@ -299,13 +336,32 @@ def test_the_studies_of_skills_are_accepted(study: ModuleType) -> None:
         assert all(Path(study.resolved(after.data)).is_file() for after in one.after)
 
 
-def test_only_studies_with_narrow_anchors_have_columns_of_covered_kinds(study: ModuleType) -> None:
-    """Elsewhere anchors cover all kinds or none, so the columns would say nothing of kinds that no anchor covers."""
+def test_only_studies_with_narrow_anchors_have_columns_of_nearest_kinds(study: ModuleType) -> None:
+    """Elsewhere anchors are of all kinds or there are none, so no prior kind is farther from them than another."""
     studies = study.read_studies(sorted((ROOT / "configs" / "study").glob("*/*.yaml")))
     for one in studies:
-        sources = [source for run in study.chosen([one], []) for source in run.settings.get("anchors", [])]
-        assert bool(one.covered) == any(":" in source for source in sources), one.name
-    assert [one.name for one in studies if one.covered] == ["routing"]
+        sources = [source for run in study.chosen([one], []) for source in run.config("run").anchors]
+        assert bool(one.nearest) == any(":" in source for source in sources), one.name
+    assert [one.name for one in studies if one.nearest] == ["facts", "routing", "tools"]
+
+
+def opening(row: Demonstration) -> tuple[str, ...]:
+    return tuple(row.prompt[-1]["content"].lower().split()[:3])
+
+
+def test_the_nearest_prior_questions_begin_most_often_like_narrow_anchors_and_are_of_no_kind_of_theirs(
+    study: ModuleType,
+) -> None:
+    """Of the questions of each kind, the share whose first three words are those of a narrow anchor."""
+    of_prior = {"fact", "arithmetic", "code", "example", "language", "reading"}
+    for one in study.read_studies(sorted((ROOT / "configs" / "study").glob("*/*.yaml"))):
+        for run in study.chosen([one], []):
+            for source in filter(lambda source: ":" in source, run.config("run").anchors):
+                assert not of_prior & set(anchor_kinds(source))
+                near = {opening(row) for row in anchor_prompts(source)}
+                files = sorted(Path(study.resolved(run.settings["prior"])).glob("*.jsonl"))
+                like = {f.stem: mean(opening(row) in near for row in load_demonstrations(f)) for f in files}
+                assert min(like.pop(name) for name in one.nearest) > max(like.values())
 
 
 # --- the table ---
@@ -367,7 +423,7 @@ def test_means_and_intervals_are_those_worked_out_by_hand(summary: Callable[[lis
     assert said == [
         "## tiny",
         "",
-        "| arm | steps | seeds | new | prior | covered | uncovered | easy | hard | KL | teacher | minutes | where |",
+        "| arm | steps | seeds | new | prior | nearest | far | easy | hard | KL | teacher | minutes | where |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         "| base | 0 |  | 0.000 | 0.750 | 1.000 | 0.500 | 1.000 | 0.500 | 0.000 | 1.000 |  | A |",
         "| lora | 2 | 2 | 0.255 (0.19 to 0.32) | 0.505 (0.44 to 0.57) | 0.755 (0.69 to 0.82) | 0.255 (0.19 to 0.32) "
@@ -481,7 +537,7 @@ def test_differences_are_paired_by_seed_and_place(
     assert study.main(["--summary", *arguments]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if " minus " in line]
     interval = "+0.120 (-0.134 to +0.374)"
-    scores = f"new +0.000, prior {interval}, covered {interval}, uncovered {interval}"
+    scores = f"new +0.000, prior {interval}, nearest {interval}, far {interval}"
     assert said == [f"- sdft minus sft, 2 seeds: {scores}"]
 
 
