@@ -26,7 +26,15 @@ from conftest import (
     row_log_probs,
     same,
 )
-from formulas import advantages, chosen, judged, mean_over_rows, moved, trained_in_one_and_two
+from formulas import (
+    advantages,
+    chosen,
+    judged,
+    mean_over_rows,
+    moved,
+    trained_in_one_and_two,
+    trained_whole_and_in_parts,
+)
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import Verdict, load_demonstrations
@@ -255,6 +263,12 @@ def test_other_samples_of_a_later_model_are_refused(in_order: Settings) -> None:
         train(config, resume=True)
 
 
+def test_parts_of_a_batch_learn_from_the_models_in_order(in_order: Settings) -> None:
+    lines = trained_whole_and_in_parts(in_order, 3, {"max_steps": 3, "method_settings": {"tries": 4}})
+    assert [line["control"] for line in lines] == [0, 1, 2]
+
+
 @pytest.mark.slow
-def test_two_processes_train_to_the_weights_of_one(later: Settings, tmp_path: Path) -> None:
-    trained_in_one_and_two(later, tmp_path, {"max_steps": 3, "learning_rate": 1e-4})
+@pytest.mark.parametrize("own", [{"later": []}, {}], ids=["one model", "in order"])
+def test_two_processes_train_to_the_weights_of_one(in_order: Settings, tmp_path: Path, own: dict[str, Any]) -> None:
+    trained_in_one_and_two(in_order, tmp_path, {"max_steps": 3, "learning_rate": 1e-4, "method_settings": own})
