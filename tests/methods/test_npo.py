@@ -263,6 +263,7 @@ def test_other_samples_of_a_later_model_are_refused(in_order: Settings) -> None:
         train(config, resume=True)
 
 
+@pytest.mark.slow  # tests/methods/test_hints.py has a controller with parts of a batch
 def test_parts_of_a_batch_learn_from_the_models_in_order(in_order: Settings) -> None:
     lines = trained_whole_and_in_parts(in_order, 3, {"max_steps": 3, "method_settings": {"tries": 4}})
     assert [line["control"] for line in lines] == [0, 1, 2]
