@@ -85,7 +85,9 @@ def test_the_first_right_sample_of_the_later_model(later: Settings, capsys: pyte
     assert not run.teachers  # it is not held
 
 
-@pytest.mark.parametrize("values", [{}, {"gradient_accumulation_steps": 3}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{}, {"gradient_accumulation_steps": 3, "method_settings": {"weight": 0.3}}], ids=str
+)
 def test_npo_is_grpo_with_a_success_in_place_of_a_failure(later: Settings, values: dict[str, Any]) -> None:
     run = moved(later(learning_rate=1e-2, **values))
     ids = [run.loaded.tokenizer("abba")["input_ids"] + [ENDS[0]], [], [1, 2, ENDS[0]]]
@@ -93,10 +95,11 @@ def test_npo_is_grpo_with_a_success_in_place_of_a_failure(later: Settings, value
     samples = run.stage.task.method.sequence(run.loaded, examples, 1)
     rewards = [0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]  # of the first prompt no sample is right, nor of the second
     student = copy.deepcopy(run.loaded.model).double()
-    losses = []
+    weight, losses = run.config.method_settings.get("weight", 1), []
     for number, advantage in enumerate(advantages([0.0, 0.5, 1.0, *rewards[3:]], 3)):
         learnt = ids[0] if number == 2 else samples[number].ids
-        losses.append(-advantage * chosen(row_log_probs(student, samples[number].example.student_ids, learnt), learnt))
+        log_p_T = chosen(row_log_probs(student, samples[number].example.student_ids, learnt), learnt)
+        losses.append(-advantage * log_p_T * (weight if number == 2 else 1))
     loss = mean_over_rows(losses)
     loss.backward()
     (result,) = judged(run, samples, rewards)
