@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import selfdistill as sd
+from selfdistill.data.bundled import packaged
 
 FIELDS = "python:selfdistill.data.bundled.checks.fields"
 COMMON: dict[str, Any] = {"scorer": FIELDS, "mixed_precision": "bf16", "max_completion_length": 40}
@@ -38,7 +39,7 @@ def trained(folder: Path, model: str, skill: str, seed: int, **settings: Any) ->
     final = folder / "final"
     if not final.is_dir():
         fixed: dict[str, Any] = {"seed": seed, "save_steps": 0, "drift_steps": 0, "view_rows": 0}
-        sd.train(model, f"bundled:{skill}.train.jsonl", output_dir=folder, **COMMON | fixed | settings)
+        sd.train(model, packaged(f"{skill}.train.jsonl"), output_dir=folder, **COMMON | fixed | settings)
     return str(final)
 
 
@@ -54,9 +55,9 @@ def main(directory: str, seed: str = "0", model: str = "smollm2-135m") -> None:
     named = {"base": model, "source": source, "rewarded": rewarded, "target": target, "merged": str(merged)}
     print(f"| model | {SOURCE} | {TARGET} | prior |\n|---|---|---|---|")
     for name, place in named.items():
-        source_test, target_test = (f"bundled:{skill}.test.jsonl" for skill in (SOURCE, TARGET))
+        source_test, target_test = (packaged(f"{skill}.test.jsonl") for skill in (SOURCE, TARGET))
         transferred = sd.evaluate(place, source_test, **COMMON)
-        kept = sd.evaluate(place, target_test, prior="bundled:prior/test", **COMMON)
+        kept = sd.evaluate(place, target_test, prior=packaged("prior/test"), **COMMON)
         print(f"| {name} | {transferred.accuracy:.2f} | {kept.accuracy:.2f} | {kept.prior_accuracy:.2f} |", flush=True)
 
 
