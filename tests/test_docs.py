@@ -235,6 +235,8 @@ def test_tables_name_what_there_is() -> None:
     assert scorers == [*SCORER_NAMES, "code", "judge", "python:module.function"]
     methods = [cell.strip("`") for cell in first_cells("docs/methods.md", "## Formulas and cost of every method")]
     assert sorted(methods) == sorted([*METHODS, "merge"])  # a command that takes a method's place
+    advised = PAGES["docs/methods.md"].split("## Which method?")[1].split("\n\n")[1]
+    assert set(METHODS) <= set(re.findall(r"`(\w+)`", advised))
     settings = re.findall(r"`([\w]+)`", " ".join(first_cells("docs/methods.md", "## Settings of the loss")))
     assert set(settings) <= set(TrainConfig.model_fields)
 

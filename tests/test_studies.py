@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from results_pages import results_text
+from safetensors.torch import load_file
 
 from selfdistill.config import CheckConfig
 from selfdistill.continual.learn import retention_matrix
@@ -218,6 +219,32 @@ def test_the_table_of_the_documents_is_what_was_measured() -> None:
     assert set(found) == {"base", "oracle RAG", *knowledge.RUNS}
     for name, runs in found.items():
         assert re.sub(r"\b0\.", ".", knowledge.line(name, runs)) in text
+
+
+@pytest.mark.slow
+def test_a_skill_is_moved_by_a_difference_of_weights(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    past = study("past")
+    monkeypatch.setattr(past, "packaged", cut(tmp_path, 3))
+    short = {"max_completion_length": 100, "mixed_precision": "no"}
+    monkeypatch.setattr(past, "COMMON", past.COMMON | short)
+    for name in ("SFT", "REWARDED"):
+        monkeypatch.setattr(past, name, getattr(past, name) | {"max_steps": 2, "batch_size": 2})
+    past.main(str(tmp_path / "made"), "0", model)
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [
+        f"| {name}" for name in ("base", "source", "rewarded", "target", "merged")
+    ]
+    weights = {
+        name: load_file(tmp_path / "made" / name / ("" if name == "merged" else "final") / "model.safetensors")
+        for name in ("source", "rewarded", "target", "merged")
+    }
+    for name, merged in weights["merged"].items():
+        moved = weights["rewarded"][name] - weights["source"][name]
+        assert torch.allclose(merged, weights["target"][name] + moved, atol=1e-6)
+    past.main(str(tmp_path / "made"), "0", model)
+    assert capsys.readouterr().out.splitlines() == table
 
 
 @pytest.mark.slow

@@ -22,12 +22,16 @@ from selfdistill.methods.checking import to_score, verdicts_on
 from selfdistill.methods.encoders import encoder_of, with_teachers_window
 from selfdistill.methods.episodes import EpisodeRules, episode_rules, play, rules_of, with_environment
 from selfdistill.methods.examples import DemonstrationExamples, OtherRows, examples_of_prompts, repeated_prompts
-from selfdistill.methods.guides import GuidedAfterFailure
 from selfdistill.methods.hints import shows_parts
 from selfdistill.methods.own import check_losses, own_errors, own_stages
-from selfdistill.methods.prefixes import GuidedSamples
 from selfdistill.methods.samples_file import SamplesFile
-from selfdistill.methods.sequences import ColdStart, Completion, DatasetCompletions
+from selfdistill.methods.sequences import (
+    ColdStart,
+    Completion,
+    DatasetCompletions,
+    LearnsOtherPrompts,
+    SamplesOtherPrompts,
+)
 from selfdistill.methods.slots import (
     FROZEN,
     Checker,
@@ -54,13 +58,13 @@ __all__ = [
     "DemonstrationExamples",
     "EpisodeRow",
     "EpisodeRules",
-    "GuidedAfterFailure",
-    "GuidedSamples",
+    "LearnsOtherPrompts",
     "Method",
     "OtherRows",
     "Part",
     "Parts",
     "SamplesFile",
+    "SamplesOtherPrompts",
     "Selection",
     "State",
     "anchors",

@@ -8,9 +8,9 @@ loss is under the prompt without the guide, so the model learns to do without. W
 
 Differences: the authors' actions are an agent's; here they are the lines or sentences of a text. We did not find how
 many samples of a group are guided. The default is half, so that failed samples of the prompt alone give right ones an
-advantage even if all guided samples are right. A try has as many samples. The ratio of the probabilities without and
-with the guide is not corrected for, unless ``importance_cap`` is set. The search is in
-:mod:`selfdistill.methods.guides`.
+advantage even if all guided samples are right. A try has as many samples. Theirs is for groups without any reward;
+here partial ones below ``success_reward`` count as failed, too. The ratio of the probabilities without and with the
+guide is not corrected for, unless ``importance_cap`` is set. The search is in :mod:`selfdistill.methods.guides`.
 """
 
 from __future__ import annotations

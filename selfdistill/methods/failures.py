@@ -187,19 +187,22 @@ class ModelInTurn(Schedule):
 class RescuedAdvantages(GroupAdvantages):
     """Group advantages, where the last sample of a group without a right one is the example's completion, if any.
 
-    It has a reward of 1.
+    It has a reward of 1, and ``weight`` times the advantage.
     """
 
     success_reward: float
+    weight: float
     model: int = 0
     """0: ``completion_ids``; n: the n-th of ``later_ids``."""
 
     def __call__(
         self, samples: Sequence[Completion], verdicts: Sequence[Verdict], encode: ContextEncoder
     ) -> list[Completion]:
-        learnt, judged = list(samples), list(verdicts)
+        learnt, judged, rescued = list(samples), list(verdicts), set()
         for last in (first + self.group - 1 for first in failed_groups(verdicts, self.group, self.success_reward)):
             example = samples[last].example
             if ids := (example.completion_ids, *example.later_ids)[self.model]:
                 learnt[last], judged[last] = Completion(example, ids, None, False), Verdict(1.0)
-        return super().__call__(learnt, judged, encode)
+                rescued.add(last)
+        found = super().__call__(learnt, judged, encode)
+        return [replace(x, factor=self.weight * x.factor) if n in rescued else x for n, x in enumerate(found)]

@@ -12,8 +12,9 @@ order, each for an equal part of the steps; the distance is the user's. A run pr
 print the variance: the large weights are rare among samples of p_later, so 64 samples show too small a variance, and
 one near 0 if the models differ much. ``eval --base`` measures their KL instead. Samples are drawn once, before the
 first step, so that no later model need stay in memory. We did not find how the authors weight z, which comes from
-another policy; here it counts as the student's own, with a reward of 1. Right means a reward of ``success_reward``. The
-number of tries is a setting. How samples are drawn, and how z replaces y_G, is in :mod:`selfdistill.methods.failures`.
+another policy; here it has a reward of 1, and by default counts as the student's own (``weight``). Right means a reward
+of ``success_reward``. The number of tries is a setting. How samples are drawn, and how z replaces y_G, is in
+:mod:`selfdistill.methods.failures`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class NpoSettings(Settings):
     """Maximum samples of the later model per prompt, until one is right."""
     later: tuple[str, ...] = ()
     """Models after ``teacher_model``, in order: the run moves on to them, each for an equal part of its steps."""
+    weight: float = Field(default=1.0, gt=0)
+    """Factor on the loss of a later model's sample."""
 
 
 def npo(config: TrainConfig) -> tuple[Method, ...]:
@@ -47,7 +50,7 @@ def npo(config: TrainConfig) -> tuple[Method, ...]:
         raise UserError("setting 'teacher_model': npo needs a later checkpoint, to learn from its right samples")
     how: dict[str, Any] = {"sampling": sampling_of(config), "seed": config.seed, "batch_size": config.batch_size}
     how |= {"tries": own.tries, "success_reward": config.success_reward, "config": config}
-    select = RescuedAdvantages(rewarded.sequence.per_example, config.success_reward)
+    select = RescuedAdvantages(rewarded.sequence.per_example, config.success_reward, own.weight)
     method = replace(rewarded, select=select)
     if not own.later:
         return (replace(method, drawn=OthersSuccesses(model=first, **how)),)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
-from selfdistill.data import Example, Message, Verdict, own_tokens, pictures_in, reply_spans
+from selfdistill.data import ContextEncoder, Example, Message, Verdict, own_tokens, pictures_in, reply_spans
 from selfdistill.errors import RESUME, EngineFailed, RunStopped
 from selfdistill.methods.samples_file import Sample, SamplesFile
 from selfdistill.model import LoadedModel, Sampling, prompts_at_a_time, sample, sample_seed
@@ -89,6 +89,29 @@ class SequenceSource(Protocol):
         ...
 
     def __call__(self, loaded: LoadedModel, examples: Sequence[Example], step: int) -> list[Completion]: ...
+
+
+@runtime_checkable
+class LearnsOtherPrompts(Protocol):
+    """A source that may also have this: its samples are learnt under prompts other than the examples'."""
+
+    def longest_example(self, example: Example, encode: ContextEncoder) -> Example:
+        """The example with about the longest prompt that it is sampled with; for memory plans."""
+        ...
+
+
+@runtime_checkable
+class SamplesOtherPrompts(Protocol):
+    """A source that may also have this: samples of other prompts replace some; they are learnt under the examples'."""
+
+    @property
+    def replaced(self) -> int:
+        """How many of an example's completions they may replace."""
+        ...
+
+    def longest_prompt(self, example: Example, encode: ContextEncoder) -> list[int]:
+        """About the longest prompt of such a sample; for memory plans."""
+        ...
 
 
 def seeds_of(examples: Sequence[Example], count: int, seed: int, step: int) -> list[list[int]]:

@@ -11,10 +11,10 @@ from selfdistill.data import ChatFormat, Demonstration
 from selfdistill.errors import UserError
 from selfdistill.evaluation import LAYOUTS
 from selfdistill.methods import (
-    GuidedAfterFailure,
-    GuidedSamples,
+    LearnsOtherPrompts,
     Method,
     Part,
+    SamplesOtherPrompts,
     encoder_of,
     rules_of,
     stages_of,
@@ -89,12 +89,12 @@ def _planned(
     encode = encoder_of(config, chat, loaded.window)
     if method.select is not None:
         examples = [method.select.longest(x, longest, encode) for x in examples]
-    if isinstance(method.sequence, GuidedSamples):
+    if isinstance(method.sequence, LearnsOtherPrompts):
         examples = [method.sequence.longest_example(x, encode) for x in examples]
-    guided: list[list[int]] = []
-    if isinstance(method.sequence, GuidedAfterFailure):
-        guided = [method.sequence.longest_prompt(x, encode) for x in examples]
-    return PlannedPart(method, part.share, examples, sampling, part.same_samples, guided)
+    others: list[list[int]] = []
+    if isinstance(method.sequence, SamplesOtherPrompts):
+        others = [method.sequence.longest_prompt(x, encode) for x in examples]
+    return PlannedPart(method, part.share, examples, sampling, part.same_samples, others)
 
 
 def planned_methods(config: TrainConfig) -> list[Method]:

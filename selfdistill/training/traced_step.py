@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from selfdistill.config import TrainConfig
 from selfdistill.data import Example, pictures_in
 from selfdistill.loss import CrossEntropy, Head, chunked_loss
-from selfdistill.methods import FROZEN, ColdStart, GuidedAfterFailure, Method
+from selfdistill.methods import FROZEN, ColdStart, Method, SamplesOtherPrompts
 from selfdistill.model import (
     FilledCache,
     ForwardOutput,
@@ -86,8 +86,8 @@ class PlannedPart:
     """How the completions are sampled; None if they come from the examples."""
     same_samples: bool = False
     """Whether they are the samples of the stage's first part."""
-    guided: list[Ids] = field(default_factory=list)
-    """The examples' prompts with a guide; empty for a method without guides."""
+    other_prompts: list[Ids] = field(default_factory=list)
+    """Prompts of the samples that may replace some; empty for a sequence source without them."""
 
     def rows(self, config: TrainConfig, device: Device) -> int:
         """Completions of a step on one process."""
@@ -148,9 +148,9 @@ class TracedStep:
         for part in parts:
             prompts += longest([x.student_ids for x in part.examples], part.rows(self._config, self._device))
         found = self._sampled(self.loaded, longest(prompts, len(prompts)), policy, "sampling")
-        if isinstance(sequence, GuidedAfterFailure):
-            count = math.ceil(len(prompts) * sequence.replaced / sequence.group)
-            found |= self._sampled(self.loaded, longest(parts[0].guided, count), policy, "sampling", "guided ")
+        if isinstance(sequence, SamplesOtherPrompts):
+            count = math.ceil(len(prompts) * sequence.replaced / sequence.per_example)
+            found |= self._sampled(self.loaded, longest(parts[0].other_prompts, count), policy, "sampling", "again ")
         return found
 
     def drawing(self, part: PlannedPart, others: dict[str, LoadedModel]) -> Segments:

@@ -29,7 +29,7 @@ from selfdistill.config.train import TrainConfig
 from selfdistill.data import load_demonstrations
 from selfdistill.errors import EngineFailed, RunFailed, RunStopped, UserError
 from selfdistill.evaluation.evaluate import evaluate
-from selfdistill.methods import Method, Part
+from selfdistill.methods import METHODS, Method, Part
 from selfdistill.methods.examples import OtherRows
 from selfdistill.methods.sft import sft
 from selfdistill.runtime.files import folder_lock
@@ -108,6 +108,26 @@ def test_every_method_and_seed_is_run_measured_and_kept(
     page = tmp_path / "report.html"
     report(ReportConfig(runs=[str(folder)], output=str(page)))
     assert "sdft 0.001 seed 1" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_every_method_of_the_package_can_be_compared(
+    settings: Callable[..., CompareConfig],
+    write_rows: Callable[..., Path],
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    told = {"completion": "Aa b.\nCc d.", "privileged_context": "Say a.\nSay c.", "document": "Aa b is before Cc d."}
+    rows = [{"prompt": f"q{i}", **told, "scorer": "regex", "answer": r"[\s\S]{4,}"} for i in range(4)]
+    general = tmp_path / "general.txt"
+    general.write_text("Who?\n\nWhy is that so?\n", encoding="utf-8")
+    shared: dict[str, Any] = {"data": str(write_rows(rows, name="whole.jsonl")), "general_prompts": str(general)}
+    other = str(model_folder(ends=ENDS, layers=1, seed=1))  # of npo and t3s; it also teaches what has a teacher
+    shared |= {"prior": None, "max_completion_length": 16, "teacher_model": other, "seeds": "0"}
+    config = settings(**shared, methods=",".join(METHODS))
+    runs = compare(config).details["runs"]
+    assert [run["method"] for run in runs] == list(METHODS)
+    assert [[one["step"] for one in run["evaluations"]] for run in runs] == len(METHODS) * [[0, 1, 2]]
 
 
 @pytest.mark.slow

@@ -95,8 +95,22 @@ def trained_in_one_and_two(
     one, two = make("one", **values | {"fsdp": False}), make("two", **values)
     train(one)
     train_together(two, tmp_path)
-    assert share_apart(final_weights(one), final_weights(two)) < 1e-4
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+    return _same_training(one, two)
+
+
+def trained_whole_and_in_parts(
+    make: Callable[..., TrainConfig], parts: int, values: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Train on whole batches and on parts of them: weights and metrics must be the same. Returns the metrics."""
+    whole, divided = make("whole", **values), make("divided", gradient_accumulation_steps=parts, **values)
+    train(whole)
+    train(divided)
+    return _same_training(whole, divided)
+
+
+def _same_training(one: TrainConfig, other: TrainConfig) -> list[dict[str, Any]]:
+    assert share_apart(final_weights(one), final_weights(other)) < 1e-4
+    for a, b in zip(metrics_of(one), metrics_of(other), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
     return metrics_of(one)
 

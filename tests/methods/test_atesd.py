@@ -25,7 +25,7 @@ from conftest import (
     row_log_probs,
     same,
 )
-from formulas import assert_gradient, kl, moved
+from formulas import assert_gradient, kl, moved, trained_whole_and_in_parts
 from scipy.stats import beta
 from torch import Tensor
 
@@ -200,6 +200,15 @@ def test_a_killed_run_goes_on_with_its_controller(reasoned: Settings, values: di
     shares = [line["control"] for line in metrics_of(cut)]
     assert shares[0::2][:4] == shares[1::2]
     assert len(set(shares)) == 5
+
+
+def test_parts_of_a_batch_teach_its_controller_as_the_whole(reasoned: Settings) -> None:
+    lines = trained_whole_and_in_parts(
+        reasoned, 4, {"batch_size": 4, "max_steps": 5, "method_settings": {"hold": 1, "rate": 20.0}}
+    )
+    untaught = controller_of(reasoned(method_settings={"hold": 1, "rate": 0.0}))
+    drawn = [untaught.value(untaught.start, step, 5) for step in range(5)]
+    assert max(abs(line["control"] - share) for line, share in zip(lines, drawn, strict=True)) > 1e-3
 
 
 @pytest.mark.slow  # tests/methods/test_hints.py has a controller in two processes

@@ -28,7 +28,7 @@ from conftest import (
     same,
     share_apart,
 )
-from formulas import assert_gradient, kl, moved
+from formulas import assert_gradient, kl, moved, trained_whole_and_in_parts
 from torch import Tensor
 
 from selfdistill.config.train import TrainConfig
@@ -298,6 +298,11 @@ def test_what_a_controller_remembers_is_in_the_checkpoint(follower: Settings) ->
 def test_a_method_without_a_controller_is_the_same_at_every_step(worded: Settings) -> None:
     ((part,),) = stages_of(worded())
     assert part.method.at(3, 7) is part.method
+
+
+def test_parts_of_a_batch_see_the_hints_of_the_whole(worded: Settings) -> None:
+    lines = trained_whole_and_in_parts(worded, 3, {"hint": "0:1", "max_steps": 3})
+    assert [line["control"] for line in lines] == [0, 0.5, 1]
 
 
 @pytest.mark.parametrize("hint", ["0:1", pytest.param("shortest", marks=pytest.mark.slow)])

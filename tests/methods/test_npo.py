@@ -26,7 +26,15 @@ from conftest import (
     row_log_probs,
     same,
 )
-from formulas import advantages, chosen, judged, mean_over_rows, moved, trained_in_one_and_two
+from formulas import (
+    advantages,
+    chosen,
+    judged,
+    mean_over_rows,
+    moved,
+    trained_in_one_and_two,
+    trained_whole_and_in_parts,
+)
 
 from selfdistill.config.train import TrainConfig
 from selfdistill.data import Verdict, load_demonstrations
@@ -77,7 +85,9 @@ def test_the_first_right_sample_of_the_later_model(later: Settings, capsys: pyte
     assert not run.teachers  # it is not held
 
 
-@pytest.mark.parametrize("values", [{}, {"gradient_accumulation_steps": 3}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{}, {"gradient_accumulation_steps": 3, "method_settings": {"weight": 0.3}}], ids=str
+)
 def test_npo_is_grpo_with_a_success_in_place_of_a_failure(later: Settings, values: dict[str, Any]) -> None:
     run = moved(later(learning_rate=1e-2, **values))
     ids = [run.loaded.tokenizer("abba")["input_ids"] + [ENDS[0]], [], [1, 2, ENDS[0]]]
@@ -85,10 +95,11 @@ def test_npo_is_grpo_with_a_success_in_place_of_a_failure(later: Settings, value
     samples = run.stage.task.method.sequence(run.loaded, examples, 1)
     rewards = [0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]  # of the first prompt no sample is right, nor of the second
     student = copy.deepcopy(run.loaded.model).double()
-    losses = []
+    weight, losses = run.config.method_settings.get("weight", 1), []
     for number, advantage in enumerate(advantages([0.0, 0.5, 1.0, *rewards[3:]], 3)):
         learnt = ids[0] if number == 2 else samples[number].ids
-        losses.append(-advantage * chosen(row_log_probs(student, samples[number].example.student_ids, learnt), learnt))
+        log_p_T = chosen(row_log_probs(student, samples[number].example.student_ids, learnt), learnt)
+        losses.append(-advantage * log_p_T * (weight if number == 2 else 1))
     loss = mean_over_rows(losses)
     loss.backward()
     (result,) = judged(run, samples, rewards)
@@ -255,6 +266,13 @@ def test_other_samples_of_a_later_model_are_refused(in_order: Settings) -> None:
         train(config, resume=True)
 
 
+@pytest.mark.slow  # tests/methods/test_hints.py has a controller with parts of a batch
+def test_parts_of_a_batch_learn_from_the_models_in_order(in_order: Settings) -> None:
+    lines = trained_whole_and_in_parts(in_order, 3, {"max_steps": 3, "method_settings": {"tries": 4}})
+    assert [line["control"] for line in lines] == [0, 1, 2]
+
+
 @pytest.mark.slow
-def test_two_processes_train_to_the_weights_of_one(later: Settings, tmp_path: Path) -> None:
-    trained_in_one_and_two(later, tmp_path, {"max_steps": 3, "learning_rate": 1e-4})
+@pytest.mark.parametrize("own", [{"later": []}, {}], ids=["one model", "in order"])
+def test_two_processes_train_to_the_weights_of_one(in_order: Settings, tmp_path: Path, own: dict[str, Any]) -> None:
+    trained_in_one_and_two(in_order, tmp_path, {"max_steps": 3, "learning_rate": 1e-4, "method_settings": own})

@@ -217,8 +217,10 @@ def test_a_killed_run_reads_its_prefixes(guided: Settings, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_two_processes_train_to_the_weights_of_one(guided: Settings, tmp_path: Path) -> None:
-    trained_in_one_and_two(guided, tmp_path, {"max_steps": 3, "batch_size": 3})
+@pytest.mark.parametrize("where", ["reply", "prompt"])
+def test_two_processes_train_to_the_weights_of_one(guided: Settings, tmp_path: Path, where: str) -> None:
+    values: dict[str, Any] = {"max_steps": 3, "batch_size": 3, "method_settings": {"where": where}}
+    trained_in_one_and_two(guided, tmp_path, values)
 
 
 def test_a_row_needs_a_demonstration_to_take_prefixes_from(guided: Settings, write_rows: Callable[..., Path]) -> None:

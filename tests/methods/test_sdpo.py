@@ -28,7 +28,7 @@ from conftest import (
     largest_difference,
     metrics_of,
 )
-from formulas import chosen, judged, kl, mean_over_rows, moved, trained_in_one_and_two
+from formulas import chosen, judged, kl, mean_over_rows, moved, trained_in_one_and_two, trained_whole_and_in_parts
 from torch import Tensor
 
 from selfdistill.cli import main
@@ -479,7 +479,8 @@ def test_anchors_are_learnt_where_the_task_has_nothing(
 
 COMMON: dict[str, Any] = {"method": "sdpo", "batch_size": 3, "max_steps": 4, "save_steps": 2, "drift_steps": 2}
 OWN: dict[str, Any] = {"context": "turns", "ema_rate": 0.3}
-MIXED: dict[str, Any] = {"method_settings": OWN | {"grpo": 0.3}}
+TRUSTED: dict[str, Any] = {"context": "turns", "trust_region": 0.3}
+MIXED, TRUSTED_MIXED = ({"method_settings": own | {"grpo": 0.3}} for own in (OWN, TRUSTED))
 
 
 def test_metrics_of_a_mixture(all_of_them: Settings) -> None:
@@ -495,10 +496,9 @@ def test_metrics_of_a_mixture(all_of_them: Settings) -> None:
     assert all(bool(found) == bool(line["learnt"]) for found, line in zip(gains, metrics_of(config), strict=True))
 
 
-@pytest.mark.parametrize("own", [OWN, {"context": "turns", "trust_region": 0.3}], ids=str)
-def test_a_killed_run_goes_on_to_the_same_bits(all_of_them: Settings, own: dict[str, Any]) -> None:
-    values = COMMON | {"method_settings": own | {"grpo": 0.3}}
-    whole, cut = (all_of_them(name, **values) for name in ("whole", "cut"))
+@pytest.mark.parametrize("values", [MIXED, TRUSTED_MIXED], ids=str)
+def test_a_killed_run_goes_on_to_the_same_bits(all_of_them: Settings, values: dict[str, Any]) -> None:
+    whole, cut = (all_of_them(name, **COMMON | values) for name in ("whole", "cut"))
     train(whole)
     with pytest.raises(Cut):
         train(cut, on_step=crash_at(3))
@@ -506,14 +506,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(all_of_them: Settings, own: dict[
     assert_same_run(whole, cut)
 
 
-def test_micro_batches_do_not_change_the_weights(all_of_them: Settings) -> None:
-    one, three = (
-        all_of_them("one", **COMMON | MIXED),
-        all_of_them("three", **COMMON | MIXED, gradient_accumulation_steps=3),
-    )
-    train(one)
-    train(three)
-    assert largest_difference(final_weights(one), final_weights(three)) < 1e-5
+@pytest.mark.parametrize("values", [MIXED, TRUSTED_MIXED], ids=str)
+def test_parts_of_a_batch_train_to_the_weights_of_the_whole(all_of_them: Settings, values: dict[str, Any]) -> None:
+    trained_whole_and_in_parts(all_of_them, 3, COMMON | values)
 
 
 @pytest.mark.parametrize(
@@ -525,6 +520,7 @@ def test_micro_batches_do_not_change_the_weights(all_of_them: Settings) -> None:
             id="sharded",
             marks=pytest.mark.slow,
         ),
+        pytest.param(TRUSTED_MIXED, id="trusted", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_to_the_weights_of_one(

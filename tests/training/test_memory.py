@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -15,8 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdistill.config import MethodName, TrainConfig
-from selfdistill.data import load_demonstrations
-from selfdistill.methods import stages_of
+from selfdistill.data import ContextEncoder, Example, load_demonstrations
+from selfdistill.methods import METHODS, stages_of
+from selfdistill.methods.sequences import StudentSamples
 from selfdistill.model.device import LOSS_LOGITS, PLAIN_ATTENTION_TOKENS
 from selfdistill.training.memory import MemoryPlanner
 from selfdistill.training.traced_step import Device
@@ -308,6 +310,36 @@ def test_the_plan_counts_the_prefixes_in_prompts(make: Make, one_layer: str, wri
     for phase in ("sampling", "student"):
         assert least[phase] < 0.95 * expected[phase]
         assert found[phase] == expected[phase]
+
+
+class LearnsMore(StudentSamples):
+    """A source as a user may write it, whose samples are learnt under longer prompts."""
+
+    def longest_example(self, example: Example, encode: ContextEncoder) -> Example:
+        return replace(example, student_ids=example.student_ids + 400 * [1])
+
+
+class SamplesMore(StudentSamples):
+    """The same, of which half of a group may come from longer prompts and is learnt without them."""
+
+    replaced = 2
+
+    def longest_prompt(self, example: Example, encode: ContextEncoder) -> list[int]:
+        return example.student_ids + 400 * [1]
+
+
+@pytest.mark.parametrize(("kind", "longer"), [(LearnsMore, {"sampling", "student"}), (SamplesMore, {"sampling"})])
+def test_the_plan_asks_a_source_of_ones_own_for_its_longest_prompts(
+    make: Make, one_layer: str, monkeypatch: pytest.MonkeyPatch, kind: type[StudentSamples], longer: set[str]
+) -> None:
+    config = make(model=one_layer, method="grpo", num_generations=4, scorer="exact")
+    plain = phases_of(config)
+    (method,) = METHODS["grpo"](config)
+    assert isinstance(method.sequence, StudentSamples)
+    own = kind(method.sequence.sampling, method.sequence.num_generations, method.sequence.seed)
+    monkeypatch.setitem(METHODS, "grpo", lambda _: (replace(method, sequence=own),))
+    found = phases_of(config)
+    assert {name for name in plain if found[name] > plain[name]} == longer
 
 
 @pytest.mark.parametrize(

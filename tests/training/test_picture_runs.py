@@ -424,7 +424,7 @@ def test_the_plan_of_memory_keeps_the_pictures_of_longer_prompts(
     demonstrations = load_demonstrations(config.data)
     for part in planned_stages(config, demonstrations, fake_model(config.model, dtype="auto"), 4)[0]:
         teachers = [x.teacher_ids for x in part.examples if x.teacher_ids is not None]
-        assert all(map(pictures_in, [*(x.student_ids for x in part.examples), *teachers, *part.guided]))
+        assert all(map(pictures_in, [*(x.student_ids for x in part.examples), *teachers, *part.other_prompts]))
     assert MemoryPlanner(config, demonstrations, Device("cpu", "no")).plan(config).untraced is None
 
 
