@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import yaml
 from conftest import ENDS
 
 import selfdistill as sd
+from selfdistill.cli_parser import parse
 from selfdistill.config.train import TrainConfig
 from selfdistill.data.bundled import anchor_kinds, anchor_prompts
 from selfdistill.data.demonstrations import Demonstration, load_demonstrations
@@ -334,6 +336,18 @@ def test_the_studies_of_skills_are_accepted(study: ModuleType) -> None:
             assert config.prior
             assert all(Path(path).exists() for path in (config.data, config.test, config.prior))
         assert all(Path(study.resolved(after.data)).is_file() for after in one.after)
+
+
+def test_the_worse_model_of_t3s_is_a_checkpoint_of_the_sft_beside_it(study: ModuleType) -> None:
+    file = ROOT / "configs" / "study" / "methods" / "t3s.yaml"
+    comment = "\n".join(line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
+    written = re.search(r"^selfdistill (train (?:.*\\\n)+.*)", comment, re.MULTILINE)
+    assert written
+    _, given = parse(shlex.split(written[1].replace("\\\n", " ")))
+    ours = {"output_dir", "save_steps", "view_rows", "prior", "test", "eval_steps", "drift_steps", "logging_steps"}
+    first = TrainConfig(**given).model_dump(exclude={*ours, "context"})
+    runs = [asked.config("run") for asked in study.chosen(study.read_studies([file]), ["sft"])]
+    assert [config.model_dump(exclude={*ours, "context"}) for config in runs] == [first]
 
 
 def test_only_studies_with_narrow_anchors_have_columns_of_nearest_kinds(study: ModuleType) -> None:
