@@ -115,6 +115,11 @@ def test_arms_of_the_sequence_differ_in_steps_and_share() -> None:
     plain = sequence.ARMS["sdft+anchors"]
     for skill in sequence.SKILLS:
         assert sequence.steps_of(skill, "sdft+anchors+steps") == 2 * sequence.steps_of(skill, "sdft+anchors")
+        rows, quarter = (
+            sequence.steps_of(skill, arm) * (1 - sequence.ARMS[arm]["anchor_share"])
+            for arm in ("sdft+anchors", "sdft+anchors+quarter")
+        )
+        assert quarter == pytest.approx(rows, abs=0.5)  # steps are rounded
     assert sequence.ARMS["sdft+anchors+quarter"] == plain | {"anchor_share": plain["anchor_share"] / 2}
 
 
@@ -256,7 +261,7 @@ def test_a_skill_is_moved_by_a_difference_of_weights(
 
 
 @pytest.mark.slow
-def test_spill_of_three_skills(
+def test_spill_of_skills(
     model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spill = study("spill")
