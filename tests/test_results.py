@@ -6,6 +6,7 @@ import json
 import re
 from importlib import import_module
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -14,9 +15,24 @@ from results_pages import results_text
 from selfdistill.comparison.conclusions import Compared, matched, sentences
 from selfdistill.data import load_demonstrations
 from selfdistill.environments import make_environment
+from selfdistill.evaluation import seeds_interval
 
 DOCS = Path(__file__).parent.parent / "docs"
 COMPARISONS = ("facts", "science", "science_methods", "baselines", "teacher_skill", "context")
+
+
+def page(name: str) -> str:
+    return (DOCS / f"{name}.md").read_text(encoding="utf-8")
+
+
+def said_on(name: str) -> str:
+    """The page without its line breaks."""
+    return " ".join(page(name).split())
+
+
+def lines_of(study: str) -> list[dict[str, Any]]:
+    text = (DOCS / "comparisons" / "studies" / f"{study}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
@@ -41,15 +57,14 @@ def test_a_run_compared_with_itself_loses_what_the_design_says() -> None:
             gap = matched(run["evaluations"], last.accuracy).prior_accuracy - last.prior_accuracy
             lost[run["method"]] = max(gap, lost.get(run["method"], 0))
     most = max(lost, key=lambda method: lost[method])
-    text = " ".join((DOCS / "design_running.md").read_text(encoding="utf-8").split())
     said = f"lost up to {100 * lost[most]:.0f} points ({most.upper()}; SFT up to {100 * lost['sft']:.0f})"
-    assert f"a run compared with itself {said}" in text
+    assert f"a run compared with itself {said}" in said_on("design_running")
 
 
 def test_the_tables_of_studies_are_what_their_lines_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS.parent / "studies")
     study_file, summary = import_module("study_file"), import_module("summary")
-    text = results_text() + (DOCS / "engines.md").read_text(encoding="utf-8")
+    text = results_text() + page("engines")
     files = sorted((DOCS / "comparisons" / "studies").glob("*.jsonl"))
     assert files
     for file in files:
@@ -66,8 +81,7 @@ def test_the_shop_by_kind_of_question_is_what_its_lines_say(monkeypatch: pytest.
     make_shop = import_module("make_shop")
     questions = {question.text: question for question in make_shop.questions("test")}
     asked = [questions[row.prompt[-1]["content"]].kind for row in load_demonstrations("bundled:shop.test.jsonl")]
-    lines = (DOCS / "comparisons" / "studies" / "shop.jsonl").read_text(encoding="utf-8").splitlines()
-    runs = [json.loads(line) for line in lines]
+    runs = lines_of("shop")
     kinds, arms = list(make_shop.ASKED["test"]), ("sft", "sdft", "sft+1/2", "sdft+1/2")
 
     def right(kind: str, evaluation: dict[str, Any]) -> int:
@@ -79,7 +93,7 @@ def test_the_shop_by_kind_of_question_is_what_its_lines_say(monkeypatch: pytest.
         acted = make_shop.episode(shop, question)
         calls[question.kind] = [call["function"]["name"] for m in acted for call in m.get("tool_calls", [])]
     shop.close()
-    text = (DOCS / "results_methods.md").read_text(encoding="utf-8")
+    text = page("results_methods")
     for kind in kinds:
         cells = [", ".join(f"`{name}`" for name in calls[kind]), str(asked.count(kind))]
         cells.append(", ".join({str(right(kind, run["evaluations"][0])) for run in runs}))
@@ -100,9 +114,32 @@ def test_the_shop_by_kind_of_question_is_what_its_lines_say(monkeypatch: pytest.
     assert f"{sdft}, and {sft}, to {seeds * sum(map(asked.count, refusals))} such questions" in said
 
 
+def test_what_is_said_of_lora_on_four_bits_is_what_its_lines_say() -> None:
+    runs = sorted(lines_of("precision"), key=lambda run: run["seed"])
+    lora, qlora = ([run["evaluations"][-1] for run in runs if run["arm"] == arm] for arm in ("lora", "qlora"))
+    first, second, third = (end["correct"].count("1") for end in qlora)
+    said = said_on("results_methods")
+    assert f"It learnt {first}, {second} and {third} of the {len(qlora[0]['correct'])} rows" in said
+    differences = [four["kl"] - full["kl"] for four, full in zip(qlora, lora, strict=True)]
+    found, low, high = (f"{value:.2f}".replace("0.", ".") for value in seeds_interval(differences))
+    assert f"The interval of the difference, {found}, includes 0 ({low} to {high})" in said
+
+
+def test_the_losses_beside_the_trials_of_spill_are_those_of_the_studies() -> None:
+    rows = re.findall(r"^\| (\w+) \| (SDFT|SFT) \| [\d.]+ \| [\d.]+ \| (\.\d\d) \|$", page("contexts"), re.MULTILINE)
+    assert len(rows) == 10
+    for study, method, lost in rows:
+        ends = [run["evaluations"] for run in lines_of(study) if run["arm"] == method.lower()]
+        losses = [found[0]["prior_accuracy"] - found[-1]["prior_accuracy"] for found in ends]
+        assert f"{mean(losses):.2f}" == f"0{lost}", (study, method)
+
+
 def test_the_seconds_per_step_are_those_of_the_fastest_seeds() -> None:
-    """The table on the page of methods: of each arm's three runs, which one machine made, the fastest."""
-    text = (DOCS / "methods.md").read_text(encoding="utf-8")
+    """The table on the page of methods: of each arm's three runs, which one machine made, the fastest.
+
+    And their ratios on the page of anchors.
+    """
+    text = page("methods")
     table = re.search(
         r"^\| 1 thread of an AMD EPYC \| routing.*\| tools.*\| facts.*\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE
     )
@@ -112,12 +149,14 @@ def test_the_seconds_per_step_are_those_of_the_fastest_seeds() -> None:
     found: dict[str, list[float]] = {}
     slowest = 0.0
     for name in ("routing", "tools", "facts"):
-        lines = (DOCS / "comparisons" / "studies" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        runs = [run for run in map(json.loads, lines) if run["where"]["device"] == "AMD EPYC"]
+        runs = [run for run in lines_of(name) if run["where"]["device"] == "AMD EPYC"]
         for arm in arms:
             seconds = [run["seconds"]["steps"] / run["settings"]["max_steps"] for run in runs if run["arm"] == arm]
             assert len(seconds) == 3
-            found.setdefault(arm, []).append(round(min(seconds), 1))
+            found.setdefault(arm, []).append(min(seconds))
             slowest = max(slowest, max(seconds) / min(seconds))
-    assert [found[arm] for arm in arms] == shown
-    assert f"the slowest took up to {slowest:.1f} times as long" in " ".join(text.split())
+    assert [[round(seconds, 1) for seconds in found[arm]] for arm in arms] == shown
+    assert f"the slowest took up to {slowest:.1f} times as long" in said_on("methods")
+    sft, sdft = ([f"{b / a:.1f}" for a, b in zip(found[m], found[f"{m}+1/2"], strict=True)] for m in ("sft", "sdft"))
+    said = "SFT took {} (routing), {} (tools) and {} (facts) times as long as without, ".format(*sft)
+    assert said + "SDFT {}, {} and {} times".format(*sdft) in said_on("results_anchors")

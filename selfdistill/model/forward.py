@@ -10,6 +10,7 @@ hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ class ForwardPass:
         kind: str | None = None,
     ) -> None:
         self._loaded, self._compiled, self._kind, self._window = loaded, compiled, kind, loaded.window
+        self._sharded = sharded
         self.fused = broadcast_from_rank0(lambda: head_agrees(loaded)) if sharded else head_agrees(loaded)
         self._continues = not sharded and can_continue_cache(loaded)
         self._keeps = self.fused and self._continues and has_full_attention(loaded.model.config.get_text_config())
@@ -123,8 +125,9 @@ class ForwardPass:
         body, head = parts
         trainable = tuple(p for p in head.parameters() if p.requires_grad)
         hidden_of: dict[int, Tensor] = {}
+        lengths = [len(context) + len(ids) for context, ids in zip(contexts, completions, strict=True)]
         with any_length(kind):
-            passes = self._passes(model, body, contexts, prefix_cache)
+            passes = self._passes(model, body, contexts, lengths, prefix_cache)
         for one in passes:
             chosen = [completions[row] for row in one.rows]
             # Whole contexts as they are, because a slice has no pictures.
@@ -141,9 +144,15 @@ class ForwardPass:
         return self._kind or str(next(model.parameters()).device.type)
 
     def _passes(
-        self, model: Any, body: Any, contexts: Sequence[Sequence[int]], prefix_cache: PrefixCache | None
+        self,
+        model: Any,
+        body: Any,
+        contexts: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        prefix_cache: PrefixCache | None,
     ) -> list[_Pass]:
-        """The passes of a call: after cached contexts, after each prefix that several share, and of all others."""
+        """The passes of a call: after cached contexts, after each prefix that several share, and of all others by
+        length."""
         config = model.config.get_text_config()
         passes: list[_Pass] = []
         held = prefix_cache.kept(body, config, contexts) if prefix_cache else []
@@ -157,8 +166,12 @@ class ForwardPass:
             cache.batch_repeat_interleave(len(rows))
             passes.append(_Pass(rows, [length] * len(rows), partial(_last_hidden, body, cache, None, None)))
         alone = sorted(set(left) - {row for one in passes for row in one.rows})
-        if alone:
-            passes.append(_Pass(alone, [0] * len(alone), partial(_last_hidden, body, None, None, None)))
+        # Sharded models need the same passes on all ranks, and compiled layers would be recompiled for a single row.
+        in_one = self._sharded or (torch.is_grad_enabled() and self._compiled is not None)
+        worth_it = math.inf if in_one else pass_tokens(self._kind_of(model))
+        for group in similar_lengths([lengths[row] for row in alone], worth_it):
+            rows = [alone[place] for place in group]
+            passes.append(_Pass(rows, [0] * len(rows), partial(_last_hidden, body, None, None, None)))
         return passes
 
     def _shared(self, model: Any, contexts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
@@ -228,6 +241,33 @@ class ForwardPass:
         kernels = compiled.active() if compiled else _attention(model, ids_BL, kind)
         with kernels, any_length(kind) if read else nullcontext():  # a cache has any length
             return forward(ids_BL, **seen).flatten(0, 1)[index_N]
+
+
+def similar_lengths(lengths: Sequence[int], pass_tokens: float) -> list[list[int]]:
+    """Divide sequences into passes, so that little is padding.
+
+    Of all divisions of the sequences in order of their lengths, this has the fewest tokens, where each pass counts its
+    padding and ``pass_tokens`` more.
+
+    Args:
+        lengths: tokens of each sequence.
+        pass_tokens: tokens that take about as long as one more pass; infinite for one pass of all.
+
+    Returns:
+        The indices of each pass, in order.
+    """
+    order = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    fewest, cut = [0.0], [0]  # of the first n sequences: their tokens, and where the last pass begins
+    for end, last in enumerate(order, 1):
+        ways = [(fewest[start] + (end - start) * lengths[last] + pass_tokens, start) for start in range(end)]
+        tokens, start = min(ways)
+        fewest.append(tokens)
+        cut.append(start)
+    passes, end = [], len(order)
+    while end > 0:
+        passes.append(sorted(order[cut[end] : end]))
+        end = cut[end]
+    return passes
 
 
 def _logits(model: Any, ids_BL: Tensor, **seen: Any) -> Tensor:

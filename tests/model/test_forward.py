@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -28,8 +30,9 @@ from transformers import (
 
 from selfdistill.loss.chunked import chunked_loss
 from selfdistill.loss.divergence import CrossEntropy
+from selfdistill.model.compiled import CompiledLayers
 from selfdistill.model.dropout import disable_dropout
-from selfdistill.model.forward import ForwardPass
+from selfdistill.model.forward import ForwardPass, similar_lengths
 from selfdistill.model.head import body_and_head, head_agrees
 from selfdistill.model.loading import LoadedModel, adopt
 from selfdistill.model.lora import add_lora
@@ -129,7 +132,8 @@ def test_right_padding_changes_nothing(load: Loader, pad: int) -> None:
     loaded = load()
     short, long = ([CONTEXTS[0]], [COMPLETIONS[0]]), ([CONTEXTS[0], texts(90)[0]], [COMPLETIONS[0], [1]])
     alone = logits(ForwardPass(loaded)(loaded.model, *short))
-    padded = logits(ForwardPass(replace(loaded, pad_token_id=pad))(loaded.model, *long))[: len(alone)]
+    scorer = ForwardPass(replace(loaded, pad_token_id=pad), sharded=True)  # which takes one pass, whatever the padding
+    padded = logits(scorer(loaded.model, *long))[: len(alone)]
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
 
 
@@ -328,6 +332,47 @@ def test_a_shared_beginning_computed_once_gives_the_same_scores(load: Loader, wh
         assert sum(seen) < 0.6 * len(contexts) * max(
             len(c) + len(d) for c, d in zip(contexts, completions, strict=True)
         )
+
+
+@pytest.mark.parametrize("extra", [0, 3, 20, math.inf])
+def test_no_division_into_passes_has_fewer_tokens(extra: float) -> None:
+    draw = random.Random(3)
+    for _ in range(50):
+        lengths = [draw.choice([1, 2, 9, 10, 40, 41]) for _ in range(draw.randrange(1, 8))]
+        ordered = sorted(lengths)
+        cuts = [
+            [0, *inner, len(lengths)] for n in range(len(lengths)) for inner in combinations(range(1, len(lengths)), n)
+        ]
+        costs = [sum((b - a) * ordered[b - 1] + extra for a, b in pairwise(cut)) for cut in cuts]
+        passes = similar_lengths(lengths, extra)
+        assert sorted(row for rows in passes for row in rows) == list(range(len(lengths)))
+        assert sum(len(rows) * max(lengths[row] for row in rows) + extra for rows in passes) == min(costs)
+    assert similar_lengths([], extra) == []
+    assert similar_lengths([7, 40, 7], math.inf) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_of_other_lengths_take_passes_of_their_own(load: Loader, sharded: bool, compiled: bool) -> None:
+    model = load().model.double()
+    loaded = replace(load(), model=model)
+    contexts, completions = texts(90, 4, 100, 6, 5, 95), texts(3, 9, 1, 6, 12, 2, seed=8)
+    weights_NV = torch.randn(33, model.config.vocab_size, generator=torch.Generator().manual_seed(1)).double()
+    seen: list[tuple[int, ...]] = []
+    scorer = ForwardPass(loaded, CompiledLayers(loaded) if compiled else None, sharded=sharded)
+    body, _ = body_and_head(model) or pytest.fail("not separable")
+    hook = body.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"].shape), with_kwargs=True)
+    scores_NV = logits(scorer(model, contexts, completions))
+    hook.remove()
+    assert seen == ([(6, 101)] if sharded or compiled else [(3, 101), (3, 17)])
+    (weights_NV * scores_NV).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    rows = [logits(scorer(model, [a], [b])) for a, b in zip(contexts, completions, strict=True)]
+    torch.testing.assert_close(scores_NV, torch.cat(rows), rtol=1e-9, atol=1e-9)
+    (weights_NV * torch.cat(rows)).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
