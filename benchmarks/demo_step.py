@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from selfdistill.data.bundled import packaged
 from selfdistill.demo import ARMS, SHARED
 
 HERE = Path(__file__).resolve().parents[1]
@@ -33,7 +34,8 @@ def run(checkout: Path, settings: dict[str, Any]) -> list[dict[str, float]]:
         # Python looks for a module in the working directory first.
         done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"error: {checkout}: {done.stderr.strip().splitlines()[-1]}")
+            *_, last = ["no message", *done.stderr.strip().splitlines()]
+            raise SystemExit(f"error: {checkout}: exit code {done.returncode}: {last}")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines][1:]
 
@@ -48,6 +50,8 @@ def main() -> None:
     options = parser.parse_args()
     settings = {name: value for name, value in (SHARED | ARMS[options.arm]).items() if name != "test"}
     settings |= {"model": options.model, "max_steps": 1 + options.steps, "logging_steps": 1, "learning_rate": 1e-12}
+    if "anchors" in settings:
+        settings["anchors"] = packaged("anchors.jsonl")  # of this checkout in both, as are the data
     found: dict[str, list[dict[str, float]]] = {"old": [], "new": []}
     for number in range(options.rounds):
         for name, checkout in (("old", options.old.resolve()), ("new", HERE)):

@@ -1,12 +1,9 @@
-"""What the benchmarks share: alternating timings and peak memory. Linux only (memory is read from /proc; glibc)."""
+"""What the benchmarks share: alternating timings and peak memory. Linux only (memory is read from /proc)."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from selfdistill.config import TrainConfig
+from selfdistill.runtime import begin_peak, peak_memory
 from selfdistill.training.trainer import Trainer
 
 
@@ -38,12 +36,11 @@ def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int, warm_ups: int
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """Peak resident memory of the process while ``run`` runs, above what it had before."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else memory that a warm-up freed, and the allocator kept, would not count again
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present size
-    before = _status("VmRSS")
+    cpu = torch.device("cpu")
+    begin_peak(cpu)
+    before = peak_memory(cpu)
     run()
-    return _status("VmHWM") - before
+    return peak_memory(cpu) - before
 
 
 def peak_tensor_bytes(run: Callable[[], Any]) -> int:
@@ -72,10 +69,3 @@ class Stepped:
     def tokens(self) -> float:
         """Scored tokens a step, all parts together."""
         return median(line["tokens"] for line in self.metrics)
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")

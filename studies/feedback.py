@@ -3,9 +3,9 @@
     python studies/feedback.py [MODEL]
 
 For four bundled skills the model answers 24 training questions greedily: as it is, after its scorer's feedback on that
-answer, which names the expected one, and after the demonstration as turns, twice. Printed are the right answers. SDPO
-and SDFT learn from such teachers. The starter model rarely solves `strings`: for it, give the model of
-configs/study/methods/code.yaml.
+answer (the expected answer, or for functions the first failed test or the error), and after the demonstration as turns,
+twice. Printed are the right answers. SDPO and SDFT learn from such teachers. The starter model rarely solves `strings`:
+make `runs/strings` as configs/study/methods/code.yaml says, and give it as MODEL.
 """
 
 from __future__ import annotations

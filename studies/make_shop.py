@@ -133,6 +133,8 @@ def _reply(text: str) -> dict[str, Any]:
 
 
 def main(folder: str, *shown: str) -> None:
+    if unknown := set(shown) - set(ASKED):
+        sys.exit(f"error: no part {min(unknown)!r}; there are {', '.join(ASKED)}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     for part in ASKED:
         asked = questions(part)

@@ -4,10 +4,10 @@
 
 Facts, routing and tools are learnt one after the other (`selfdistill learn` with open gates; one arm has the opposite
 order), and each also alone from the base. Prints the retention matrix of each seed, each skill's last score as a share
-of its score when learnt alone by the same method without anchors (with the 95% interval over seeds), and writes
-DIR/sequence.json and DIR/sequence.svg: that share along the training. Finished work is not repeated; for a run listed
-in DIR/sequence.json no other file is needed. Newer runs have ``where`` and ``alone_where`` there: on what each skill
-was learnt, in the sequence and alone; if that was interrupted, on what it ended.
+of its score when learnt alone by the same method, with all weights and without anchors (with the 95% interval over
+seeds), and writes DIR/sequence.json and DIR/sequence.svg: that share along the training. Finished work is not repeated;
+for a run listed in DIR/sequence.json no other file is needed. Newer runs have ``where`` and ``alone_where`` there: on
+what each skill was learnt, in the sequence and alone; if that was interrupted, on what it ended.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ WITH: dict[str, Any] = {
 }
 STEPS_WITH = 2.5
 """With anchors, as many times the steps: the rate is half of that without, and only half of each batch is the skill."""
-STEPS_OF = {"sdft+anchors+steps": 5.0}
-"""Arms with another number in place of ``STEPS_WITH``."""
+STEPS_OF = {"sdft+anchors+steps": 5.0, "sdft+anchors+quarter": STEPS_WITH * 0.5 / 0.75}
+"""Arms with another number in place of ``STEPS_WITH``. With a quarter of anchors, rows of the skill are as many."""
 ORDER_OF = {"sdft+anchors+reversed": ["tools", "routing", "knowledge"]}
 """Arms with another order of the skills."""
 ARMS: dict[str, dict[str, Any]] = {

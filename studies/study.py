@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import ctypes
 import gc
 import json
 import os
@@ -40,7 +39,15 @@ from selfdistill.data import Demonstration, anchor_prompts, load_demonstrations,
 from selfdistill.errors import RunFailed, RunStopped, UserError
 from selfdistill.evaluation import EvaluationSet, Evaluator, judge_of, rows_fingerprint
 from selfdistill.model import LoadedModel, bfloat16_is_fast, load_for_training, training_precision
-from selfdistill.runtime import StopRequests, drop_partial_line, peak_memory, quiet_libraries, read_lines, say
+from selfdistill.runtime import (
+    StopRequests,
+    begin_peak,
+    drop_partial_line,
+    peak_memory,
+    quiet_libraries,
+    read_lines,
+    say,
+)
 from selfdistill.training import train
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "comparisons" / "studies"
@@ -193,26 +200,12 @@ def run(asked: Asked, config: TrainConfig, start: Start, demonstrations: list[De
     }
 
 
-def begin_peak(device: torch.device) -> None:
-    """Let :func:`peak_memory` count from here, and not what earlier runs needed.
-
-    On CPUs only Linux can; elsewhere it counts from the start of the process.
-    """
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # else memory that an earlier run freed would count
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
 def one(asked: Asked, config: TrainConfig, start: Start) -> dict[str, Any]:
     """Run, and return the whole line."""
     began = time.perf_counter()
     device = start.base.device
-    begin_peak(device)
+    with contextlib.suppress(OSError):  # then it counts earlier runs, too
+        begin_peak(device)
     demonstrations = load_demonstrations(config.data, split=config.split)
     rows = rows_fingerprint({"data": demonstrations}) + start.evaluator.questions.fingerprint()
     anchors = {str(at): anchor_prompts(name) for at, name in enumerate(config.anchors)}
@@ -223,7 +216,7 @@ def one(asked: Asked, config: TrainConfig, start: Start) -> dict[str, Any]:
         "arm": asked.arm,
         "seed": asked.seed,
         "settings": asked.settings,
-        **({"anchors": rows_fingerprint(anchors)[:16]} if anchors else {}),
+        **({"anchor_rows": rows_fingerprint(anchors)[:16]} if anchors else {}),
         **found,
         "peak_gib": peak_memory(device) / 2**30,
         "where": where(config.mixed_precision) | {"rows": rows[:8] + rows[64:72]},  # fingerprint of its data

@@ -200,6 +200,9 @@ def table(runs: Sequence[Asked], lines: Sequence[Line]) -> list[str]:
             text.append(f"- **Means over several machines, precisions or versions**: {', '.join(mixed)}")
         elif len(places.describe()) > 1:
             text.append("- **Rows come from several machines, precisions or versions**: compare within one letter")
+        arms = [arm for arm, _ in {(line["arm"], line["anchor_rows"]) for line in done if "anchor_rows" in line}]
+        if changed := sorted({arm for arm in arms if arms.count(arm) > 1}):
+            text.append(f"- **Anchors changed between the runs of**: {', '.join(changed)}")
         text += differences(runs, done, study.nearest)
     text += [f"- failed: {line['arm']}, seed {line['seed']}: {line['failed']}" for line in own if "failed" in line]
     text += [f"- not yet run: {missing} of {len(runs)} runs"] if missing else []

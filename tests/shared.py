@@ -105,6 +105,15 @@ NEEDS_VLLM = [
 ]
 
 
+@pytest.fixture
+def cudnn_attention() -> Iterator[None]:
+    """As it is on a GPU."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 @pytest.fixture(scope="module")
 def ended_engine() -> Iterator[None]:
     """End the engine after the module's tests."""

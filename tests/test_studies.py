@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -114,6 +115,11 @@ def test_arms_of_the_sequence_differ_in_steps_and_share() -> None:
     plain = sequence.ARMS["sdft+anchors"]
     for skill in sequence.SKILLS:
         assert sequence.steps_of(skill, "sdft+anchors+steps") == 2 * sequence.steps_of(skill, "sdft+anchors")
+        rows, quarter = (
+            sequence.steps_of(skill, arm) * (1 - sequence.ARMS[arm]["anchor_share"])
+            for arm in ("sdft+anchors", "sdft+anchors+quarter")
+        )
+        assert quarter == pytest.approx(rows, abs=0.5)  # steps are rounded
     assert sequence.ARMS["sdft+anchors+quarter"] == plain | {"anchor_share": plain["anchor_share"] / 2}
 
 
@@ -229,26 +235,33 @@ def test_a_skill_is_moved_by_a_difference_of_weights(
     monkeypatch.setattr(past, "packaged", cut(tmp_path, 3))
     short = {"max_completion_length": 100, "mixed_precision": "no"}
     monkeypatch.setattr(past, "COMMON", past.COMMON | short)
-    for name in ("SFT", "REWARDED"):
+    for name in ("SFT", "FURTHER", "SORT"):
         monkeypatch.setattr(past, name, getattr(past, name) | {"max_steps": 2, "batch_size": 2})
-    past.main(str(tmp_path / "made"), "0", model)
+    made = tmp_path / "made"
+    past.main(str(made), "0", model)
     table = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == [
-        f"| {name}" for name in ("base", "source", "rewarded", "target", "merged")
-    ]
-    weights = {
-        name: load_file(tmp_path / "made" / name / ("" if name == "merged" else "final") / "model.safetensors")
-        for name in ("source", "rewarded", "target", "merged")
-    }
-    for name, merged in weights["merged"].items():
-        moved = weights["rewarded"][name] - weights["source"][name]
-        assert torch.allclose(merged, weights["target"][name] + moved, atol=1e-6)
-    past.main(str(tmp_path / "made"), "0", model)
+    names = ("base", "source", "rewarded", "longer", "target", "merged from rewarded", "merged from longer")
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in names]
+    (folder,) = made.iterdir()
+
+    def weights(name: str, folder: Path = folder) -> dict[str, torch.Tensor]:
+        return load_file(folder / name / ("" if name.startswith("merged") else "final") / "model.safetensors")
+
+    source, target = weights("source"), weights("target")
+    for taught in ("rewarded", "longer"):
+        added = weights(taught)
+        for name, merged in weights(f"merged from {taught}").items():
+            assert torch.allclose(merged, target[name] + added[name] - source[name], atol=1e-6)
+    shutil.rmtree(folder / "target" / "final")  # as if stopped: what is there, is not made again
+    past.main(str(made), "0", model)
     assert capsys.readouterr().out.splitlines() == table
+    past.main(str(made), "1", model)
+    (other,) = set(made.iterdir()) - {folder}
+    assert any(not torch.equal(values, source[name]) for name, values in weights("source", other).items())
 
 
 @pytest.mark.slow
-def test_spill_of_three_skills(
+def test_spill_of_skills(
     model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spill = study("spill")

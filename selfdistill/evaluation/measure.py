@@ -50,6 +50,7 @@ from selfdistill.model import (
     LoadedModel,
     PrefixCache,
     Sampling,
+    prompts_at_a_time,
     refuse_float16,
     resolved_precision,
     rest_engine,
@@ -120,7 +121,8 @@ class Measure:
         self.student_logp = self._logp([row.student_ids for row in self.rows], self.rows, self.prefix_cache)
         began = clock(loaded.device)
         rollouts = self._rollouts()
-        factor = rollout_factor(loaded.device.type, len(self.rows), config.batch_size)
+        at_once = prompts_at_a_time(loaded, self.player.batch_size) if self.player else len(self.rows)
+        factor = rollout_factor(loaded.device.type, len(self.rows), config.batch_size, at_once)
         self.batch_rollout_s = factor * (clock(loaded.device) - began)
         rest_engine()
         self.teacher_said: dict[str, Answers] = {}  # by layout
@@ -215,8 +217,7 @@ class Measure:
         prompts = [row.student_ids for row in self.rows]
         with self._arithmetic():
             if self.player:
-                played = self.player(self.loaded, self.rows, prompts, self._sampling(), seeds, scored=False)
-                return list(played.episodes)
+                return [*self.player(self.loaded, self.rows, prompts, self._sampling(), seeds, scored=False).episodes]
             rollouts = sample(self.loaded, prompts, self._sampling(), seeds)
         return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(self.rows, rollouts, strict=True)]
 
@@ -254,11 +255,9 @@ class Measure:
         for start in range(0, len(rows), 8):
             part = slice(start, start + 8)
             rollouts = [self.rollout_of[row.demonstration.row] for row in rows[part]]
-            ids = [rollout.ids for rollout in rollouts]
+            ids, asked = [rollout.ids for rollout in rollouts], [row.student_ids for row in rows[part]]
             with self._arithmetic():
-                student = self.forward_pass(
-                    self.loaded.model, [row.student_ids for row in rows[part]], ids, self.prefix_cache
-                )
+                student = self.forward_pass(self.loaded.model, asked, ids, self.prefix_cache)
                 teacher = self.forward_pass(self.loaded.model, prompts[part], ids, prefix_cache)
                 of_all_N = summed_loss(Divergence(), student, ids, teacher)[1]["loss"].cpu()
             is_own = [rollout.is_own for rollout in rollouts]

@@ -93,7 +93,7 @@ class SequenceSource(Protocol):
 
 @runtime_checkable
 class LearnsOtherPrompts(Protocol):
-    """A source that may also have this: its samples are learnt under prompts other than the examples'."""
+    """Part of a source whose samples are learnt under the prompts that they were sampled from, not the examples'."""
 
     def longest_example(self, example: Example, encode: ContextEncoder) -> Example:
         """The example with about the longest prompt that it is sampled with; for memory plans."""
@@ -102,7 +102,7 @@ class LearnsOtherPrompts(Protocol):
 
 @runtime_checkable
 class SamplesOtherPrompts(Protocol):
-    """A source that may also have this: samples of other prompts replace some; they are learnt under the examples'."""
+    """Part of a source that replaces some samples by samples from other prompts, learnt under the examples' own."""
 
     @property
     def replaced(self) -> int:

@@ -109,7 +109,8 @@ class Method:
     examples: ExampleSource
     """The training data, and what the teacher sees."""
     sequence: SequenceSource
-    """Whose tokens are scored."""
+    """Whose tokens are scored. If it samples from longer prompts than the examples', it also has the methods of
+    ``LearnsOtherPrompts`` or ``SamplesOtherPrompts`` (``selfdistill.methods``), which the plan of memory asks."""
     loss: Divergence | CrossEntropy
     """The per-token loss; that of the first step, with ``loss_at``. It, or ``weighs_base``, says whether any step needs
     the model before the first step."""

@@ -12,7 +12,7 @@ from selfdistill.model.engine import (
     rest_engine,
     use_engine,
 )
-from selfdistill.model.episode_sampling import TurnSampler
+from selfdistill.model.episode_sampling import TurnSampler, keeps_episodes
 from selfdistill.model.fake import (
     FilledCache,
     LiveTensors,
@@ -122,6 +122,7 @@ __all__ = [
     "is_image_text",
     "is_in_4bit",
     "is_sharded",
+    "keeps_episodes",
     "layers_of",
     "load_for_training",
     "load_matching",

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def any_length(kind: str) -> Iterator[None]:
     """Avoid attention kernels with a start-up cost for each length, for passes whose length keeps changing.
 
     cuDNN plans its kernels again for each batch size and length, in about 25 ms. Decoding has a new length at every
-    token, and cached contexts are as long as they are. CPUs have no cuDNN.
+    token, and what follows a cached context attends to a context of any length. CPUs have no cuDNN.
     """
     if kind != "cuda":
         yield
@@ -114,12 +115,13 @@ def tokens_per_check(kind: str) -> int:
     return TOKENS_PER_CHECK.get(kind, 1)
 
 
-def rollout_factor(kind: str, rows: int, wanted: int) -> float:
-    """How many times as long as samples of ``rows`` prompts those of ``wanted`` take on a device of this kind.
+def rollout_factor(kind: str, rows: int, wanted: int, at_once: int) -> float:
+    """The time to sample from ``wanted`` prompts at once, divided by the time for ``rows``, ``at_once`` at a time.
 
-    A GPU is taken to need as long for either: decoding mostly starts operations and reads weights. This is an estimate.
+    A GPU is taken to need as long for any number at once: decoding mostly starts operations and reads weights. This is
+    an estimate.
     """
-    return 1.0 if kind == "cuda" else wanted / rows
+    return 1 / ceil(rows / at_once) if kind == "cuda" else wanted / rows
 
 
 GRAPHS_SINCE = (2, 13)

@@ -32,6 +32,12 @@ class _Known:
     states: States
 
 
+def keeps_episodes(loaded: LoadedModel) -> bool:
+    """Whether a model can go on with an episode from cached states; if not, it reads each anew at every turn."""
+    with unsharded(loaded.model):
+        return has_full_attention(loaded.model.config.get_text_config()) and can_continue_cache(loaded)
+
+
 class TurnSampler:
     """Samples the replies of episodes turn by turn, many episodes at a time.
 
@@ -48,11 +54,7 @@ class TurnSampler:
         self._loaded, self._own = loaded, rank_slice(count)
         self._config = loaded.model.config.get_text_config()
         self._known: dict[int, _Known] = {}
-        self._goes_on = loaded.engine is None and self._can_go_on()
-
-    def _can_go_on(self) -> bool:
-        with unsharded(self._loaded.model):
-            return has_full_attention(self._config) and can_continue_cache(self._loaded)
+        self._goes_on = loaded.engine is None and keeps_episodes(loaded)
 
     def __call__(
         self,

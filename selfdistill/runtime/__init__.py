@@ -53,6 +53,7 @@ from selfdistill.runtime.files import (
 from selfdistill.runtime.gpus import GPUS, THIS, planned_devices
 from selfdistill.runtime.resources import (
     allow_open_files,
+    begin_peak,
     clock,
     free_bytes,
     free_memory,
@@ -89,6 +90,7 @@ __all__ = [
     "all_reduce_sum",
     "allow_open_files",
     "barrier",
+    "begin_peak",
     "broadcast_from_rank0",
     "check_folder_writable",
     "check_tracker",

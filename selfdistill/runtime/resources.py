@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import resource
 import shutil
@@ -54,10 +55,15 @@ def free_memory(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0]) + own
     if device.type != "cpu":
         return None
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    _trim()
     free = int(psutil.virtual_memory().available)
     return min([free, *cgroup_memory()])
+
+
+def _trim() -> None:
+    """Return the memory of freed tensors to the system, where the C library is glibc."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def own_memory(device: torch.device) -> int | None:
@@ -124,12 +130,35 @@ def clock(device: torch.device) -> float:
     return time.monotonic()
 
 
+def begin_peak(device: torch.device) -> None:
+    """Let :func:`peak_memory` count from here. On CPUs only Linux can; elsewhere this does nothing.
+
+    Raises:
+        OSError: this Linux does not allow it.
+    """
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        gc.collect()
+        _trim()  # else memory that was freed would count
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to the present size
+
+
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: allocated on the device with CUDA, else resident in the process."""
+    """Peak bytes so far: allocated on the device with CUDA, else resident in the process.
+
+    Linux's ``ru_maxrss`` cannot be reset, and begins with the peak of the process that started this one.
+    """
     if device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists() and (peak := re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)):
+        return int(peak[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

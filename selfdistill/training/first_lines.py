@@ -6,7 +6,7 @@ from selfdistill.config import TrainConfig
 from selfdistill.data import default_scorer
 from selfdistill.errors import number_of
 from selfdistill.methods import rules_of, scorer_judges, unused_settings, uses
-from selfdistill.model import describe_lora, has_full_attention
+from selfdistill.model import describe_lora, keeps_episodes
 from selfdistill.runtime import is_distributed
 from selfdistill.training.schedule import fewest_of_first, positions_of
 from selfdistill.training.setup import batch_unit
@@ -47,8 +47,11 @@ def first_lines(trainer: Trainer, *, all_rows: bool = True) -> list[str]:
         limits = f"up to {rules.max_turns} turns and {rules.max_length} tokens"
         judge = ", whose last replies the scorer judges" if scores else ""
         lines.append(f"environment: {rules.environment}, episodes of {limits}{judge}")
-        if trainer.loaded.engine is None and not has_full_attention(trainer.loaded.model.config.get_text_config()):
-            lines.append("note: sliding windows or recurrent layers: the model reads each episode anew at every turn")
+        if rules.max_turns > 1 and trainer.loaded.engine is None and not keeps_episodes(trainer.loaded):
+            lines.append(
+                "note: this model (sliding windows, recurrent layers or positions of its own) reads each episode anew "
+                "at every turn; an engine keeps what it has read (setting engine)"
+            )
     if scores:
         rows = [example.demonstration for example in first.task.examples]
         lines.append(f"scorer: {', '.join(sorted({default_scorer(row, config.scorer) for row in rows}))}")

@@ -21,7 +21,7 @@ a method draws before the first step. So the peak is that of the largest phase:
 
     drawing    like sampling, plus the other model if another one samples; without moments, contexts and drift
 
-    sampling   casts of the weights, keys and values, workspace; also after prompts with a guide
+    sampling   casts of the weights, keys and values, workspace; also after other prompts, such as those with a guide
     teacher    casts, activations without gradient
     student    casts, activations, loss (logits of a chunk and the head's gradient), gradients
 

@@ -70,6 +70,12 @@ def test_the_files_are_those_that_the_script_writes(make_shop: Any, tmp_path: Pa
         assert file.read_bytes() == Path(packaged(file.name)).read_bytes()
 
 
+def test_a_misspelt_part_is_named(make_shop: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^error: no part 'tests'; there are train, validation, test$"):
+        make_shop.main(str(tmp_path), "tests")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_test_with_its_episodes_asks_the_same(make_shop: Any, tmp_path: Path) -> None:
     make_shop.main(str(tmp_path / "shown"), "test")
     shown = load_demonstrations(tmp_path / "shown" / "shop.test.jsonl")

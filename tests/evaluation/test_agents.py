@@ -379,6 +379,24 @@ def test_check_counts_the_turns_of_student_and_teacher(copies: dict[str, Any]) -
     assert (result.best.turns, result.best.invalid_calls) == (sum(demonstrated) / 6, 0)
 
 
+@pytest.mark.parametrize(("environment", "at_once"), [(TALK, 16), ("none", 8)])
+def test_check_takes_into_account_how_many_episodes_are_played_at_once(
+    talks: dict[str, Any], environment: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def factor(*given: Any) -> float:
+        asked.append(given)
+        return 1e9
+
+    monkeypatch.setattr("selfdistill.evaluation.measure.rollout_factor", factor)
+    own = {"contexts": ["turns"], "sample": 8, "mixed_precision": "no", "max_prompt_length": 200, "scorer": "contains"}
+    result = check(CheckConfig(**talks | {"environment": environment}, **own))
+    assert asked == [("cpu", 8, 3, at_once)]
+    assert result.seconds_per_step is not None
+    assert result.seconds_per_step > 1e6
+
+
 def test_checks_table_has_turns_and_invalid_calls(
     scripted: Callable[..., EvalConfig], write_rows: Callable[..., Path]
 ) -> None:

@@ -138,6 +138,7 @@ def draws() -> list[float]:
     return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
 
+@pytest.mark.usefixtures("cudnn_attention")
 def test_it_uses_no_attention_of_cudnn(
     load: Callable[..., LoadedModel], write_task: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

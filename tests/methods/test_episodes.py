@@ -298,10 +298,17 @@ def test_a_model_that_reads_episodes_anew_at_every_turn_is_noted(
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    note = "note: sliding windows or recurrent layers: the model reads each episode anew at every turn"
+    note = (
+        "note: this model (sliding windows, recurrent layers or positions of its own) reads each episode anew at every "
+        "turn; an engine keeps what it has read (setting engine)"
+    )
     assert note in first_lines(Trainer(talks(model=str(model))))
+    assert note not in first_lines(Trainer(talks(model=str(model), max_turns=1)))
     assert note not in first_lines(Trainer(talks(model=str(model), environment="none")))
-    assert note not in first_lines(Trainer(talks()))
+    run = Trainer(talks())
+    assert note not in first_lines(run)
+    run.loaded.continues_cache = False
+    assert note in first_lines(run)
 
 
 def test_tools_and_what_the_environment_says_first_are_shown_to_both(

@@ -33,18 +33,12 @@ from selfdistill.model.precision import resolved_precision
 from selfdistill.model.sampling import Sampling, sample
 
 
-@pytest.fixture
-def cudnn_attention() -> Iterator[None]:
-    """As it is on a GPU."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    yield
-    torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-@pytest.mark.parametrize(("kind", "factor"), [("cuda", 1), ("cpu", 2), ("mps", 2)])
-def test_a_gpu_samples_more_rows_in_the_same_time(kind: str, factor: float) -> None:
-    assert rollout_factor(kind, 8, 16) == factor
+@pytest.mark.parametrize(
+    ("kind", "rows", "at_once", "factor"),
+    [("cuda", 8, 8, 1), ("cpu", 8, 8, 2), ("mps", 8, 8, 2), ("cuda", 33, 16, 1 / 3), ("cpu", 64, 16, 1 / 4)],
+)
+def test_a_gpu_samples_more_rows_at_once_in_the_same_time(kind: str, rows: int, at_once: int, factor: float) -> None:
+    assert rollout_factor(kind, rows, 16, at_once) == factor
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("cuda", 16), ("cpu", 1), ("mps", 1)])

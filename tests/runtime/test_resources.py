@@ -1,15 +1,17 @@
-"""Free memory, and the clock of what a device does."""
+"""Free memory and peaks of it, and the clock of what a device does."""
 
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from selfdistill.runtime import allow_open_files, clock
+from selfdistill.runtime import allow_open_files, begin_peak, clock, peak_memory
 from selfdistill.runtime.resources import cgroup_memory
 
 
@@ -75,3 +77,27 @@ def test_the_limits_of_all_cgroups_of_a_process_apply(tmp_path: Path, version: i
 
 def test_without_cgroups_there_are_no_limits(tmp_path: Path) -> None:
     assert cgroup_memory(tmp_path / "none", tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts anew")
+def test_a_peak_is_counted_anew() -> None:
+    cpu = torch.device("cpu")
+    begin_peak(cpu)
+    before = peak_memory(cpu)
+    held = torch.ones(2**26)
+    with_it = peak_memory(cpu)
+    del held
+    begin_peak(cpu)
+    assert with_it - before > 2**27
+    assert peak_memory(cpu) < with_it - 2**27
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing else is known")
+def test_a_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    asked = (
+        "from types import SimpleNamespace; from selfdistill.runtime import peak_memory; "
+        "print(peak_memory(SimpleNamespace(type='cpu')))"
+    )
+    held = torch.ones(2**27)
+    said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
+    assert int(said) < held.nbytes

@@ -228,7 +228,10 @@ def test_the_plan_of_a_gpu_has_no_attention_that_only_a_cpu_uses(
     assert activations("cpu") < cpu
 
 
-def test_sampling_is_planned_anew_where_shards_sample_otherwise(make: Make, one_layer: str) -> None:
+def test_sampling_is_planned_anew_where_shards_sample_otherwise(
+    make: Make, one_layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfdistill.model.decoding_steps.has_graphs", lambda kind: kind == "cuda")  # with any PyTorch
     config = make(model=one_layer, max_completion_length=256)
     rows, device = load_demonstrations(config.data), Device("cuda", "no", 2)
     sharded = config.model_copy(update={"fsdp": True})
@@ -237,6 +240,7 @@ def test_sampling_is_planned_anew_where_shards_sample_otherwise(make: Make, one_
         planner = MemoryPlanner(config, rows, device)
         return [phase.total for one in planned for phase in planner.plan(one).phases if phase.name == "sampling"][-1]
 
+    assert sampling(config) != sampling(sharded)
     assert sampling(config, sharded) == sampling(sharded)
 
 
