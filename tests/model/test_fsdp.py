@@ -373,8 +373,8 @@ def test_a_measurement_that_fails_in_all_processes_loses_no_step(
     def work() -> None:
         measure = Evaluator.measure
 
-        def failing(evaluator: Evaluator, loaded: LoadedModel) -> Any:
-            return broadcast_from_rank0(asked) if hasattr(evaluator, "base") else measure(evaluator, loaded)
+        def failing(evaluator: Evaluator, loaded: LoadedModel, who: str) -> Any:
+            return broadcast_from_rank0(asked) if hasattr(evaluator, "base") else measure(evaluator, loaded, who)
 
         Evaluator.measure = failing  # type: ignore[method-assign]
         train(config)
