@@ -217,7 +217,8 @@ class Measure:
         prompts = [row.student_ids for row in self.rows]
         with self._arithmetic():
             if self.player:
-                return [*self.player(self.loaded, self.rows, prompts, self._sampling(), seeds, scored=False).episodes]
+                played = self.player(self.loaded, self.rows, prompts, self._sampling(), seeds, scored=False)
+                return list(played.episodes)
             rollouts = sample(self.loaded, prompts, self._sampling(), seeds)
         return [Completion(row, r.ids, r.logps, r.truncated) for row, r in zip(self.rows, rollouts, strict=True)]
 
